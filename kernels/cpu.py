@@ -1,0 +1,307 @@
+"""The CPU path: gathers the listed tiles and hands them, many rows at a time, to torch's fused CPU attention.
+
+Rows of the index are sorted by how many tiles they list, so that equally long rows form one batched call. A tile that
+all queries of its row see entirely ("full") needs no mask; the few others (on the diagonal, at a window's edge, around
+holes) are computed apart, with a mask, and the two parts are joined by their logsumexp. Only listed tiles are computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockIndex
+
+# gathered keys and values of one batched call; measured best where a call's tiles stay in a core's cache
+_CALL_BYTES = 2 << 20
+
+
+def why_not_cpu(inputs: AttentionInputs, index: BlockIndex | None) -> str | None:
+    """Why this path cannot serve these inputs, or None."""
+    if inputs.device.type != "cpu":
+        return f"it runs on the CPU, the inputs are on {inputs.device}"
+    if inputs.query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it computes float32, bfloat16 and float16, not {inputs.query.dtype}"
+    if inputs.query.requires_grad or inputs.key.requires_grad or inputs.value.requires_grad:
+        return "it has no backward pass: run under torch.no_grad()"
+    return None
+
+
+def cpu_attention(inputs: AttentionInputs, index: BlockIndex, *, values: bool = True) -> AttentionOutput:
+    """Attention over the listed blocks; with `values=False` only lse is computed and no value is read."""
+    if values and inputs.sinks is None and _is_plain_dense(inputs, index):
+        return _dense(inputs)
+    tiles = _Tiles.of(inputs, index)
+    heads, rows, block_q = index.query_heads, index.grid.rows, index.grid.block_q
+    shape = (inputs.batch * heads * rows, block_q)
+    lse = torch.full(shape, -torch.inf)
+    output = inputs.query.new_zeros(*shape, inputs.value_dim) if values else None
+    for part in _batches(tiles, inputs, values):
+        _compute(part, tiles, inputs, output, lse)
+    return _scatter(inputs, index, output, lse)
+
+
+@dataclass(slots=True)
+class _Tiles:
+    """The listed tiles of all rows, split into full and edge ones; a row is a (batch, head, grid row) with queries."""
+
+    query: Tensor  # [rows, block_q, head_dim], padded where a row is partial
+    key: Tensor  # [batch * kv_heads * key_blocks, block_k, head_dim]
+    value: Tensor
+    row: Tensor  # [live rows] flat number of each row
+    anchor: Tensor  # [batch]
+    slot: Tensor  # [batch, grid rows, block_q] slot of each query
+    low: Tensor  # the same shape: keys [low, high) are visible
+    high: Tensor
+    full: Tensor  # flat ids into key, row by row
+    full_start: Tensor
+    full_count: Tensor
+    edge: Tensor
+    edge_start: Tensor
+    edge_count: Tensor
+    causal_edge: bool  # each edge tile is one aligned diagonal tile
+
+    @staticmethod
+    def of(inputs: AttentionInputs, index: BlockIndex) -> _Tiles:
+        grid = index.grid
+        batch, heads, rows = inputs.batch, index.query_heads, grid.rows
+        begin, end = grid.row_slots()
+        row = (end > begin)[:, None].expand(batch, heads, rows).flatten().nonzero()[:, 0]
+        count = index.count.flatten()[row].to(torch.int64)
+        first = index.start.flatten()[row]
+        owner = torch.repeat_interleave(torch.arange(len(row)), count)
+        offset = torch.arange(len(owner)) - (count.cumsum(0) - count)[owner]
+        block = index.columns[first[owner] + offset].to(torch.int64)
+        b = row // (heads * rows)
+        head = row // rows % heads
+        full = _full_tiles(inputs, index)[b[owner], row[owner] % rows, block]
+        flat = ((b * inputs.kv_heads + head // inputs.group_size) * grid.key_blocks)[owner] + block
+        full_count = torch.zeros(len(row), dtype=torch.int64).index_add_(0, owner, full.to(torch.int64))
+        edge_count = count - full_count
+        slot = (grid.anchor[:, None] + (grid.first[:, None] + torch.arange(rows)) * grid.block_q)[..., None]
+        slot = slot + torch.arange(grid.block_q)
+        low, high = inputs.visible_range()
+        place = (slot - inputs.query_start).clamp(0, inputs.queries - 1).flatten(1)
+        aligned = (
+            grid.block_q == grid.block_k
+            and inputs.key_valid is None and inputs.window is None and inputs.segment is None
+            and inputs.softcap is None
+            and inputs.query_start % grid.block_q == 0
+            and inputs.queries % grid.block_q == 0
+            and inputs.filled >= inputs.query_start + inputs.queries
+            and bool((edge_count <= 1).all())
+        )  # fmt: skip
+        return _Tiles(
+            query=_query_rows(inputs, slot),
+            key=_blocks(inputs, inputs.key, index),
+            value=_blocks(inputs, inputs.value, index),
+            row=row,
+            anchor=grid.anchor,
+            slot=slot,
+            low=low.gather(1, place).view_as(slot),
+            high=high.gather(1, place).view_as(slot),
+            full=flat[full],
+            full_start=full_count.cumsum(0) - full_count,
+            full_count=full_count,
+            edge=flat[~full],
+            edge_start=edge_count.cumsum(0) - edge_count,
+            edge_count=edge_count,
+            causal_edge=aligned,
+        )
+
+
+def _full_tiles(inputs: AttentionInputs, index: BlockIndex) -> Tensor:
+    """bool [batch, rows, key_blocks]: every query of the row sees every key of the block."""
+    grid = index.grid
+    low, high = inputs.visible_range()
+    begin, end = grid.row_slots()
+    first = (begin - inputs.query_start).clamp(max=inputs.queries - 1)
+    last = (end - 1 - inputs.query_start).clamp(min=0)
+    edge = grid.anchor[:, None] + torch.arange(grid.key_blocks + 1) * grid.block_k
+    full = (edge[:, None, :-1] >= low.gather(1, last)[..., None]) & (edge[:, None, 1:] <= high.gather(1, first)[..., None])
+    if inputs.key_valid is not None:
+        before = functional.pad(inputs.key_valid.to(torch.int64).cumsum(1), (1, 0))
+        held = before.gather(1, edge.clamp(max=inputs.keys)).diff(dim=1)
+        full &= (held == grid.block_k)[:, None]
+    return full
+
+
+def _query_rows(inputs: AttentionInputs, slot: Tensor) -> Tensor:
+    """[batch * heads * rows, block_q, head_dim]; rows that are partial repeat some query, to be thrown away."""
+    batch, heads, queries, dim = inputs.query.shape
+    block_q = slot.shape[-1]
+    if inputs.key_valid is None and inputs.query_start % block_q == 0 and queries % block_q == 0:
+        return inputs.query.reshape(-1, block_q, dim)
+    place = (slot - inputs.query_start).clamp(0, queries - 1).flatten(1)
+    place = place[:, None, :, None].expand(batch, heads, -1, dim)
+    return inputs.query.gather(2, place).reshape(-1, block_q, dim)
+
+
+def _blocks(inputs: AttentionInputs, tensor: Tensor, index: BlockIndex) -> Tensor:
+    """[batch * kv_heads * key_blocks, block_k, dim], anchored; a view where the layout allows, else one copy."""
+    grid = index.grid
+    size = grid.key_blocks * grid.block_k
+    if inputs.key_valid is None and tensor.shape[2] == size:
+        return tensor.reshape(-1, grid.block_k, tensor.shape[3])
+    blocks = tensor.new_zeros(*tensor.shape[:2], size, tensor.shape[3])
+    for b, anchor in enumerate(grid.anchor.tolist()):
+        part = tensor[b, :, anchor : anchor + size]
+        blocks[b, :, : part.shape[1]] = part
+    return blocks.view(-1, grid.block_k, tensor.shape[3])
+
+
+def _batches(tiles: _Tiles, inputs: AttentionInputs, values: bool) -> list[Tensor]:
+    """Live rows grouped by (full, edge) tile counts, each group cut so that its gathered tiles stay small."""
+    key = tiles.full_count * (int(tiles.edge_count.max()) + 1) + tiles.edge_count
+    order = key.argsort(stable=True)
+    _, sizes = key[order].unique_consecutive(return_counts=True)
+    tile_bytes = tiles.key[0].numel() * tiles.key.element_size() * (2 if values else 1)
+    parts: list[Tensor] = []
+    for group in order.split(sizes.tolist()):
+        listed = int(tiles.full_count[group[0]] + tiles.edge_count[group[0]])
+        together = max(2 * torch.get_num_threads(), _CALL_BYTES // (listed * tile_bytes))
+        parts += group.split(together)
+    return parts
+
+
+def _compute(rows: Tensor, tiles: _Tiles, inputs: AttentionInputs, output: Tensor | None, lse: Tensor) -> None:
+    """Attention of some rows with equally many full and equally many edge tiles, written into output and lse."""
+    flat = tiles.row[rows]
+    query = tiles.query[flat]
+    full_count, edge_count = int(tiles.full_count[rows[0]]), int(tiles.edge_count[rows[0]])
+    values = output is not None
+    plain = inputs.softcap is None and values
+    parts: list[tuple[Tensor | None, Tensor]] = []
+    if full_count:
+        ids = tiles.full[tiles.full_start[rows, None] + torch.arange(full_count)]
+        parts.append(_flash(query, ids, tiles, inputs) if plain else _masked(query, ids, tiles, inputs, values=values))
+    if edge_count:
+        ids = tiles.edge[tiles.edge_start[rows, None] + torch.arange(edge_count)]
+        if plain and tiles.causal_edge:
+            parts.append(_flash(query, ids, tiles, inputs, causal=True))
+        else:
+            parts.append(_masked(query, ids, tiles, inputs, _edge_mask(flat, ids, tiles, inputs), values))
+    part_output, part_lse = parts[0] if len(parts) == 1 else _join(*parts)
+    lse[flat] = part_lse
+    if output is not None and part_output is not None:
+        output[flat] = part_output.to(output.dtype)
+
+
+def _gather(blocks: Tensor, ids: Tensor) -> Tensor:
+    """[rows, tiles * block_k, dim]"""
+    rows, count = ids.shape
+    return blocks.index_select(0, ids.flatten()).view(rows, count * blocks.shape[1], blocks.shape[2])
+
+
+def _flash(
+    query: Tensor, ids: Tensor, tiles: _Tiles, inputs: AttentionInputs, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Unmasked (or exactly diagonal) tiles, through the fused operator."""
+    key, value = _gather(tiles.key, ids), _gather(tiles.value, ids)
+    output, lse = _fused(query[:, None], key[:, None], value[:, None], causal, inputs.scale)
+    return output[:, 0], lse[:, 0]
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """torch's fused CPU attention with its logsumexp [batch, heads, queries]; it wants equal head and value dims."""
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    if value_dim < head_dim:
+        value = functional.pad(value, (0, head_dim - value_dim))
+    elif value_dim > head_dim:
+        query, key = (functional.pad(t, (0, value_dim - head_dim)) for t in (query, key))
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=None, scale=scale
+    )
+    return output[..., :value_dim], lse
+
+
+def _masked(
+    query: Tensor, ids: Tensor, tiles: _Tiles, inputs: AttentionInputs, mask: Tensor | None = None, values: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """Tiles with a mask [rows, block_q, tiles * block_k], or soft-capped, or without values; float32 inside."""
+    logits = torch.bmm(query.float(), _gather(tiles.key, ids).float().mT) * inputs.scale
+    if inputs.softcap is not None:
+        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
+    if mask is not None:
+        logits = logits.masked_fill_(~mask, -torch.inf)
+    if not values:
+        return None, logits.logsumexp(-1)
+    peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)  # a row that sees nothing
+    share = (logits - peak).exp_()
+    mass = share.sum(-1, keepdim=True)
+    output = torch.bmm(share, _gather(tiles.value, ids).float()) / mass.clamp(min=1e-30)
+    return output, (mass.log() + peak)[..., 0]
+
+
+def _edge_mask(flat: Tensor, ids: Tensor, tiles: _Tiles, inputs: AttentionInputs) -> Tensor:
+    """bool [rows, block_q, tiles * block_k]: who sees whom in these tiles, element by element."""
+    rows = tiles.slot.shape[1]
+    b, r = flat // (inputs.query_heads * rows), flat % rows
+    low, high = (bound[b, r][..., None] for bound in (tiles.low, tiles.high))
+    block_k = tiles.key.shape[1]
+    place = ids % (tiles.key.shape[0] // (inputs.batch * inputs.kv_heads)) * block_k
+    key = (place[..., None] + torch.arange(block_k)).flatten(1) + tiles.anchor[b, None]
+    mask = (key[:, None] >= low) & (key[:, None] < high)
+    if inputs.key_valid is not None:
+        mask &= inputs.key_valid[b[:, None], key.clamp(max=inputs.keys - 1)][:, None]
+    return mask
+
+
+def _is_plain_dense(inputs: AttentionInputs, index: BlockIndex) -> bool:
+    """Nothing is masked but the future, and every tile is listed."""
+    if inputs.key_valid is not None or inputs.window is not None or inputs.segment is not None:
+        return False
+    if inputs.softcap is not None or inputs.filled < inputs.query_start + inputs.queries:
+        return False
+    low, high = index.grid.visible_blocks(inputs)
+    return bool((index.count == (high - low)[:, None]).all())
+
+
+def _dense(inputs: AttentionInputs) -> AttentionOutput:
+    """All tiles at once: the cached keys without a mask, the new ones causally."""
+    start, stop = inputs.query_start, inputs.query_start + inputs.queries
+    new = inputs.key[:, :, start:stop], inputs.value[:, :, start:stop]
+    output, lse = _fused(inputs.query, *new, True, inputs.scale)
+    if start:
+        old = inputs.key[:, :, :start], inputs.value[:, :, :start]
+        output, lse = _join((output, lse), _fused(inputs.query, *old, False, inputs.scale))
+    return _finish(inputs, output, lse)
+
+
+def _join(a: tuple[Tensor | None, Tensor], b: tuple[Tensor | None, Tensor]) -> tuple[Tensor | None, Tensor]:
+    """Join attention over two disjoint sets of keys, each already normalised, by their logsumexp."""
+    (output_a, lse_a), (output_b, lse_b) = a, b
+    lse = torch.logaddexp(lse_a, lse_b)
+    if output_a is None or output_b is None:
+        return None, lse
+    share_b = (lse_b - lse).exp_().nan_to_num_(0.0)[..., None]  # both empty: -inf - -inf
+    return torch.lerp(output_a.float(), output_b.float(), share_b), lse
+
+
+def _scatter(inputs: AttentionInputs, index: BlockIndex, output: Tensor | None, lse: Tensor) -> AttentionOutput:
+    """From [rows of the index, block_q, ...] back to [batch, query_heads, queries, ...]; padding sees nothing."""
+    batch, heads, queries = inputs.query.shape[:3]
+    grid = index.grid
+    lse = lse.view(batch, heads, -1)
+    output = None if output is None else output.view(batch, heads, -1, inputs.value_dim)
+    if lse.shape[2] != queries or inputs.key_valid is not None or inputs.query_start % grid.block_q:
+        slot = torch.arange(inputs.query_start, inputs.query_start + queries)
+        place = slot - grid.anchor[:, None] - (grid.first * grid.block_q)[:, None]
+        seen = (place >= 0)[:, None]
+        place = place.clamp(min=0)[:, None].expand(batch, heads, queries)
+        lse = lse.gather(2, place).masked_fill(~seen, -torch.inf)
+        if output is not None:
+            output = output.gather(2, place[..., None].expand(-1, -1, -1, inputs.value_dim)) * seen[..., None]
+    return _finish(inputs, output, lse)
+
+
+def _finish(inputs: AttentionInputs, output: Tensor | None, lse: Tensor) -> AttentionOutput:
+    """Sinks take their share of the mass; the output returns to the dtype of the inputs."""
+    if output is not None:
+        if inputs.sinks is not None:
+            output = output * torch.sigmoid(lse - inputs.sinks.float()[None, :, None])[..., None]
+        output = output.to(inputs.query.dtype)
+    return AttentionOutput(output, lse)

@@ -1,0 +1,102 @@
+"""Which implementation computes the blocks: each can say why it cannot, `auto` listens, an explicit choice raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockIndex
+from sparseprefill.kernels.cpu import cpu_attention, why_not_cpu
+from sparseprefill.kernels.reference import reference_attention
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """A way to compute block-sparse attention."""
+
+    why_not: Callable[[AttentionInputs, BlockIndex | None], str | None]
+    attend: Callable[[AttentionInputs, BlockIndex, bool], AttentionOutput]  # (inputs, index, values)
+    automatic: bool  # may `auto` choose it?
+
+
+def _reference(inputs: AttentionInputs, index: BlockIndex, values: bool) -> AttentionOutput:
+    full = reference_attention(inputs, index)
+    return full if values else AttentionOutput(None, full.lse)
+
+
+def _cpu(inputs: AttentionInputs, index: BlockIndex, values: bool) -> AttentionOutput:
+    return cpu_attention(inputs, index, values=values)
+
+
+def _why_not_triton(inputs: AttentionInputs, index: BlockIndex | None) -> str | None:
+    try:
+        from sparseprefill.kernels.triton_forward import why_not_triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); on Linux: pip install triton"
+    return why_not_triton(inputs, index)
+
+
+def _triton(inputs: AttentionInputs, index: BlockIndex, values: bool) -> AttentionOutput:
+    from sparseprefill.kernels.triton_forward import triton_attention
+
+    return triton_attention(inputs, index, values=values)
+
+
+# in the order in which `auto` asks
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "triton": Implementation(_why_not_triton, _triton, automatic=True),
+    "cpu": Implementation(why_not_cpu, _cpu, automatic=True),
+    "reference": Implementation(lambda inputs, index: None, _reference, automatic=False),
+}
+
+
+def why_not(impl: str, inputs: AttentionInputs, index: BlockIndex | None = None) -> str | None:
+    """Why this implementation cannot serve these inputs (on this index, if given), or None if it can."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {impl!r}: choose one of {', '.join(['auto', *IMPLEMENTATIONS])}")
+    return IMPLEMENTATIONS[impl].why_not(inputs, index)
+
+
+def choose_implementation(inputs: AttentionInputs, index: BlockIndex | None = None) -> str:
+    """The implementation `auto` stands for. Raises NotImplementedError with every reason where there is none."""
+    reasons = []
+    for name, implementation in IMPLEMENTATIONS.items():
+        if not implementation.automatic:
+            continue
+        reason = implementation.why_not(inputs, index)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise NotImplementedError("no kernel serves these inputs. " + "; ".join(reasons))
+
+
+def block_sparse_attention(
+    inputs: AttentionInputs, index: BlockIndex, impl: str = "auto", *, values: bool = True
+) -> AttentionOutput:
+    """Attention of each query over the visible keys in the blocks listed for its row.
+
+    Args:
+        inputs: see `AttentionInputs`.
+        index: see `BlockIndex`; must stand on the grid of these inputs.
+        impl: "triton", "cpu", "reference" (float64, slow) or "auto" (the first that can, never the reference).
+        values: False computes lse alone and reads no values.
+
+    Returns:
+        `AttentionOutput`: output in the dtype of the inputs (float64 from the reference) and lse in float32.
+
+    Raises:
+        ValueError: unknown `impl`, or an index made for other inputs.
+        NotImplementedError: the chosen implementation (or, for "auto", every one) cannot; the message says why.
+    """
+    misfit = index.grid.fits(inputs)
+    if misfit is not None:
+        raise ValueError(f"the index does not belong to these inputs: {misfit}")
+    if index.query_heads != inputs.query_heads:
+        raise ValueError(f"the index lists blocks of {index.query_heads} heads, the query has {inputs.query_heads}")
+    if impl == "auto":
+        impl = choose_implementation(inputs, index)
+    else:
+        reason = why_not(impl, inputs, index)
+        if reason is not None:
+            raise NotImplementedError(f"{impl} cannot compute this: {reason}")
+    return IMPLEMENTATIONS[impl].attend(inputs, index, values)

@@ -1,0 +1,383 @@
+"""The nouns: what attention receives, which blocks it computes, what it returns. Imports torch only.
+
+Who sees whom: key j is visible to query i (which stands in cache slot p = query_start + i) iff
+
+    j <= p,   j < key_length,   key_valid[j],   segment[j] == segment[p],   p - j < window.
+
+Segments are contiguous, so without `key_valid` the visible keys of a query are one interval; every implementation
+relies on that, and only `key_valid` may punch holes into it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionInputs:
+    """One layer's projections: rotated, cache-complete, grouped heads not repeated. Nothing of the model survives here.
+
+    Query head h reads KV head h // group_size. A second turn in a left-padded batch has holes in `key_valid`.
+    Raises TypeError or ValueError at construction where shapes, dtypes or devices do not fit together.
+    """
+
+    query: Tensor  # [batch, query_heads, queries, head_dim]
+    key: Tensor  # [batch, kv_heads, keys, head_dim]
+    value: Tensor  # [batch, kv_heads, keys, value_dim]
+    scale: float  # logits = scale * query . key
+    softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
+    sinks: Tensor | None = None  # [query_heads], a logit a head that takes mass and has no value
+    window: int | None = None  # keys a query sees at most, itself included
+    key_valid: Tensor | None = None  # bool [batch, keys]
+    query_start: int = 0  # cache slot of query 0
+    key_length: int | None = None  # slots filled; None: all keys
+    segment: Tensor | None = None  # integer [batch, keys], non-decreasing; packed prompts do not see each other
+
+    def __post_init__(self) -> None:
+        for name in ("query", "key", "value"):
+            tensor = getattr(self, name)
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+            if tensor.dim() != 4:
+                raise ValueError(f"{name} must have 4 dimensions [batch, heads, tokens, dim], got {tuple(tensor.shape)}")
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        query, key, value = self.query, self.key, self.value
+        if key.shape[:3] != value.shape[:3]:
+            raise ValueError(f"key and value disagree: {tuple(key.shape)=}, {tuple(value.shape)=}")
+        if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+            raise ValueError(f"query and key disagree: {tuple(query.shape)=}, {tuple(key.shape)=}")
+        if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+            raise ValueError(f"query heads must be a multiple of KV heads: {query.shape[1]} and {key.shape[1]}")
+        if not query.dtype == key.dtype == value.dtype:
+            raise TypeError(f"one dtype is needed: {query.dtype=}, {key.dtype=}, {value.dtype=}")
+        if not query.device == key.device == value.device:
+            raise ValueError(f"one device is needed: {query.device=}, {key.device=}, {value.device=}")
+        if self.queries == 0 or self.batch == 0 or self.query_heads == 0:
+            raise ValueError(f"nothing to attend from: {tuple(query.shape)=}")
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale must be a positive number, got {self.scale}")
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+            raise ValueError(f"softcap must be a positive number or None, got {self.softcap}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 or None, got {self.window}")
+        if self.sinks is not None and self.sinks.shape != (self.query_heads,):
+            raise ValueError(f"sinks must be [query_heads] = [{self.query_heads}], got {tuple(self.sinks.shape)}")
+        for name in ("key_valid", "segment"):
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            if tensor.shape != (self.batch, self.keys):
+                raise ValueError(f"{name} must be [batch, keys] = {(self.batch, self.keys)}, got {tuple(tensor.shape)}")
+            if (tensor.dtype == torch.bool) != (name == "key_valid") or tensor.is_floating_point():
+                raise TypeError(f"{name} has the wrong dtype: {tensor.dtype}")
+            if tensor.device != query.device:
+                raise ValueError(f"{name} is on {tensor.device}, the query on {query.device}")
+        if not 0 <= self.filled <= self.keys:
+            raise ValueError(f"key_length must be between 0 and {self.keys} keys, got {self.key_length}")
+        if self.query_start < 0 or self.query_start + self.queries > self.keys:
+            raise ValueError(
+                f"queries stand in cache slots {self.query_start} to {self.query_start + self.queries - 1}, "
+                f"but there are {self.keys} keys"
+            )
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def query_heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        return self.query_heads // self.kv_heads
+
+    @property
+    def queries(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def keys(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.query.shape[3]
+
+    @property
+    def value_dim(self) -> int:
+        return self.value.shape[3]
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    @property
+    def filled(self) -> int:
+        """Key slots that may be seen: `key_length`, or all of them."""
+        return self.keys if self.key_length is None else self.key_length
+
+    @property
+    def last_key(self) -> int:
+        """One past the last slot any query of these can see."""
+        return min(self.filled, self.query_start + self.queries)
+
+    def anchor(self) -> Tensor:
+        """int64 [batch]: each row's first valid key, where its block grid begins (the number of keys if it has none)."""
+        if self.key_valid is None:
+            return torch.zeros(self.batch, dtype=torch.int64, device=self.device)
+        first = self.key_valid.int().argmax(1)
+        return torch.where(self.key_valid.any(1), first, self.keys)
+
+    def visible_range(self) -> tuple[Tensor, Tensor]:
+        """int64 [batch, queries] twice: keys in [low, high) that are also valid are visible to the query."""
+        slot = torch.arange(self.query_start, self.query_start + self.queries, device=self.device)
+        slot = slot.expand(self.batch, -1)
+        high = (slot + 1).clamp(max=self.filled)
+        low = torch.zeros_like(slot)
+        if self.window is not None:
+            low = (slot - self.window + 1).clamp(min=0)
+        if self.segment is not None:
+            own = self.segment.gather(1, slot)
+            low = torch.maximum(low, torch.searchsorted(self.segment.contiguous(), own.contiguous()))
+        if self.key_valid is not None:
+            low = torch.maximum(low, self.anchor()[:, None])
+        return low, high
+
+    def visible_mask(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """bool [batch, stop - start, keys] for a slab of queries, straight from the definition. For oracles and tests."""
+        stop = self.queries if stop is None else stop
+        slot = torch.arange(self.query_start + start, self.query_start + stop, device=self.device)[:, None]
+        key = torch.arange(self.keys, device=self.device)
+        mask = (key <= slot) & (key < self.filled)
+        if self.window is not None:
+            mask &= slot - key < self.window
+        mask = mask.expand(self.batch, -1, -1)
+        if self.segment is not None:
+            mask = mask & (self.segment[:, None, :] == self.segment[:, slot[:, 0], None])
+        if self.key_valid is not None:
+            mask = mask & self.key_valid[:, None, :]
+        return mask
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionOutput:
+    """What attention over some blocks gave.
+
+    lse is the natural logarithm of the sum of exp(logits) over the real keys whose values entered; sinks are not in it.
+    A row that sees no key has lse -inf and output 0. exp(lse_sparse - lse_dense) is the share of the true attention
+    mass that a selection kept, per query, exactly.
+    """
+
+    output: Tensor | None  # [batch, query_heads, queries, value_dim], None in lse-only mode
+    lse: Tensor  # float32 (float64 from the oracle) [batch, query_heads, queries]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockGrid:
+    """The tiles that queries and keys are cut into.
+
+    Blocks are anchored at each batch row's first valid key, so padding, chunks and cached prefixes meet the same grid:
+    query block m of the grid holds the slots [anchor + m * block_q, anchor + (m + 1) * block_q), key block n likewise.
+    Row r of an index is the grid's query block `first + r`. A chunk that starts inside a block has a partial first row;
+    a batch row with fewer blocks than its neighbours has rows without queries at the end.
+
+    Example: anchor 3, block_q 4, slots 5 to 12 asked: first = 0, row 0 holds slots 5-6, row 1 slots 7-10, row 2 11-12.
+    """
+
+    block_q: int
+    block_k: int
+    anchor: Tensor  # int64 [batch]
+    first: Tensor  # int64 [batch]
+    rows: int
+    key_blocks: int  # no list names a block at or above this
+    query_start: int
+    queries: int
+
+    @staticmethod
+    def of(inputs: AttentionInputs, block_q: int, block_k: int) -> BlockGrid:
+        """The grid of these inputs. Reads nothing back to the host: with padding, `rows` may be one too many."""
+        for name, size in (("block_q", block_q), ("block_k", block_k)):
+            if size < 1:
+                raise ValueError(f"{name} must be positive, got {size}")
+        start, queries = inputs.query_start, inputs.queries
+        anchor = inputs.anchor()
+        rows = -(-(start + queries) // block_q) - start // block_q
+        if inputs.key_valid is not None and start:
+            rows = (queries + block_q - 2) // block_q + 1
+        first = (start - anchor).clamp(min=0) // block_q
+        key_blocks = max(1, -(-inputs.last_key // block_k))
+        return BlockGrid(block_q, block_k, anchor, first, rows, key_blocks, start, queries)
+
+    def fits(self, inputs: AttentionInputs) -> str | None:
+        """Why an index on this grid cannot be used with these inputs, or None."""
+        if (self.query_start, self.queries) != (inputs.query_start, inputs.queries):
+            return (
+                f"it was made for {self.queries} queries from slot {self.query_start}, "
+                f"the inputs have {inputs.queries} from {inputs.query_start}"
+            )
+        if self.anchor.shape[0] != inputs.batch:
+            return f"it was made for a batch of {self.anchor.shape[0]}, the inputs have {inputs.batch}"
+        if self.anchor.device != inputs.device:
+            return f"it is on {self.anchor.device}, the inputs are on {inputs.device}"
+        if self.key_blocks != max(1, -(-inputs.last_key // self.block_k)):
+            return f"it was made for {self.key_blocks} key blocks, the inputs have {inputs.last_key} keys to see"
+        return None
+
+    def row_slots(self) -> tuple[Tensor, Tensor]:
+        """int64 [batch, rows] twice: the slots [start, stop) asked in each row; start == stop for rows without queries."""
+        block = self.first[:, None] + torch.arange(self.rows, device=self.anchor.device)
+        edge = self.anchor[:, None] + block * self.block_q
+        end = self.query_start + self.queries
+        start = edge.clamp(self.query_start, end)
+        return start, torch.minimum((edge + self.block_q).clamp(max=end), torch.full_like(edge, end)).clamp(min=start)
+
+    def query_rows(self) -> Tensor:
+        """int64 [batch, queries]: the row each query stands in, -1 for padding before the anchor."""
+        slot = torch.arange(self.query_start, self.query_start + self.queries, device=self.anchor.device)
+        past = slot - self.anchor[:, None]
+        return torch.where(past >= 0, past // self.block_q - self.first[:, None], -1)
+
+    def visible_blocks(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """int64 [batch, rows] twice: the key blocks [low, high) in which a row may see something.
+
+        Blocks in between may still be empty where `key_valid` has holes. A row without queries gets block 0.
+        """
+        low, high = inputs.visible_range()
+        start, stop = self.row_slots()
+        some = stop > start
+        first = (start - self.query_start).clamp(max=self.queries - 1)
+        last = (stop - 1 - self.query_start).clamp(0, self.queries - 1)
+        low_block = (low.gather(1, first) - self.anchor[:, None]).clamp(min=0) // self.block_k
+        high_block = -(-(high.gather(1, last) - self.anchor[:, None]) // self.block_k)
+        low_block = torch.where(some, low_block, 0)
+        high_block = torch.where(some, high_block, 1).clamp(max=self.key_blocks)
+        return low_block.clamp(max=self.key_blocks - 1), torch.maximum(high_block, low_block + 1)
+
+    def visible_block_mask(self, inputs: AttentionInputs) -> Tensor:
+        """bool [batch, rows, key_blocks] of `visible_blocks`."""
+        low, high = self.visible_blocks(inputs)
+        block = torch.arange(self.key_blocks, device=self.anchor.device)
+        return (block >= low[..., None]) & (block < high[..., None])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockIndex:
+    """Ragged lists of key blocks, one for each (batch row, query head, row of the grid).
+
+    Row r attends to columns[start[r] : start[r] + count[r]]: strictly ascending, at least one, each inside the grid's
+    visible blocks. Lists may have slack between them and may share storage (a dense index is one list that all rows
+    read from), so an estimator over-allocates freely and never reads a length back to the host.
+
+    Example, 3 rows, causal, one sink block and the diagonal: columns [0, 0, 1, 0, 2], start [0, 1, 3], count [1, 2, 2].
+    """
+
+    grid: BlockGrid
+    columns: Tensor  # int32 [capacity]
+    start: Tensor  # int64 [batch, query_heads, rows]
+    count: Tensor  # int32 [batch, query_heads, rows]
+
+    @property
+    def query_heads(self) -> int:
+        return self.start.shape[1]
+
+    @staticmethod
+    def dense(inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        """Every block that any query of the row may see."""
+        low, high = grid.visible_blocks(inputs)
+        columns = torch.arange(grid.key_blocks, dtype=torch.int32, device=inputs.device)
+        shape = (inputs.batch, inputs.query_heads, grid.rows)
+        return BlockIndex(
+            grid, columns, low[:, None].expand(shape), (high - low).to(torch.int32)[:, None].expand(shape)
+        )
+
+    @staticmethod
+    def from_mask(grid: BlockGrid, mask: Tensor) -> BlockIndex:
+        """From bool [batch, query_heads, rows, key_blocks]. On a GPU this allocates for a full mask (no host sync)."""
+        count = mask.sum(-1, dtype=torch.int32)
+        if mask.device.type == "cpu":
+            columns = mask.nonzero()[:, -1].to(torch.int32)
+            start = count.flatten().cumsum(0).view_as(count) - count
+            return BlockIndex(grid, columns, start.to(torch.int64), count)
+        blocks = mask.shape[-1]
+        slot = torch.where(mask, mask.cumsum(-1) - 1, blocks)
+        ids = torch.arange(blocks, dtype=torch.int32, device=mask.device).expand_as(slot)
+        columns = torch.zeros(*mask.shape[:-1], blocks + 1, dtype=torch.int32, device=mask.device).scatter_(-1, slot, ids)
+        start = torch.arange(count.numel(), device=mask.device).view_as(count) * (blocks + 1)
+        return BlockIndex(grid, columns.flatten(), start, count)
+
+    @staticmethod
+    def from_slots(grid: BlockGrid, ids: Tensor, count: Tensor) -> BlockIndex:
+        """From ids [batch, query_heads, rows, slots], of which the first `count` are ascending and valid."""
+        start = torch.arange(count.numel(), device=ids.device).view_as(count) * ids.shape[-1]
+        return BlockIndex(grid, ids.to(torch.int32).flatten(), start, count.to(torch.int32))
+
+    @staticmethod
+    def merge(parts: Sequence[tuple[Sequence[int], BlockIndex]], query_heads: int) -> BlockIndex:
+        """Join indexes that each serve some query heads: parts are (heads, index over just those heads, in that order).
+
+        Raises ValueError unless every head is served exactly once on one grid.
+        """
+        served = [head for heads, _ in parts for head in heads]
+        if sorted(served) != list(range(query_heads)):
+            raise ValueError(f"heads 0 to {query_heads - 1} must each be served once, got {sorted(served)}")
+        grid = parts[0][1].grid
+        starts, counts, offset = [], [], 0
+        for heads, part in parts:
+            if (part.grid.block_q, part.grid.block_k, part.grid.rows) != (grid.block_q, grid.block_k, grid.rows):
+                raise ValueError("the parts stand on different grids")
+            if part.query_heads != len(heads):
+                raise ValueError(f"{len(heads)} heads named for an index over {part.query_heads}")
+            starts.append(part.start + offset)
+            counts.append(part.count)
+            offset += part.columns.numel()
+        if len(parts) == 1 and served == list(range(query_heads)):
+            return parts[0][1]
+        order = torch.tensor(served, device=grid.anchor.device).argsort()
+        columns = torch.cat([part.columns for _, part in parts])
+        return BlockIndex(grid, columns, torch.cat(starts, 1)[:, order], torch.cat(counts, 1)[:, order])
+
+    def to_mask(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """bool [batch, query_heads, rows, key_blocks]; `start`, `stop`: a slab of rows."""
+        first, count = self.start[:, :, start:stop], self.count[:, :, start:stop]
+        slot = torch.arange(self.grid.key_blocks, device=self.columns.device)
+        real = slot < count[..., None]
+        # slots beyond a list's end are clamped into storage and put into an extra column that is cut off
+        ids = self.columns[(first[..., None] + slot).clamp(max=self.columns.numel() - 1)].to(torch.int64)
+        ids = torch.where(real, ids, self.grid.key_blocks)
+        mask = torch.zeros(*real.shape[:-1], self.grid.key_blocks + 1, dtype=torch.bool, device=ids.device)
+        return mask.scatter_(-1, ids, True)[..., :-1]
+
+    def validate(self, inputs: AttentionInputs) -> None:
+        """Check every promise of this class (reads back to the host; for tests and debugging). Raises ValueError."""
+        grid = self.grid
+        reason = grid.fits(inputs)
+        if reason:
+            raise ValueError(f"this index does not belong to these inputs: {reason}")
+        shape = (inputs.batch, inputs.query_heads, grid.rows)
+        if self.start.shape != shape or self.count.shape != shape:
+            raise ValueError(f"start and count must be {shape}, got {tuple(self.start.shape)}, {tuple(self.count.shape)}")
+        if (self.count < 1).any():
+            raise ValueError(f"{int((self.count < 1).sum())} rows have an empty list")
+        if (self.count > grid.key_blocks).any() or (self.start < 0).any():
+            raise ValueError("a list is longer than there are key blocks, or starts before the storage")
+        if (self.start + self.count > self.columns.numel()).any():
+            raise ValueError("a list ends beyond the storage")
+        slot = torch.arange(grid.key_blocks, device=self.columns.device)
+        real = slot < self.count[..., None]
+        ids = self.columns[(self.start[..., None] + slot).clamp(max=self.columns.numel() - 1)].to(torch.int64)
+        if ((ids[..., 1:] <= ids[..., :-1]) & real[..., 1:]).any():
+            raise ValueError("a list is not strictly ascending")
+        low, high = grid.visible_blocks(inputs)
+        if (((ids < low[:, None, :, None]) | (ids >= high[:, None, :, None])) & real).any():
+            raise ValueError("a list names a block that its queries cannot see (future, outside the window, or no block)")

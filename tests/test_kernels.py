@@ -1,0 +1,325 @@
+"""The CPU path and the dispatch, judged by the float64 oracle and by properties of attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import assert_within_budget, left_padding, make_inputs, random_index
+
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.coverage import coverage, tile_pairs
+from sparseprefill.kernels import block_sparse_attention, choose_implementation, why_not
+from sparseprefill.kernels.reference import listed_mask, reference_attention
+
+
+def holes(keys: int) -> torch.Tensor:
+    """Left padding in row 1, and in row 0 the gap that a second turn leaves behind a left-padded first one."""
+    valid = left_padding(keys, [0, 37])
+    valid[0, 50:70] = False
+    return valid
+
+
+# name, shape and fields of the inputs, (block_q, block_k)
+CASES: dict[str, tuple[dict[str, object], tuple[int, int]]] = {
+    "aligned": ({"queries": 256}, (64, 64)),
+    "one-query": ({"queries": 1}, (64, 64)),
+    "one-query-of-65": ({"queries": 1, "keys": 65}, (64, 64)),
+    "63": ({"queries": 63}, (64, 64)),
+    "65": ({"queries": 65}, (64, 64)),
+    "1000": ({"queries": 1000, "head_dim": 16}, (64, 64)),
+    "chunk": ({"queries": 128, "keys": 320}, (64, 64)),
+    "chunk-inside-a-block": ({"queries": 100, "keys": 230}, (64, 64)),
+    "groups-of-7": ({"queries": 130, "query_heads": 7, "kv_heads": 1}, (64, 64)),
+    "no-groups": ({"queries": 130, "query_heads": 3, "kv_heads": 3}, (64, 64)),
+    "dim-80": ({"queries": 130, "head_dim": 80}, (64, 64)),
+    "value-smaller": ({"queries": 130, "head_dim": 48, "value_dim": 32}, (64, 64)),
+    "value-larger": ({"queries": 130, "head_dim": 32, "value_dim": 48}, (64, 64)),
+    "wide-tiles": ({"queries": 200}, (32, 64)),
+    "tall-tiles": ({"queries": 200}, (128, 32)),
+    "odd-tiles": ({"queries": 200}, (48, 40)),
+    "left-padding": ({"batch": 3, "queries": 200, "key_valid": left_padding(200, [0, 70, 13])}, (64, 64)),
+    "nearly-all-padding": ({"batch": 2, "queries": 200, "key_valid": left_padding(200, [199, 0])}, (64, 64)),
+    "holes": ({"batch": 2, "queries": 90, "keys": 200, "key_valid": holes(200)}, (64, 64)),
+    "window": ({"queries": 300, "window": 70}, (64, 64)),
+    "window-of-1": ({"queries": 130, "window": 1}, (64, 64)),
+    "window-and-chunk": ({"queries": 100, "keys": 300, "window": 90}, (32, 64)),
+    "softcap": ({"queries": 200, "softcap": 2.0}, (64, 64)),
+    "sinks": ({"queries": 200, "sinks": torch.tensor([-1.0, 0.0, 2.0, 30.0])}, (64, 64)),
+    "static-cache": ({"queries": 100, "keys": 300, "query_start": 0, "key_length": 100}, (64, 64)),
+    "static-cache-later": ({"queries": 64, "keys": 300, "query_start": 128, "key_length": 192}, (64, 64)),
+    "packed": (
+        {"batch": 2, "queries": 200, "segment": torch.tensor([[0] * 90 + [1] * 110, [0] * 20 + [4] * 100 + [5] * 80])},
+        (64, 64),
+    ),
+    "everything": (
+        {
+            "batch": 2, "queries": 90, "keys": 220, "key_valid": holes(220), "window": 100, "softcap": 5.0,
+            "sinks": torch.tensor([0.5, -2.0, 1.0, 0.0]), "query_start": 120, "key_length": 210,
+            "segment": torch.tensor([[0] * 100 + [1] * 120, [0] * 150 + [1] * 70]),
+        },
+        (64, 32),
+    ),
+}  # fmt: skip
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_cpu_matches_the_oracle(name: str, dtype: torch.dtype) -> None:
+    fields, (block_q, block_k) = CASES[name]
+    inputs = make_inputs(dtype=dtype, **fields)
+    for density in (0.0, 0.4, 1.0):
+        index = random_index(inputs, block_q, block_k, density)
+        index.validate(inputs)
+        assert_within_budget(block_sparse_attention(inputs, index, impl="cpu"), inputs, index)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lse_only_reads_no_values(name: str) -> None:
+    fields, (block_q, block_k) = CASES[name]
+    inputs = make_inputs(**fields)
+    poisoned = dataclasses.replace(inputs, value=torch.full_like(inputs.value, torch.nan))
+    index = random_index(inputs, block_q, block_k, 0.4)
+    result = block_sparse_attention(poisoned, index, impl="cpu", values=False)
+    assert result.output is None
+    assert_within_budget(result, inputs, index)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_dense_index_is_dense_attention(name: str) -> None:
+    fields, (block_q, block_k) = CASES[name]
+    inputs = make_inputs(**fields)
+    index = BlockIndex.dense(inputs, BlockGrid.of(inputs, block_q, block_k))
+    index.validate(inputs)
+    exact, listed = reference_attention(inputs), reference_attention(inputs, index)
+    assert torch.equal(exact.lse, listed.lse)
+    assert torch.equal(exact.output, listed.output)
+    assert_within_budget(block_sparse_attention(inputs, index), inputs, None)
+    share = coverage(inputs, index)
+    torch.testing.assert_close(share.density, torch.ones_like(share.density))
+    torch.testing.assert_close(share.tile_work, torch.ones_like(share.tile_work))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_coverage_counts_visible_pairs(name: str) -> None:
+    fields, (block_q, block_k) = CASES[name]
+    inputs = make_inputs(**fields)
+    index = random_index(inputs, block_q, block_k, 0.4)
+    visible = inputs.visible_mask()[:, None]
+    listed = visible & listed_mask(index, inputs.keys, 0, inputs.queries)
+    # padding queries that stand before the anchor see nothing, so they are in neither count
+    brute = listed.sum((0, 2, 3)).double() / visible.sum()
+    torch.testing.assert_close(coverage(inputs, index, slab=2).density, brute)
+    assert tile_pairs(inputs, index.grid).sum() == visible.sum()
+
+
+def test_oracle_on_a_worked_example() -> None:
+    """Two keys with logits ln 3 and 0, a sink of ln 4: shares 3/8 and 1/8 of the mass, lse ln 4."""
+    inputs = AttentionInputs(
+        query=torch.tensor([[[[0.0], [1.0]]]], dtype=torch.float64),
+        key=torch.tensor([[[[3.0]], [[1.0]]]], dtype=torch.float64).log().reshape(1, 1, 2, 1),
+        value=torch.tensor([[[[8.0], [80.0]]]], dtype=torch.float64),
+        scale=1.0,
+        sinks=torch.tensor([4.0]).double().log(),
+    )
+    result = reference_attention(inputs)
+    torch.testing.assert_close(result.output[0, 0, 1], torch.tensor([3.0 + 10.0], dtype=torch.float64))
+    torch.testing.assert_close(result.lse[0, 0, 1], torch.tensor(4.0, dtype=torch.float64).log())
+    torch.testing.assert_close(result.output[0, 0, 0], torch.tensor([8.0 / 5], dtype=torch.float64))
+
+
+def test_blocks_are_anchored_at_the_first_valid_key() -> None:
+    """The same prompt with and without left padding, one-shot and in chunks, meets the same grid."""
+    alone = make_inputs(queries=200)
+    index = random_index(alone, 64, 64, 0.3)
+    whole = block_sparse_attention(alone, index, impl="cpu")
+
+    pad = 57
+    padded = make_inputs(queries=200 + pad, key_valid=left_padding(200 + pad, [pad]))
+    for name in ("query", "key", "value"):
+        getattr(padded, name)[:, :, pad:] = getattr(alone, name)
+    shifted = BlockIndex.from_mask(BlockGrid.of(padded, 64, 64), _grown(index.to_mask(), 5, 5))
+    result = block_sparse_attention(padded, shifted, impl="cpu")
+    torch.testing.assert_close(result.output[:, :, pad:], whole.output)
+    torch.testing.assert_close(result.lse[:, :, pad:], whole.lse)
+    assert (result.lse[:, :, :pad] == -torch.inf).all()
+    assert (result.output[:, :, :pad] == 0).all()
+
+    for start, stop in ((0, 90), (90, 100), (100, 200)):  # edges inside blocks
+        chunk = dataclasses.replace(
+            alone, query=alone.query[:, :, start:stop], key=alone.key[:, :, :stop], value=alone.value[:, :, :stop],
+            query_start=start,
+        )  # fmt: skip
+        grid = BlockGrid.of(chunk, 64, 64)
+        mask = index.to_mask()[:, :, start // 64 : start // 64 + grid.rows, : grid.key_blocks]
+        part = block_sparse_attention(
+            chunk, BlockIndex.from_mask(grid, mask & grid.visible_block_mask(chunk)[:, None]), impl="cpu"
+        )
+        torch.testing.assert_close(part.output, whole.output[:, :, start:stop])
+
+
+def _grown(mask: torch.Tensor, rows: int, blocks: int) -> torch.Tensor:
+    grown = torch.zeros(*mask.shape[:2], rows, blocks, dtype=torch.bool)
+    grown[:, :, : mask.shape[2], : mask.shape[3]] = mask
+    grown[:, :, mask.shape[2] :, 0] = True
+    return grown
+
+
+def test_batch_row_alone_is_the_same_row() -> None:
+    inputs = make_inputs(batch=3, queries=200, key_valid=left_padding(200, [0, 70, 13]))
+    index = random_index(inputs, 64, 64, 0.3)
+    whole = block_sparse_attention(inputs, index, impl="cpu")
+    for b in range(3):
+        row = dataclasses.replace(
+            inputs, **{n: getattr(inputs, n)[b : b + 1] for n in ("query", "key", "value", "key_valid")}
+        )
+        grid = BlockGrid.of(row, 64, 64)
+        part = BlockIndex(grid, index.columns, index.start[b : b + 1], index.count[b : b + 1])
+        torch.testing.assert_close(block_sparse_attention(row, part, impl="cpu").output, whole.output[b : b + 1])
+
+
+def test_more_blocks_never_lower_lse_and_kept_mass_is_a_share() -> None:
+    inputs = make_inputs(queries=320)
+    few = random_index(inputs, 64, 64, 0.2)
+    many = BlockIndex.from_mask(few.grid, few.to_mask() | random_index(inputs, 64, 64, 0.5, seed=1).to_mask())
+    dense = reference_attention(inputs).lse
+    lse_few, lse_many = (block_sparse_attention(inputs, i, impl="cpu").lse for i in (few, many))
+    assert (lse_many >= lse_few - 1e-6).all()
+    assert ((lse_few - dense).exp() <= 1 + 1e-5).all()
+
+
+def test_the_same_token_mask_with_another_block_size() -> None:
+    inputs = make_inputs(queries=256)
+    coarse = random_index(inputs, 64, 64, 0.3)
+    fine_mask = coarse.to_mask().repeat_interleave(4, 2).repeat_interleave(2, 3)
+    grid = BlockGrid.of(inputs, 16, 32)
+    fine = BlockIndex.from_mask(grid, fine_mask & grid.visible_block_mask(inputs)[:, None])
+    a, b = (block_sparse_attention(inputs, i, impl="cpu") for i in (coarse, fine))
+    torch.testing.assert_close(a.output, b.output)
+    torch.testing.assert_close(a.lse, b.lse)
+
+
+def test_nothing_leaks_from_the_future() -> None:
+    inputs = make_inputs(queries=300)
+    index = BlockIndex.dense(inputs, BlockGrid.of(inputs, 64, 64))
+    sparse = random_index(inputs, 64, 64, 0.4)
+    for chosen in (index, sparse):
+        before = block_sparse_attention(inputs, chosen, impl="cpu").output
+        key, value = inputs.key.clone(), inputs.value.clone()
+        key[:, :, 150:], value[:, :, 150:] = 7.0, 1e4
+        after = block_sparse_attention(dataclasses.replace(inputs, key=key, value=value), chosen, impl="cpu").output
+        assert torch.equal(before[:, :, :150], after[:, :, :150])
+
+
+def test_lists_may_share_storage_and_have_slack() -> None:
+    inputs = make_inputs(queries=200)
+    index = random_index(inputs, 64, 64, 0.4)
+    blocks = index.grid.key_blocks
+    ids = torch.full((*index.count.shape, blocks + 3), 99)
+    for place in itertools.product(*map(range, index.count.shape)):
+        count, start = int(index.count[place]), int(index.start[place])
+        ids[place][:count] = index.columns[start : start + count]
+    slack = BlockIndex.from_slots(index.grid, ids, index.count)
+    slack.validate(inputs)
+    assert torch.equal(slack.to_mask(), index.to_mask())
+    a, b = (block_sparse_attention(inputs, i, impl="cpu").output for i in (index, slack))
+    assert torch.equal(a, b)
+
+
+def test_merge_puts_heads_where_they_belong() -> None:
+    inputs = make_inputs(queries=200)
+    index = random_index(inputs, 64, 64, 0.4)
+    parts = [
+        (heads, BlockIndex(index.grid, index.columns, index.start[:, heads], index.count[:, heads]))
+        for heads in ([2, 0], [3, 1])
+    ]
+    assert torch.equal(BlockIndex.merge(parts, 4).to_mask(), index.to_mask())
+    with pytest.raises(ValueError, match="served once"):
+        BlockIndex.merge(parts[:1], 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    queries=st.integers(1, 150), past=st.integers(0, 100), block_q=st.integers(1, 70), block_k=st.integers(1, 70),
+    pad=st.integers(0, 60), window=st.one_of(st.none(), st.integers(1, 200)), density=st.floats(0, 1),
+)  # fmt: skip
+def test_any_geometry(
+    queries: int, past: int, block_q: int, block_k: int, pad: int, window: int | None, density: float
+) -> None:
+    keys = queries + past
+    inputs = make_inputs(
+        batch=2, query_heads=2, kv_heads=1, queries=queries, keys=keys, head_dim=8, window=window,
+        key_valid=left_padding(keys, [min(pad, keys - 1), 0]),
+    )  # fmt: skip
+    index = random_index(inputs, block_q, block_k, density)
+    index.validate(inputs)
+    assert_within_budget(block_sparse_attention(inputs, index, impl="cpu"), inputs, index)
+
+
+def test_what_cannot_be_served_is_refused_with_a_reason() -> None:
+    inputs = make_inputs(queries=130)
+    index = random_index(inputs, 64, 64, 0.5)
+    with pytest.raises(ValueError, match="unknown implementation 'gpu': choose one of auto, triton, cpu"):
+        block_sparse_attention(inputs, index, impl="gpu")
+    longer = make_inputs(queries=131)
+    with pytest.raises(ValueError, match="made for 130 queries"):
+        block_sparse_attention(longer, index)
+    with pytest.raises(ValueError, match="4 heads, the query has 8"):
+        block_sparse_attention(make_inputs(queries=130, query_heads=8), index)
+    double = make_inputs(queries=130, dtype=torch.float64)
+    assert "float64" in (why_not("cpu", double) or "")
+    with pytest.raises(NotImplementedError, match=r"cpu: it computes float32.*"):
+        block_sparse_attention(double, random_index(double, 64, 64, 0.5))
+    assert block_sparse_attention(double, random_index(double, 64, 64, 0.5), impl="reference").output is not None
+    trained = dataclasses.replace(inputs, query=inputs.query.requires_grad_())
+    with pytest.raises(NotImplementedError, match=r"torch\.no_grad"):
+        block_sparse_attention(trained, index)
+    assert choose_implementation(make_inputs(queries=130)) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scale": 0.0}, "scale"),
+        ({"softcap": -1.0}, "softcap"),
+        ({"window": 0}, "window"),
+        ({"sinks": torch.zeros(3)}, "sinks"),
+        ({"key_valid": torch.ones(1, 5, dtype=torch.bool)}, "key_valid"),
+        ({"key_valid": torch.ones(1, 128, dtype=torch.int64)}, "key_valid"),
+        ({"segment": torch.zeros(1, 128)}, "segment"),
+        ({"key_length": 200}, "key_length"),
+        ({"query_start": 1}, "slots 1 to 128"),
+        ({"query_heads": 3}, "multiple of KV heads"),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, str) else None,
+)
+def test_inputs_that_do_not_fit_together(fields: dict[str, object], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        make_inputs(**fields)
+
+
+def test_validate_finds_every_broken_promise() -> None:
+    inputs = make_inputs(queries=256)
+    good = BlockIndex.dense(inputs, BlockGrid.of(inputs, 64, 64))
+    shape = good.count.shape
+
+    def broken(columns: list[int], count: int) -> BlockIndex:
+        return BlockIndex(
+            good.grid, torch.tensor(columns, dtype=torch.int32), torch.zeros(shape, dtype=torch.int64),
+            torch.full(shape, count, dtype=torch.int32),
+        )  # fmt: skip
+
+    for index, message in (
+        (broken([0], 0), "empty list"),
+        (broken([0, 0], 2), "ascending"),
+        (broken([0, 1], 2), "cannot see"),  # the first row sees block 0 only
+        (broken([0], 2), "beyond the storage"),
+        (broken([0, 1, 2, 3, 4], 5), "longer than"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            index.validate(inputs)
