@@ -1,1 +1,7 @@
-"""TODO"""
+"""Which key blocks matter for this prompt: estimators score blocks, selection rules turn scores into lists."""
+
+from sparseprefill.estimators.mean_pooled import MeanPooled
+from sparseprefill.estimators.probe import Probe, ProbeMass
+from sparseprefill.estimators.selection import Budget, TopK, check_budget, keep_blocks
+
+__all__ = ["Budget", "MeanPooled", "Probe", "ProbeMass", "TopK", "check_budget", "keep_blocks"]

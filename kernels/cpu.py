@@ -16,7 +16,7 @@ from torch.nn import functional
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockIndex
 
 # gathered keys and values of one batched call; measured best where a call's tiles stay in a core's cache
-_CALL_BYTES = 2 << 20
+_CALL_BYTES = 4 << 20
 
 
 def why_not_cpu(inputs: AttentionInputs, index: BlockIndex | None) -> str | None:
@@ -39,8 +39,9 @@ def cpu_attention(inputs: AttentionInputs, index: BlockIndex, *, values: bool = 
     shape = (inputs.batch * heads * rows, block_q)
     lse = torch.full(shape, -torch.inf)
     output = inputs.query.new_zeros(*shape, inputs.value_dim) if values else None
+    space = _Workspace()
     for part in _batches(tiles, inputs, values):
-        _compute(part, tiles, inputs, output, lse)
+        _compute(part, tiles, inputs, space, output, lse)
     return _scatter(inputs, index, output, lse)
 
 
@@ -121,7 +122,9 @@ def _full_tiles(inputs: AttentionInputs, index: BlockIndex) -> Tensor:
     first = (begin - inputs.query_start).clamp(max=inputs.queries - 1)
     last = (end - 1 - inputs.query_start).clamp(min=0)
     edge = grid.anchor[:, None] + torch.arange(grid.key_blocks + 1) * grid.block_k
-    full = (edge[:, None, :-1] >= low.gather(1, last)[..., None]) & (edge[:, None, 1:] <= high.gather(1, first)[..., None])
+    full = (edge[:, None, :-1] >= low.gather(1, last)[..., None]) & (
+        edge[:, None, 1:] <= high.gather(1, first)[..., None]
+    )
     if inputs.key_valid is not None:
         before = functional.pad(inputs.key_valid.to(torch.int64).cumsum(1), (1, 0))
         held = before.gather(1, edge.clamp(max=inputs.keys)).diff(dim=1)
@@ -167,40 +170,57 @@ def _batches(tiles: _Tiles, inputs: AttentionInputs, values: bool) -> list[Tenso
     return parts
 
 
-def _compute(rows: Tensor, tiles: _Tiles, inputs: AttentionInputs, output: Tensor | None, lse: Tensor) -> None:
+def _compute(
+    rows: Tensor, tiles: _Tiles, inputs: AttentionInputs, space: _Workspace, output: Tensor | None, lse: Tensor
+) -> None:
     """Attention of some rows with equally many full and equally many edge tiles, written into output and lse."""
     flat = tiles.row[rows]
-    query = tiles.query[flat]
+    query = tiles.query.index_select(0, flat)
     full_count, edge_count = int(tiles.full_count[rows[0]]), int(tiles.edge_count[rows[0]])
     values = output is not None
     plain = inputs.softcap is None and values
     parts: list[tuple[Tensor | None, Tensor]] = []
     if full_count:
         ids = tiles.full[tiles.full_start[rows, None] + torch.arange(full_count)]
-        parts.append(_flash(query, ids, tiles, inputs) if plain else _masked(query, ids, tiles, inputs, values=values))
+        parts.append(
+            _flash(query, ids, tiles, inputs, space)
+            if plain
+            else _masked(query, ids, tiles, inputs, space, values=values)
+        )
     if edge_count:
         ids = tiles.edge[tiles.edge_start[rows, None] + torch.arange(edge_count)]
         if plain and tiles.causal_edge:
-            parts.append(_flash(query, ids, tiles, inputs, causal=True))
+            parts.append(_flash(query, ids, tiles, inputs, space, causal=True))
         else:
-            parts.append(_masked(query, ids, tiles, inputs, _edge_mask(flat, ids, tiles, inputs), values))
+            parts.append(_masked(query, ids, tiles, inputs, space, _edge_mask(flat, ids, tiles, inputs), values))
     part_output, part_lse = parts[0] if len(parts) == 1 else _join(*parts)
-    lse[flat] = part_lse
+    lse.index_copy_(0, flat, part_lse)
     if output is not None and part_output is not None:
-        output[flat] = part_output.to(output.dtype)
+        output.index_copy_(0, flat, part_output.to(output.dtype))
 
 
-def _gather(blocks: Tensor, ids: Tensor) -> Tensor:
-    """[rows, tiles * block_k, dim]"""
-    rows, count = ids.shape
-    return blocks.index_select(0, ids.flatten()).view(rows, count * blocks.shape[1], blocks.shape[2])
+class _Workspace:
+    """Memory that gathered tiles are written to, call after call: fresh pages would cost more than the copy itself."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def gather(self, name: str, blocks: Tensor, ids: Tensor) -> Tensor:
+        """blocks[ids] as [rows, tiles * block_k, dim]; valid until the next gather of that name."""
+        rows, count = ids.shape
+        size = ids.numel() * blocks[0].numel()
+        if name not in self._memory or self._memory[name].numel() < size:
+            self._memory[name] = blocks.new_empty(size)
+        out = self._memory[name][:size].view(ids.numel(), *blocks.shape[1:])
+        torch.index_select(blocks, 0, ids.flatten(), out=out)
+        return out.view(rows, count * blocks.shape[1], blocks.shape[2])
 
 
 def _flash(
-    query: Tensor, ids: Tensor, tiles: _Tiles, inputs: AttentionInputs, causal: bool = False
+    query: Tensor, ids: Tensor, tiles: _Tiles, inputs: AttentionInputs, space: _Workspace, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Unmasked (or exactly diagonal) tiles, through the fused operator."""
-    key, value = _gather(tiles.key, ids), _gather(tiles.value, ids)
+    key, value = space.gather("key", tiles.key, ids), space.gather("value", tiles.value, ids)
     output, lse = _fused(query[:, None], key[:, None], value[:, None], causal, inputs.scale)
     return output[:, 0], lse[:, 0]
 
@@ -219,10 +239,16 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
 
 
 def _masked(
-    query: Tensor, ids: Tensor, tiles: _Tiles, inputs: AttentionInputs, mask: Tensor | None = None, values: bool = True
+    query: Tensor,
+    ids: Tensor,
+    tiles: _Tiles,
+    inputs: AttentionInputs,
+    space: _Workspace,
+    mask: Tensor | None = None,
+    values: bool = True,
 ) -> tuple[Tensor | None, Tensor]:
     """Tiles with a mask [rows, block_q, tiles * block_k], or soft-capped, or without values; float32 inside."""
-    logits = torch.bmm(query.float(), _gather(tiles.key, ids).float().mT) * inputs.scale
+    logits = torch.bmm(query.float(), space.gather("key", tiles.key, ids).float().mT) * inputs.scale
     if inputs.softcap is not None:
         logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
     if mask is not None:
@@ -232,7 +258,7 @@ def _masked(
     peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)  # a row that sees nothing
     share = (logits - peak).exp_()
     mass = share.sum(-1, keepdim=True)
-    output = torch.bmm(share, _gather(tiles.value, ids).float()) / mass.clamp(min=1e-30)
+    output = torch.bmm(share, space.gather("value", tiles.value, ids).float()) / mass.clamp(min=1e-30)
     return output, (mass.log() + peak)[..., 0]
 
 

@@ -16,7 +16,7 @@ class Implementation:
 
     why_not: Callable[[AttentionInputs, BlockIndex | None], str | None]
     attend: Callable[[AttentionInputs, BlockIndex, bool], AttentionOutput]  # (inputs, index, values)
-    automatic: bool  # may `auto` choose it?
+    automatic: Callable[[AttentionInputs], bool]  # may `auto` ask it?
 
 
 def _reference(inputs: AttentionInputs, index: BlockIndex, values: bool) -> AttentionOutput:
@@ -44,9 +44,10 @@ def _triton(inputs: AttentionInputs, index: BlockIndex, values: bool) -> Attenti
 
 # in the order in which `auto` asks
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "triton": Implementation(_why_not_triton, _triton, automatic=True),
-    "cpu": Implementation(why_not_cpu, _cpu, automatic=True),
-    "reference": Implementation(lambda inputs, index: None, _reference, automatic=False),
+    # on the CPU triton is only ever an interpreter, for those who ask for it
+    "triton": Implementation(_why_not_triton, _triton, automatic=lambda inputs: inputs.device.type != "cpu"),
+    "cpu": Implementation(why_not_cpu, _cpu, automatic=lambda inputs: True),
+    "reference": Implementation(lambda inputs, index: None, _reference, automatic=lambda inputs: False),
 }
 
 
@@ -61,7 +62,7 @@ def choose_implementation(inputs: AttentionInputs, index: BlockIndex | None = No
     """The implementation `auto` stands for. Raises NotImplementedError with every reason where there is none."""
     reasons = []
     for name, implementation in IMPLEMENTATIONS.items():
-        if not implementation.automatic:
+        if not implementation.automatic(inputs):
             continue
         reason = implementation.why_not(inputs, index)
         if reason is None:

@@ -1,1 +1,26 @@
-"""TODO"""
+"""The shapes a head can follow, and what assigns them."""
+
+from sparseprefill.patterns.a_shape import AShape
+from sparseprefill.patterns.block_sparse import BlockSparse
+from sparseprefill.patterns.dense import Dense
+from sparseprefill.patterns.last_rows import LastRowsDense, Pattern
+from sparseprefill.patterns.per_head import PerHead
+from sparseprefill.patterns.random_blocks import RandomBlocks
+from sparseprefill.patterns.store import ModelPatterns, load_patterns, save_patterns
+from sparseprefill.patterns.tri_shape import TriShape
+from sparseprefill.patterns.vertical_slash import VerticalSlash
+
+__all__ = [
+    "AShape",
+    "BlockSparse",
+    "Dense",
+    "LastRowsDense",
+    "ModelPatterns",
+    "Pattern",
+    "PerHead",
+    "RandomBlocks",
+    "TriShape",
+    "VerticalSlash",
+    "load_patterns",
+    "save_patterns",
+]

@@ -122,7 +122,9 @@ class Batches:
     def __call__(self, step: int, length: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         draw = random.Random(f"{self.seed}/{step}")
         rows = max(1, tokens // length)
-        made = [self._repeats(draw, length) if draw.random() < 1 / 3 else self._needles(draw, length) for _ in range(rows)]
+        made = [
+            self._repeats(draw, length) if draw.random() < 1 / 3 else self._needles(draw, length) for _ in range(rows)
+        ]
         return (
             torch.from_numpy(np.stack([ids for ids, _ in made])).long(),
             torch.from_numpy(np.stack([answer for _, answer in made])),
@@ -190,7 +192,9 @@ def losses(model: Qwen2ForCausalLM, ids: torch.Tensor, kind: torch.Tensor) -> tu
 
 
 @torch.no_grad()
-def retrieval(model: Qwen2ForCausalLM, encode: Callable[[str], list[int]], length: int, prompts: int, seed: int) -> float:
+def retrieval(
+    model: Qwen2ForCausalLM, encode: Callable[[str], list[int]], length: int, prompts: int, seed: int
+) -> float:
     right = total = 0
     for index in range(prompts):
         prompt = needle_prompt(encode, length, seed=seed, index=index)

@@ -10,6 +10,7 @@ relies on that, and only `key_valid` may punch holes into it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +45,9 @@ class AttentionInputs:
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
             if tensor.dim() != 4:
-                raise ValueError(f"{name} must have 4 dimensions [batch, heads, tokens, dim], got {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"{name} must have 4 dimensions [batch, heads, tokens, dim], got {tuple(tensor.shape)}"
+                )
             if not tensor.is_floating_point():
                 raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
         query, key, value = self.query, self.key, self.value
@@ -132,12 +135,32 @@ class AttentionInputs:
         """One past the last slot any query of these can see."""
         return min(self.filled, self.query_start + self.queries)
 
+    def select_heads(self, heads: Sequence[int]) -> AttentionInputs:
+        """Only some query heads, in the order named. Keys are copied only where `heads` breaks up a group."""
+        if list(heads) == list(range(self.query_heads)):
+            return self
+        groups = [h // self.group_size for h in heads[:: self.group_size]]
+        whole = [g * self.group_size + n for g in groups for n in range(self.group_size)]
+        kv = groups if list(heads) == whole else [h // self.group_size for h in heads]
+        return dataclasses.replace(
+            self, query=self.query[:, list(heads)], key=self.key[:, kv], value=self.value[:, kv],
+            sinks=None if self.sinks is None else self.sinks[list(heads)],
+        )  # fmt: skip
+
     def anchor(self) -> Tensor:
         """int64 [batch]: each row's first valid key, where its block grid begins (the number of keys if it has none)."""
         if self.key_valid is None:
             return torch.zeros(self.batch, dtype=torch.int64, device=self.device)
         first = self.key_valid.int().argmax(1)
         return torch.where(self.key_valid.any(1), first, self.keys)
+
+    def tail(self) -> Tensor:
+        """int64 [batch]: one past each row's last valid query slot, where right padding begins."""
+        end = self.query_start + self.queries
+        if self.key_valid is None:
+            return torch.full((self.batch,), end, dtype=torch.int64, device=self.device)
+        own = self.key_valid[:, self.query_start : end]
+        return torch.where(own.any(1), end - own.flip(1).int().argmax(1), self.query_start + 1)
 
     def visible_range(self) -> tuple[Tensor, Tensor]:
         """int64 [batch, queries] twice: keys in [low, high) that are also valid are visible to the query."""
@@ -242,6 +265,12 @@ class BlockGrid:
         start = edge.clamp(self.query_start, end)
         return start, torch.minimum((edge + self.block_q).clamp(max=end), torch.full_like(edge, end)).clamp(min=start)
 
+    def frontier(self) -> Tensor:
+        """int64 [batch, rows]: key blocks up to the end of each whole row, asked entirely or not; a chunk's edge does
+        not move it, so rules that count from it choose the same blocks in any chunk."""
+        row = self.first[:, None] + torch.arange(1, self.rows + 1, device=self.anchor.device)
+        return -(-row * self.block_q // self.block_k)
+
     def query_rows(self) -> Tensor:
         """int64 [batch, queries]: the row each query stands in, -1 for padding before the anchor."""
         slot = torch.arange(self.query_start, self.query_start + self.queries, device=self.anchor.device)
@@ -312,7 +341,9 @@ class BlockIndex:
         blocks = mask.shape[-1]
         slot = torch.where(mask, mask.cumsum(-1) - 1, blocks)
         ids = torch.arange(blocks, dtype=torch.int32, device=mask.device).expand_as(slot)
-        columns = torch.zeros(*mask.shape[:-1], blocks + 1, dtype=torch.int32, device=mask.device).scatter_(-1, slot, ids)
+        columns = torch.zeros(*mask.shape[:-1], blocks + 1, dtype=torch.int32, device=mask.device).scatter_(
+            -1, slot, ids
+        )
         start = torch.arange(count.numel(), device=mask.device).view_as(count) * (blocks + 1)
         return BlockIndex(grid, columns.flatten(), start, count)
 
@@ -366,7 +397,9 @@ class BlockIndex:
             raise ValueError(f"this index does not belong to these inputs: {reason}")
         shape = (inputs.batch, inputs.query_heads, grid.rows)
         if self.start.shape != shape or self.count.shape != shape:
-            raise ValueError(f"start and count must be {shape}, got {tuple(self.start.shape)}, {tuple(self.count.shape)}")
+            raise ValueError(
+                f"start and count must be {shape}, got {tuple(self.start.shape)}, {tuple(self.count.shape)}"
+            )
         if (self.count < 1).any():
             raise ValueError(f"{int((self.count < 1).sum())} rows have an empty list")
         if (self.count > grid.key_blocks).any() or (self.start < 0).any():
@@ -380,4 +413,6 @@ class BlockIndex:
             raise ValueError("a list is not strictly ascending")
         low, high = grid.visible_blocks(inputs)
         if (((ids < low[:, None, :, None]) | (ids >= high[:, None, :, None])) & real).any():
-            raise ValueError("a list names a block that its queries cannot see (future, outside the window, or no block)")
+            raise ValueError(
+                "a list names a block that its queries cannot see (future, outside the window, or no block)"
+            )

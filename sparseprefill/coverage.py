@@ -16,14 +16,26 @@ from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coverage:
-    """Per query head, over the whole batch; on the device of the inputs."""
+    """Counts over the whole batch, on the device of the inputs. Counts of several calls may be added."""
 
-    density: Tensor  # float64 [query_heads]
-    tile_work: Tensor  # float64 [query_heads]
+    kept: Tensor  # int64 [query_heads] visible pairs in listed tiles
+    visible: Tensor  # int64 [] visible pairs of one head
+    tiles: Tensor  # int64 [query_heads] listed tiles
+    dense_tiles: Tensor  # int64 [] tiles that dense attention lists for one head
+
+    @property
+    def density(self) -> Tensor:
+        """float64 [query_heads]"""
+        return self.kept.double() / self.visible.clamp(min=1)
+
+    @property
+    def tile_work(self) -> Tensor:
+        """float64 [query_heads]"""
+        return self.tiles.double() / self.dense_tiles.clamp(min=1)
 
 
 def coverage(inputs: AttentionInputs, index: BlockIndex, *, slab: int = 256) -> Coverage:
-    """Density and tile_work of each head. No host sync; `slab` rows of the index are looked at together."""
+    """Count what an index computes. No host sync; `slab` rows of the index are looked at together."""
     grid = index.grid
     kept = torch.zeros(index.query_heads, dtype=torch.int64, device=inputs.device)
     visible = torch.zeros((), dtype=torch.int64, device=inputs.device)
@@ -35,9 +47,7 @@ def coverage(inputs: AttentionInputs, index: BlockIndex, *, slab: int = 256) -> 
     begin, end = grid.row_slots()
     low, high = grid.visible_blocks(inputs)
     asked = end > begin
-    dense_tiles = ((high - low) * asked).sum()
-    tiles = (index.count * asked[:, None]).sum((0, 2))
-    return Coverage(kept.double() / visible.clamp(min=1), tiles.double() / dense_tiles.clamp(min=1))
+    return Coverage(kept, visible, (index.count * asked[:, None]).sum((0, 2)), ((high - low) * asked).sum())
 
 
 def tile_pairs(inputs: AttentionInputs, grid: BlockGrid, start: int = 0, stop: int | None = None) -> Tensor:

@@ -125,7 +125,9 @@ class Prose:
                     f"{pick(_VERB_SAID)} {pick(_SAID)}"
                 )
             case _:
-                body = f"the {noun} of {pick(_PEOPLE)} was {adjective}, {pick(_LINKS)} nobody asked for it {pick(_WHEN)}"
+                body = (
+                    f"the {noun} of {pick(_PEOPLE)} was {adjective}, {pick(_LINKS)} nobody asked for it {pick(_WHEN)}"
+                )
         return f" {body[0].upper()}{body[1:]}."
 
     def __iter__(self) -> Iterator[str]:

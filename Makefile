@@ -1,0 +1,69 @@
+# Every target that needs an environment creates it: `make test` and `make demo` work in a fresh clone.
+# The network is used by pip alone, once; afterwards all targets work offline.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+OLDEST := .venv-oldest/bin
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-full test-oldest lint format types unit clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+install: .venv/installed ## create .venv with the tested versions (the other targets do it themselves)
+
+demo: .venv/installed ## find needles in long prompts with the model inside, dense and sparse; results in demo/
+	$(BIN)/sparseprefill demo
+
+test: lint types unit ## what every change must pass: lint, types and the quick tests
+
+test-full: lint types ## the same with the slow sweeps
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-oldest: .venv-oldest/installed ## the tests of the Hugging Face seam on the oldest supported releases
+	$(OLDEST)/pytest tests/test_huggingface*.py $(PYTEST_ARGS)
+
+lint: .venv/installed ## style and format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed ## put the style right where that can be done automatically
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+# mypy ignores the import hook of an editable install, so it gets a tree in which every room lies inside the package.
+# build/lib is setuptools' own staging area: a module deleted from the source would live on in it.
+types: .venv/installed ## mypy, strict, on the package as it installs
+	rm -rf build/typed build/lib build/bdist.*
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --no-index --no-compile --target build/typed .
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p sparseprefill
+
+unit: .venv/installed ## the quick tests alone
+	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+
+clean: ## remove environments, caches and build products
+	rm -rf .venv .venv-oldest build/typed build/lib build/bdist.* dist *.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# setuptools comes first and is then used as it stands, so that an install builds with the pinned one.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed for the pinned versions: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	@echo "installing into .venv: a few minutes the first time"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	@echo "installing into .venv-oldest: a few minutes the first time"
+	test -x $(OLDEST)/python || $(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install -q -c constraints-oldest.txt setuptools
+	$(OLDEST)/python -m pip install -q -c constraints-oldest.txt --no-build-isolation -e '.[test]'
+	@touch $@

@@ -1,0 +1,67 @@
+"""What the last queries of a prompt attend to, summed along columns and along diagonals.
+
+Jiang et al., "MInference 1.0", 2024, arXiv:2407.02490, section 3.2: the attention of a few trailing queries tells which
+single keys (verticals) and which distances (slashes) matter to a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparseprefill.contracts import AttentionInputs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProbeMass:
+    """Attention mass of the probe rows; both in float32 (float64 for such inputs)."""
+
+    column: Tensor  # [batch, query_heads, keys] by key slot
+    diagonal: Tensor  # [batch, query_heads, keys] by distance query slot - key slot
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The last `rows` queries, exactly: rows * keys products a head, a share rows / keys of dense attention."""
+
+    rows: int = 64
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"probe rows must be at least 1, got {self.rows}")
+
+    def mass(self, inputs: AttentionInputs) -> ProbeMass:
+        """Softmax of the probe rows over the keys they see, summed by column and by distance.
+
+        Padding asks nothing: with right padding the probe rows end at each batch row's last valid query, and a query in
+        a slot that is not valid is left out.
+        """
+        rows, keys = min(self.rows, inputs.queries), inputs.last_key
+        first = (inputs.tail() - rows).clamp(min=inputs.query_start)  # slot of probe row 0
+        slot = first[:, None] + torch.arange(rows, device=inputs.device)  # [batch, rows]
+        place = slot - inputs.query_start
+        accurate = torch.float64 if inputs.query.dtype == torch.float64 else torch.float32
+        query = inputs.query.gather(2, place[:, None, :, None].expand(-1, inputs.query_heads, -1, inputs.head_dim))
+        query = query.unflatten(1, (inputs.kv_heads, inputs.group_size))
+        logits = torch.einsum("bkgid,bkjd->bkgij", query, inputs.key[:, :, :keys]).to(accurate).flatten(1, 2)
+        logits = logits * inputs.scale
+        if inputs.softcap is not None:
+            logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
+        low, high = (bound.gather(1, place)[..., None] for bound in inputs.visible_range())
+        key = torch.arange(keys, device=inputs.device)
+        seen = (key >= low) & (key < high)
+        if inputs.key_valid is not None:
+            seen &= inputs.key_valid[:, None, :keys] & inputs.key_valid.gather(1, slot)[..., None]
+        seen = seen[:, None]
+        share = logits.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)  # NaN where nothing is seen
+        # reversed keys are distances, shifted by one a row; a row longer by `rows`, cut one short, undoes the shift
+        skewed = functional.pad(share.flip(-1), (0, rows)).flatten(2)[..., : rows * (keys + rows - 1)]
+        by_sum = skewed.unflatten(2, (rows, keys + rows - 1)).sum(2)  # entry e: distance first - (keys - 1) + e
+        entry = torch.arange(inputs.keys, device=inputs.device) - first[:, None] + (keys - 1)
+        inside = (entry >= 0) & (entry < by_sum.shape[-1])
+        entry = entry.clamp(0, by_sum.shape[-1] - 1)[:, None].expand(*by_sum.shape[:2], -1)
+        diagonal = by_sum.gather(2, entry) * inside[:, None]
+        return ProbeMass(functional.pad(share.sum(2), (0, inputs.keys - keys)), diagonal)

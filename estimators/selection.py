@@ -1,0 +1,77 @@
+"""From block scores to lists of blocks. Any rule can follow any estimator."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# An int is tokens; a float in (0, 1] is a share of the keys that a row of the grid can see, so it scales with length.
+Budget = int | float
+
+
+def check_budget(name: str, budget: Budget, *, least: int = 1) -> None:
+    """Raise ValueError or TypeError unless `budget` is at least `least` tokens or a share in (0, 1]."""
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise TypeError(f"{name} must be tokens (int) or a share of the visible keys (float), got {budget!r}")
+    if isinstance(budget, int) and budget < least:
+        raise ValueError(f"{name} must be at least {least} tokens, got {budget}")
+    if isinstance(budget, float) and not 0.0 < budget <= 1.0:
+        raise ValueError(f"{name} as a share must be in (0, 1], got {budget}; for tokens give an int")
+
+
+def keep_blocks(budget: Budget, visible: Tensor, block_k: int) -> Tensor:
+    """How many of `visible` blocks (int64, any shape) a budget pays for: rounded up, at least 1, at most all."""
+    if isinstance(budget, float):
+        # float64, and a hair less: 0.2 * 10 must be 2 blocks and not 3
+        wanted = (visible.double() * budget - 1e-9).ceil().to(torch.int64)
+    else:
+        wanted = torch.full_like(visible, -(-budget // block_k))
+    return torch.minimum(wanted.clamp(min=1), visible)
+
+
+def most_blocks(budget: Budget, key_blocks: int, block_k: int) -> int:
+    """The largest count `keep_blocks` can give, known on the host."""
+    wanted = math.ceil(key_blocks * budget) if isinstance(budget, float) else -(-budget // block_k)
+    return max(1, min(wanted, key_blocks))
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """Keep the blocks with the highest scores; of equal scores the lower id. Forced blocks count first.
+
+    `keep` = 1.0 keeps all blocks: dense attention.
+    """
+
+    keep: Budget
+
+    def __post_init__(self) -> None:
+        check_budget("keep", self.keep)
+
+    def select(self, scores: Tensor, visible: Tensor, forced: Tensor | None, block_k: int) -> tuple[Tensor, Tensor]:
+        """Ids and counts of the kept blocks.
+
+        Args:
+            scores: [batch, heads, rows, key_blocks].
+            visible: bool [batch, rows, key_blocks], at least one a row.
+            forced: bool like `visible` or None; kept always, and first.
+            block_k: tokens a block.
+
+        Returns:
+            ids int64 [batch, heads, rows, slots], of which the first count int64 [batch, heads, rows] are ascending.
+        """
+        key_blocks = scores.shape[-1]
+        kept = keep_blocks(self.keep, visible.sum(-1), block_k)
+        slots = most_blocks(self.keep, key_blocks, block_k)
+        ranked = scores.masked_fill(~visible[:, None], -torch.inf)
+        if forced is not None:
+            forced = forced & visible
+            kept = torch.maximum(kept, forced.sum(-1))
+            slots = key_blocks if scores.device.type != "cpu" else max(slots, int(kept.max()))
+            ranked = ranked.masked_fill(forced[:, None], torch.inf)
+        order = ranked.argsort(dim=-1, descending=True, stable=True)[..., :slots]
+        beyond = torch.arange(slots, device=scores.device) >= kept[:, None, :, None]
+        ids = order.masked_fill(beyond, key_blocks).sort(-1).values
+        return ids, kept[:, None].expand(scores.shape[:3])

@@ -1,0 +1,554 @@
+"""The GPU path: one Triton program for each listed row (a grid row of one head of one batch row), forward only.
+
+A program walks its list in ascending order. Tiles that all its queries see entirely lie in one stretch of the list and
+run without any mask; the few before (window, segments) and after them (diagonal, key_length, holes) run with one.
+Rows are launched longest first, heads that fit the L2 cache together, so that no long row is left for the end.
+
+Letter code inside the kernels: p_ pointer, i_ id, n_ scalar count or bound, o_ offsets, m_ mask, b_ tile.
+SPAN_Q x SPAN_K are the block sizes of the index, BLOCK_Q x BLOCK_K the tile that one iteration computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockIndex
+
+_LOG2E = math.log2(math.e)
+_LN2 = tl.constexpr(math.log(2.0))
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How one program is laid out on the hardware."""
+
+    block_q: int  # queries of a tile, a power of two
+    block_k: int  # keys of a tile, a power of two
+    warps: int
+    stages: int  # tiles of keys and values in flight, the one at work included
+
+    def shared_bytes(self, head_dim: int, value_dim: int, dtype: torch.dtype) -> int:
+        """Upper estimate of the shared memory of one program.
+
+        `stages` buffers of a key and a value tile; the query tile; the float32 probabilities on their way from one
+        product to the next; 4 KiB for barriers and reductions. float32 takes a key and a query tile more, into which
+        "tf32x3" splits.
+        """
+        key_dim, value_dim = sum(split_dim(head_dim)), sum(split_dim(value_dim))
+        wide = dtype == torch.float32
+        buffers = self.stages * self.block_k * (key_dim + value_dim) + wide * self.block_k * key_dim
+        queries = (1 + wide) * self.block_q * key_dim
+        return (buffers + queries) * dtype.itemsize + self.block_q * self.block_k * 4 + 4096
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLimits:
+    """What a device says about itself."""
+
+    capability: tuple[int, int]
+    shared: int  # bytes a block may use
+    cache: int  # bytes of L2
+
+
+# nothing limits the interpreter: tile as on a small GPU
+_INTERPRETER_LIMITS = DeviceLimits((8, 0), 99 << 10, 32 << 20)
+
+
+def split_dim(dim: int) -> tuple[int, int]:
+    """Two tile widths, powers of two (the second may be 0), that hold `dim` with little padding: 80 -> 64, 16."""
+    first = max(16, 1 << (dim.bit_length() - 1))
+    rest = dim - first
+    return (first, 0) if rest <= 0 else (first, max(16, 1 << (rest - 1).bit_length()))
+
+
+def choose_tiling(
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    block_q: int,
+    block_k: int,
+    shared_limit: int,
+    capability: tuple[int, int] = (8, 0),
+) -> Tiling | None:
+    """The first tiling, most wanted first, that serves blocks of block_q x block_k and fits; None if none does.
+
+    Registers set the largest tile (`python -m sparseprefill.kernels.triton_inspect` shows spills), shared memory the
+    rest. From capability 9.0 on the tensor cores read their operands from shared memory, which leaves registers for
+    larger tiles; float32 products without tensor cores leave few.
+    """
+    widest = max(sum(split_dim(head_dim)), sum(split_dim(value_dim)))
+    if dtype == torch.float32:
+        most_queries, most_keys, most_stages = (32, 32, 2) if widest <= 64 else (32, 16, 2)
+    elif capability >= (9, 0):
+        most_queries, most_keys, most_stages = (128, 64, 3) if widest <= 128 else (64, 64, 2)
+    elif widest <= 128:
+        most_queries, most_keys, most_stages = 128, 64 if widest <= 64 else 32, 3
+    else:
+        most_queries, most_keys, most_stages = 64, 32, 2
+    for keys in (most_keys, most_keys // 2, most_keys // 4):
+        for queries in (most_queries, most_queries // 2, most_queries // 4):
+            for stages in range(most_stages, 0, -1):
+                tile_q, tile_k = _tile_of(block_q, max(16, queries)), _tile_of(block_k, max(16, keys))
+                small = tile_q <= 64 and widest <= 128 and dtype != torch.float32
+                tiling = Tiling(tile_q, tile_k, 4 if small else 8, stages)
+                if tiling.shared_bytes(head_dim, value_dim, dtype) <= shared_limit:
+                    return tiling
+    return None
+
+
+def _tile_of(span: int, most: int) -> int:
+    """A power of two between 16 and `most` that divides a block of `span`, or else covers it with a masked rest."""
+    divisor = min(span & -span, most)
+    if divisor >= min(32, most):
+        return divisor
+    return min(max(16, 1 << (span - 1).bit_length()), most)
+
+
+@triton.jit
+def _tiles_below(p_list, n_list, i_low, i_high, n_bound, SPAN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """How many tiles of an ascending list begin before `n_bound`, counted from the anchor."""
+    TILES: tl.constexpr = (SPAN_K + BLOCK_K - 1) // BLOCK_K
+    n_bound = tl.maximum(n_bound, 0)
+    n_block = (n_bound + SPAN_K - 1) // SPAN_K
+    # ascending ids between i_low and i_high leave few places: a dense stretch needs no search at all
+    n_from = tl.maximum(n_list - tl.maximum(i_high + 1 - n_block, 0), 0)
+    n_to = tl.minimum(n_list, tl.maximum(n_block - i_low, 0))
+    while n_from < n_to:
+        n_mid = (n_from + n_to) // 2
+        m_below = tl.load(p_list + n_mid) < n_block
+        n_from = tl.where(m_below, n_mid + 1, n_from)
+        n_to = tl.where(m_below, n_to, n_mid)
+    if TILES > 1:
+        n_begin = tl.load(p_list + tl.maximum(n_from - 1, 0)) * SPAN_K
+        n_inside = tl.minimum((n_bound - n_begin + BLOCK_K - 1) // BLOCK_K, TILES)
+        n_from = tl.where(n_from > 0, (n_from - 1) * TILES + n_inside, 0)
+    return n_from
+
+
+@triton.jit
+def _block_of(p_list, n_list, i_t, TILES: tl.constexpr):
+    """The id of the block that tile `i_t` of a list lies in; past the end, of the last."""
+    return tl.load(p_list + tl.minimum(i_t // TILES, n_list - 1))
+
+
+@triton.jit
+def _step_over(i_t, i_from, n_length):
+    return i_t + tl.where(i_t >= i_from, n_length, 0)
+
+
+@triton.jit
+def _tanh(b_x, PRECISE: tl.constexpr):
+    b_t = 1.0 - 2.0 / (1.0 + tl.exp2(b_x * 2.8853900817779268))
+    if PRECISE:
+        # near 0 the difference above cancels
+        b_x2 = b_x * b_x
+        b_series = -17.0 / 315.0 + b_x2 * (62.0 / 2835.0)
+        b_series = b_x * (1.0 + b_x2 * (-1.0 / 3.0 + b_x2 * (2.0 / 15.0 + b_x2 * b_series)))
+        b_t = tl.where(b_x2 < 0.09, b_series, b_t)
+    return b_t
+
+
+@triton.jit
+def _dot(b_a, b_b, b_sum, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    # the interpreter stores bfloat16 as integers and would multiply those
+    if WIDEN:
+        b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
+    return tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)
+
+
+@triton.jit
+def _attend(
+    b_m, b_l, b_o0, b_o1, b_q0, b_q1, b_low, b_high,
+    p_k, p_v, p_valid, stride_kt, stride_kd, stride_vt, stride_vd,
+    i_block, i_t, n_anchor, n_stop, scale, cap,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    SPAN_K: tl.constexpr, BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr, HAS_LOW: tl.constexpr, HAS_VALID: tl.constexpr, HAS_CAP: tl.constexpr,
+    VALUES: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax, over tile `i_t` of block `i_block`."""
+    n_tile = i_t * BLOCK_K
+    n_key = n_anchor + i_block * SPAN_K + n_tile
+    o_k = tl.arange(0, BLOCK_K)
+    o_d0, o_d1 = tl.arange(0, D0), D0 + tl.arange(0, D1 if D1 > 0 else 1)
+    # keys that lie beyond every query are not read: a cache's unused slots may hold anything, NaN too
+    # [BLOCK_K]
+    m_k = o_k < n_stop - n_key
+    if SPAN_K % BLOCK_K != 0:
+        m_k &= o_k < SPAN_K - n_tile
+    # [BLOCK_K, D0], [BLOCK_K, D1]
+    p_tile = p_k + n_key.to(tl.int64) * stride_kt + o_k[:, None].to(tl.int64) * stride_kt
+    b_k0 = _load(p_tile + o_d0[None, :].to(tl.int64) * stride_kd, m_k, o_d0, D, MASKED, D0 > D)
+    # [BLOCK_Q, BLOCK_K]
+    b_s = _dot(b_q0, tl.trans(b_k0), None, PRECISION, WIDEN)
+    if D1 > 0:
+        b_k1 = _load(p_tile + o_d1[None, :].to(tl.int64) * stride_kd, m_k, o_d1, D, MASKED, D0 + D1 > D)
+        b_s = _dot(b_q1, tl.trans(b_k1), b_s, PRECISION, WIDEN)
+    if HAS_CAP:
+        b_s = cap * _tanh(b_s * scale, PRECISE)
+        scale = 1.0
+    if MASKED:
+        m_s = o_k[None, :] < (b_high - n_key)[:, None]
+        if SPAN_K % BLOCK_K != 0:
+            m_s &= m_k[None, :]
+        if HAS_VALID:
+            # holes are read and hidden: to skip them as well would cost the pipeline
+            m_s &= (tl.load(p_valid + n_key + o_k, mask=m_k, other=0) != 0)[None, :]
+        if HAS_LOW:
+            m_s &= o_k[None, :] >= (b_low - n_key)[:, None]
+        b_s = tl.where(m_s, b_s, float("-inf"))
+    # [BLOCK_Q]; scale is positive, so that it may be applied after the maximum
+    b_peak = tl.maximum(b_m, tl.max(b_s, 1) * scale)
+    # a query that has seen no key yet has -inf here, and -inf - -inf is NaN
+    b_base = tl.where(b_peak == float("-inf"), 0.0, b_peak) if MASKED else b_peak
+    b_p = tl.exp2(b_s * scale - b_base[:, None])
+    b_fade = tl.exp2(b_m - b_base)
+    b_l = b_l * b_fade + tl.sum(b_p, 1)
+    if VALUES:
+        o_v0, o_v1 = tl.arange(0, V0), V0 + tl.arange(0, V1 if V1 > 0 else 1)
+        # [BLOCK_K, V0], [BLOCK_K, V1]
+        p_tile = p_v + n_key.to(tl.int64) * stride_vt + o_k[:, None].to(tl.int64) * stride_vt
+        b_v0 = _load(p_tile + o_v0[None, :].to(tl.int64) * stride_vd, m_k, o_v0, V, MASKED, V0 > V)
+        b_p = b_p.to(b_v0.dtype)
+        b_o0 = _dot(b_p, b_v0, b_o0 * b_fade[:, None], PRECISION, WIDEN)
+        if V1 > 0:
+            b_v1 = _load(p_tile + o_v1[None, :].to(tl.int64) * stride_vd, m_k, o_v1, V, MASKED, V0 + V1 > V)
+            b_o1 = _dot(b_p, b_v1, b_o1 * b_fade[:, None], PRECISION, WIDEN)
+    return b_peak, b_l, b_o0, b_o1
+
+
+@triton.jit
+def _load(p_tile, m_row, o_column, N: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
+    if MASK_ROWS and MASK_COLUMNS:
+        return tl.load(p_tile, mask=m_row[:, None] & (o_column < N)[None, :], other=0.0)
+    elif MASK_ROWS:
+        return tl.load(p_tile, mask=m_row[:, None], other=0.0)
+    elif MASK_COLUMNS:
+        return tl.load(p_tile, mask=(o_column < N)[None, :], other=0.0)
+    else:
+        return tl.load(p_tile)
+
+
+# lengths change from call to call: specialising on them would compile again and again
+@triton.jit(
+    do_not_specialize=[
+        "stride_start_b", "stride_start_h", "stride_start_r",
+        "stride_count_b", "stride_count_h", "stride_count_r", "query_heads", "rows", "query_start", "queries", "keys",
+        "key_length", "window", "scale", "cap",
+    ]
+)  # fmt: skip
+def forward_kernel(
+    p_q, p_k, p_v, p_out, p_lse, p_sinks, p_valid, p_low,
+    p_columns, p_start, p_count, p_order, p_anchor, p_first, p_hole,
+    stride_qb, stride_qh, stride_qt, stride_qd,
+    stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd,
+    stride_ob, stride_oh, stride_ot, stride_od,
+    stride_start_b, stride_start_h, stride_start_r,
+    stride_count_b, stride_count_h, stride_count_r,
+    query_heads, rows, query_start, queries, keys, key_length, window, scale, cap,
+    GROUP: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    SPAN_Q: tl.constexpr, SPAN_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SEGMENT: tl.constexpr,
+    HAS_CAP: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Attention of one tile of queries over the listed key blocks.
+
+    program_id(0) walks p_order, program_id(1) the query tiles of a row where SPAN_Q > BLOCK_Q.
+    """
+    HAS_LOW: tl.constexpr = HAS_WINDOW or HAS_SEGMENT
+    TILES: tl.constexpr = (SPAN_K + BLOCK_K - 1) // BLOCK_K
+    i_row = tl.load(p_order + tl.program_id(0))
+    i_b, i_h, i_r = i_row // (query_heads * rows), i_row // rows % query_heads, i_row % rows
+    n_anchor = tl.load(p_anchor + i_b).to(tl.int32)
+    n_end = query_start + queries
+
+    p_q += i_b * stride_qb + i_h * stride_qh
+    p_k += i_b * stride_kb + i_h // GROUP * stride_kh
+    p_v += i_b * stride_vb + i_h // GROUP * stride_vh
+    if VALUES:
+        p_out += i_b * stride_ob + i_h * stride_oh
+    p_lse += (i_b * query_heads + i_h) * queries
+    if HAS_VALID:
+        p_valid += i_b * keys
+
+    o_q = tl.arange(0, BLOCK_Q)
+    o_d0, o_d1 = tl.arange(0, D0), D0 + tl.arange(0, D1 if D1 > 0 else 1)
+    o_v0, o_v1 = tl.arange(0, V0), V0 + tl.arange(0, V1 if V1 > 0 else 1)
+
+    # queries before the anchor stand in no row: the first program writes theirs
+    if i_r + tl.program_id(1) == 0:
+        n_pad = tl.minimum(n_anchor, n_end) - query_start
+        for i_pad in range(0, n_pad, BLOCK_Q):
+            o_pad = i_pad + o_q
+            tl.store(p_lse + o_pad, tl.full([BLOCK_Q], float("-inf"), tl.float32), mask=o_pad < n_pad)
+            if VALUES:
+                p_row = p_out + o_pad[:, None].to(tl.int64) * stride_ot
+                b_zero = tl.zeros([BLOCK_Q, V0], p_out.dtype.element_ty)
+                m_zero = (o_pad < n_pad)[:, None] & (o_v0 < V)[None, :]
+                tl.store(p_row + o_v0[None, :].to(tl.int64) * stride_od, b_zero, mask=m_zero)
+                if V1 > 0:
+                    b_zero = tl.zeros([BLOCK_Q, V1], p_out.dtype.element_ty)
+                    m_zero = (o_pad < n_pad)[:, None] & (o_v1 < V)[None, :]
+                    tl.store(p_row + o_v1[None, :].to(tl.int64) * stride_od, b_zero, mask=m_zero)
+
+    # slots [n_from, n_to) are asked of this program
+    n_block = n_anchor + (tl.load(p_first + i_b) + i_r).to(tl.int32) * SPAN_Q
+    n_slot = n_block + tl.program_id(1) * BLOCK_Q
+    n_from = tl.maximum(n_slot, query_start)
+    n_to = tl.minimum(tl.minimum(n_slot + BLOCK_Q, n_block + SPAN_Q), n_end)
+    if n_from >= n_to:
+        return
+
+    # [BLOCK_Q]
+    o_s = n_slot + o_q
+    m_q = (o_s >= n_from) & (o_s < n_to)
+    o_t = o_s - query_start
+    p_row = p_q + o_t[:, None].to(tl.int64) * stride_qt
+    # [BLOCK_Q, D0], [BLOCK_Q, D1]
+    b_q0 = _load(p_row + o_d0[None, :].to(tl.int64) * stride_qd, m_q, o_d0, D, True, D0 > D)
+    b_q1 = b_q0
+    if D1 > 0:
+        b_q1 = _load(p_row + o_d1[None, :].to(tl.int64) * stride_qd, m_q, o_d1, D, True, D0 + D1 > D)
+
+    p_list = p_columns + tl.load(p_start + i_b * stride_start_b + i_h * stride_start_h + i_r * stride_start_r)
+    n_list = tl.load(p_count + i_b * stride_count_b + i_h * stride_count_h + i_r * stride_count_r)
+    i_low, i_high = tl.load(p_list), tl.load(p_list + n_list - 1)
+
+    # keys before n_stop are seen by some query, keys in [n_clear_from, n_clear_to) by all
+    n_stop = tl.minimum(n_to, key_length)
+    n_clear_to = tl.minimum(n_from + 1, key_length)
+    if HAS_VALID:
+        n_clear_to = tl.minimum(n_clear_to, tl.load(p_hole + i_b).to(tl.int32))
+    i_stop = _tiles_below(p_list, n_list, i_low, i_high, n_stop - n_anchor, SPAN_K, BLOCK_K)
+    i_start, i_clear = 0, 0
+    b_low, b_high = o_s, tl.minimum(o_s + 1, n_stop)
+    if HAS_LOW:
+        if HAS_SEGMENT:
+            p_low += i_b * queries
+            b_low = tl.load(p_low + o_t, mask=m_q, other=0)
+            n_start = tl.load(p_low + (n_from - query_start))
+            n_clear_from = tl.load(p_low + (n_to - 1 - query_start))
+        else:
+            b_low = o_s - window + 1
+            n_start = n_from - window + 1
+            n_clear_from = n_to - window
+        i_start = _tiles_below(p_list, n_list, i_low, i_high, n_start - n_anchor - BLOCK_K + 1, SPAN_K, BLOCK_K)
+        i_clear = _tiles_below(p_list, n_list, i_low, i_high, n_clear_from - n_anchor, SPAN_K, BLOCK_K)
+        i_start = tl.minimum(i_start, i_stop)
+        i_clear = tl.minimum(tl.maximum(i_clear, i_start), i_stop)
+
+    b_m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    b_l = tl.zeros([BLOCK_Q], tl.float32)
+    # [BLOCK_Q, V0], [BLOCK_Q, V1]; a stand-in where there is none
+    b_o0 = tl.zeros([BLOCK_Q, V0 if VALUES else 1], tl.float32)
+    b_o1 = tl.zeros([BLOCK_Q, V1 if VALUES and V1 > 0 else 1], tl.float32)
+
+    n_clear = 0
+    # a tile that reaches over its block's end is never clear
+    if SPAN_K % BLOCK_K == 0:
+        i_mixed = _tiles_below(p_list, n_list, i_low, i_high, n_clear_to - n_anchor - BLOCK_K + 1, SPAN_K, BLOCK_K)
+        i_mixed = tl.maximum(tl.minimum(i_mixed, i_stop), i_clear)
+        n_clear = i_mixed - i_clear
+        # each block's id is read one step ahead, so that no address waits for it
+        i_next = _block_of(p_list, n_list, i_clear, TILES)
+        for i_t in range(i_clear, i_mixed):
+            i_block = i_next
+            i_next = _block_of(p_list, n_list, i_t + 1, TILES)
+            b_m, b_l, b_o0, b_o1 = _attend(
+                b_m, b_l, b_o0, b_o1, b_q0, b_q1, b_low, b_high,
+                p_k, p_v, p_valid, stride_kt, stride_kd, stride_vt, stride_vd,
+                i_block, i_t % TILES, n_anchor, n_stop, scale, cap, D, D0, D1, V, V0, V1, SPAN_K, BLOCK_K,
+                False, HAS_LOW, HAS_VALID, HAS_CAP, VALUES, PRECISION, PRECISE, WIDEN,
+            )  # fmt: skip
+    # the softmax does not mind the order: the clear stretch came first and is stepped over here
+    i_next = _block_of(p_list, n_list, _step_over(i_start, i_clear, n_clear), TILES)
+    for i_edge in range(i_start, i_stop - n_clear):
+        i_t = _step_over(i_edge, i_clear, n_clear)
+        i_block = i_next
+        i_next = _block_of(p_list, n_list, _step_over(i_edge + 1, i_clear, n_clear), TILES)
+        b_m, b_l, b_o0, b_o1 = _attend(
+            b_m, b_l, b_o0, b_o1, b_q0, b_q1, b_low, b_high,
+            p_k, p_v, p_valid, stride_kt, stride_kd, stride_vt, stride_vd,
+            i_block, i_t % TILES, n_anchor, n_stop, scale, cap, D, D0, D1, V, V0, V1, SPAN_K, BLOCK_K,
+            True, HAS_LOW, HAS_VALID, HAS_CAP, VALUES, PRECISION, PRECISE, WIDEN,
+        )  # fmt: skip
+
+    m_seen = b_l > 0
+    b_l = tl.where(m_seen, b_l, 1.0)
+    b_lse = tl.where(m_seen, (b_m + tl.log2(b_l)) * _LN2, float("-inf"))
+    tl.store(p_lse + o_t, b_lse, mask=m_q)
+    if VALUES:
+        b_base = tl.where(m_seen, b_m, 0.0)
+        if HAS_SINKS:
+            n_sink = tl.load(p_sinks + i_h).to(tl.float32) / _LN2
+            b_top = tl.maximum(b_base, n_sink)
+            b_l = b_l * tl.exp2(b_base - b_top) + tl.exp2(n_sink - b_top)
+            b_share = tl.exp2(b_base - b_top) / b_l
+        else:
+            b_share = 1.0 / b_l
+        b_share = tl.where(m_seen, b_share, 0.0)
+        p_row = p_out + o_t[:, None].to(tl.int64) * stride_ot
+        b_o0 = (b_o0 * b_share[:, None]).to(p_out.dtype.element_ty)
+        m_out = m_q[:, None] & (o_v0 < V)[None, :]
+        tl.store(p_row + o_v0[None, :].to(tl.int64) * stride_od, b_o0, mask=m_out)
+        if V1 > 0:
+            b_o1 = (b_o1 * b_share[:, None]).to(p_out.dtype.element_ty)
+            m_out = m_q[:, None] & (o_v1 < V)[None, :]
+            tl.store(p_row + o_v1[None, :].to(tl.int64) * stride_od, b_o1, mask=m_out)
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 was set when this module was imported."""
+    return not isinstance(forward_kernel, triton.JITFunction)
+
+
+@functools.lru_cache
+def device_limits(device: torch.device) -> DeviceLimits:
+    """Limits of a CUDA device, or those assumed for the interpreter."""
+    if device.type != "cuda":
+        return _INTERPRETER_LIMITS
+    number = torch.cuda.current_device() if device.index is None else device.index
+    shared = triton.runtime.driver.active.utils.get_device_properties(number)["max_shared_mem"]
+    cache = torch.cuda.get_device_properties(number).L2_cache_size
+    return DeviceLimits(torch.cuda.get_device_capability(number), shared, cache)
+
+
+def why_not_triton(inputs: AttentionInputs, index: BlockIndex | None) -> str | None:
+    """Why this kernel cannot serve these inputs, or None.
+
+    Inputs on the CPU are served by the interpreter alone, for tests; `auto` must not choose that.
+    """
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 4):
+        return f"it needs triton 3.4 or newer, {triton.__version__} is installed"
+    if inputs.query.dtype not in _DTYPES:
+        return f"it computes float16, bfloat16 and float32, not {inputs.query.dtype}"
+    for name, dim in (("head_dim", inputs.head_dim), ("value_dim", inputs.value_dim)):
+        if not 16 <= dim <= 256:
+            return f"it computes {name} 16 to 256, not {dim}"
+    if inputs.query.requires_grad or inputs.key.requires_grad or inputs.value.requires_grad:
+        return "it has no backward pass: run under torch.no_grad()"
+    if inputs.device.type == "cpu":
+        if not (interpreted() and triton.knobs.runtime.interpret):
+            return "the inputs are on the CPU (TRITON_INTERPRET=1 would run it there, slowly, for tests)"
+    elif inputs.device.type != "cuda" or torch.version.hip is not None:
+        return f"it is written for NVIDIA GPUs, the inputs are on {inputs.device}"
+    elif interpreted():
+        return "TRITON_INTERPRET=1 is set, which takes inputs on the CPU"
+    limits = device_limits(inputs.device)
+    if limits.capability < (8, 0):
+        return f"it needs compute capability 8.0, this GPU has {limits.capability[0]}.{limits.capability[1]}"
+    blocks = (64, 64) if index is None else (index.grid.block_q, index.grid.block_k)
+    dims = inputs.head_dim, inputs.value_dim
+    if choose_tiling(*dims, inputs.query.dtype, *blocks, limits.shared, limits.capability) is None:
+        return f"no tile fits into the {limits.shared} bytes of shared memory that a block may use"
+    return None
+
+
+def longest_first(count: Tensor, heads_together: int) -> Tensor:
+    """int64 [batch * heads * rows]: flat numbers of rows, by falling count among every `heads_together` heads."""
+    batch, heads, rows = count.shape
+    grouped = count.reshape(-1, heads_together * rows)
+    order = grouped.argsort(dim=1, descending=True, stable=True)
+    order += torch.arange(0, batch * heads * rows, heads_together * rows, device=count.device)[:, None]
+    return order.flatten()
+
+
+def heads_that_share(inputs: AttentionInputs, cache: int) -> int:
+    """Query heads to run at a time so that their keys and values stay in a cache of so many bytes."""
+    head_bytes = inputs.last_key * (inputs.head_dim + inputs.value_dim) * inputs.key.element_size()
+    fitting = max(1, cache // max(1, head_bytes))
+    kv_heads = max(n for n in range(1, inputs.kv_heads + 1) if inputs.kv_heads % n == 0 and n <= fitting)
+    return kv_heads * inputs.group_size
+
+
+def first_hole(inputs: AttentionInputs, anchor: Tensor) -> Tensor | None:
+    """int64 [batch]: the first invalid key after the anchor (left padding has none: then the number of keys)."""
+    if inputs.key_valid is None:
+        return None
+    hole = ~inputs.key_valid & (torch.arange(inputs.keys, device=inputs.device) >= anchor[:, None])
+    return torch.where(hole.any(1), hole.int().argmax(1), inputs.keys)
+
+
+def kernel_arguments(
+    inputs: AttentionInputs,
+    index: BlockIndex,
+    output: Tensor | None,
+    lse: Tensor,
+    tiling: Tiling,
+    cache: int,
+    float32_dots: str = "ieee",
+) -> dict[str, object]:
+    """What `forward_kernel` is launched with, by name."""
+    grid = index.grid
+    low = inputs.visible_range()[0].to(torch.int32) if inputs.segment is not None else None
+    valid = None if inputs.key_valid is None else inputs.key_valid.contiguous().view(torch.uint8)
+    (d0, d1), (v0, v1) = split_dim(inputs.head_dim), split_dim(inputs.value_dim)
+    # the softmax is computed in base 2: log2(e) goes into whatever factor is applied last to the logits
+    scale, cap = inputs.scale * _LOG2E, 0.0
+    if inputs.softcap is not None:
+        scale, cap = inputs.scale / inputs.softcap, inputs.softcap * _LOG2E
+    arguments: dict[str, object] = {
+        "p_q": inputs.query, "p_k": inputs.key, "p_v": inputs.value, "p_out": output, "p_lse": lse,
+        "p_sinks": inputs.sinks, "p_valid": valid, "p_low": low,
+        "p_columns": index.columns.contiguous(), "p_start": index.start, "p_count": index.count,
+        "p_order": longest_first(index.count, heads_that_share(inputs, cache)),
+        "p_anchor": grid.anchor, "p_first": grid.first, "p_hole": first_hole(inputs, grid.anchor),
+    }  # fmt: skip
+    for letter, tensor in (("q", inputs.query), ("k", inputs.key), ("v", inputs.value), ("o", output)):
+        strides = (0, 0, 0, 1) if tensor is None else tensor.stride()
+        arguments |= {f"stride_{letter}{axis}": stride for axis, stride in zip("bhtd", strides, strict=True)}
+    for name, tensor in (("start", index.start), ("count", index.count)):
+        arguments |= {f"stride_{name}_{axis}": stride for axis, stride in zip("bhr", tensor.stride(), strict=True)}
+    return arguments | {
+        "query_heads": inputs.query_heads, "rows": grid.rows, "query_start": inputs.query_start,
+        "queries": inputs.queries, "keys": inputs.keys, "key_length": inputs.filled, "window": inputs.window or 0,
+        "scale": scale, "cap": cap, "GROUP": inputs.group_size,
+        "D": inputs.head_dim, "D0": d0, "D1": d1, "V": inputs.value_dim, "V0": v0, "V1": v1,
+        "SPAN_Q": grid.block_q, "SPAN_K": grid.block_k, "BLOCK_Q": tiling.block_q, "BLOCK_K": tiling.block_k,
+        "HAS_SINKS": inputs.sinks is not None, "HAS_VALID": valid is not None, "HAS_WINDOW": inputs.window is not None,
+        "HAS_SEGMENT": low is not None, "HAS_CAP": inputs.softcap is not None, "VALUES": output is not None,
+        "PRECISION": float32_dots, "PRECISE": inputs.query.dtype == torch.float32, "WIDEN": interpreted(),
+    }  # fmt: skip
+
+
+def triton_attention(
+    inputs: AttentionInputs,
+    index: BlockIndex,
+    *,
+    values: bool = True,
+    tiling: Tiling | None = None,
+    float32_dots: str = "ieee",
+) -> AttentionOutput:
+    """Attention over the listed blocks; with `values=False` only lse is computed and no value is read.
+
+    `float32_dots`: "ieee", or "tf32x3" for three tensor-core products at nearly the same accuracy. Nothing is read
+    back to the host. The output's tokens lie outside its heads in memory, as a model wants them next.
+    """
+    limits = device_limits(inputs.device)
+    grid = index.grid
+    if tiling is None:
+        tiling = choose_tiling(
+            inputs.head_dim, inputs.value_dim, inputs.query.dtype, grid.block_q, grid.block_k,
+            limits.shared, limits.capability,
+        )  # fmt: skip
+    if tiling is None:
+        raise NotImplementedError(f"triton cannot compute this: {why_not_triton(inputs, index)}")
+    shape = (inputs.batch, inputs.queries, inputs.query_heads, inputs.value_dim)
+    output = inputs.query.new_empty(shape).transpose(1, 2) if values else None
+    lse = torch.empty(inputs.query.shape[:3], dtype=torch.float32, device=inputs.device)
+    arguments = kernel_arguments(inputs, index, output, lse, tiling, limits.cache, float32_dots)
+    programs = (inputs.batch * inputs.query_heads * grid.rows, triton.cdiv(grid.block_q, tiling.block_q))
+    with torch.cuda.device_of(inputs.query):
+        forward_kernel[programs](**arguments, num_warps=tiling.warps, num_stages=tiling.stages)
+    return AttentionOutput(output, lse)

@@ -1,0 +1,229 @@
+"""Compiles the kernel for GPUs that are not there, and reads what the compiler made of it.
+
+python -m sparseprefill.kernels.triton_inspect prints a table; needs Triton's NVIDIA backend and no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.kernels.triton_forward import choose_tiling, forward_kernel, interpreted, kernel_arguments
+
+# shared memory that a block may use, in bytes (CUDA programming guide, table of compute capabilities)
+SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+# instructions worth counting: tensor core products by generation, float32 products without them, asynchronous copies
+_INSTRUCTIONS = {
+    "mma": r"\bmma\.sync",
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
+    "fma": r"\bfma\.rn\.f32",
+    "async_copy": r"\bcp\.async\.c",
+}
+_TOKENS = 1024
+_POINTERS = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledKernel:
+    """One specialisation of the kernel on one architecture."""
+
+    architecture: int
+    head_dim: int
+    value_dim: int
+    dtype: str
+    block_q: int  # of a tile
+    block_k: int
+    warps: int
+    stages: int
+    estimated: int  # bytes of shared memory that the tiling reckoned with
+    shared: int  # bytes a block uses
+    shared_limit: int
+    registers: int  # of a thread
+    stack: int  # bytes of a thread; more than 0 means that registers spilled
+    local: int
+    mma: int
+    wgmma: int
+    tcgen05: int
+    fma: int
+    async_copy: int
+
+
+def compile_kernel(
+    architecture: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    block_q: int = 128,
+    block_k: int = 64,
+    values: bool = True,
+    padded: bool = False,
+    float32_dots: str = "ieee",
+    **fields: Any,
+) -> CompiledKernel:
+    """Compile as a launch would on causal inputs laid out like a model's; `fields` go to AttentionInputs.
+
+    `block_q` and `block_k` are those of the index. Raises ValueError where no tiling fits the architecture.
+    """
+    if interpreted():
+        raise RuntimeError("nothing can be compiled under TRITON_INTERPRET=1")
+    value_dim = value_dim or head_dim
+    if padded:
+        fields["key_valid"] = torch.ones(1, _TOKENS, dtype=torch.bool)
+    inputs, index = _model_like(head_dim, value_dim, dtype, block_q, block_k, fields)
+    limit = SHARED_LIMITS[architecture]
+    tiling = choose_tiling(head_dim, value_dim, dtype, block_q, block_k, limit, divmod(architecture, 10))
+    if tiling is None:
+        raise ValueError(f"no tiling fits {head_dim=}, {value_dim=}, {dtype} into {limit} bytes")
+    output = torch.empty(1, _TOKENS, 8, value_dim, dtype=dtype).transpose(1, 2) if values else None
+    lse = torch.empty(inputs.query.shape[:3], dtype=torch.float32)
+    arguments = kernel_arguments(inputs, index, output, lse, tiling, 32 << 20, float32_dots)
+    signature, constants, attributes = specialise(arguments)
+    source = ASTSource(forward_kernel, signature, constants, attributes)
+    with _cache():
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", architecture, 32),
+            options={"num_warps": tiling.warps, "num_stages": tiling.stages},
+        )
+    assembly = compiled.asm["ptx"]
+    return CompiledKernel(
+        architecture, head_dim, value_dim, str(dtype).removeprefix("torch."),
+        tiling.block_q, tiling.block_k, tiling.warps, tiling.stages,
+        tiling.shared_bytes(head_dim, value_dim, dtype), compiled.metadata.shared, limit,
+        **_resources(compiled.asm["cubin"]),
+        **{name: len(re.findall(pattern, assembly)) for name, pattern in _INSTRUCTIONS.items()},
+    )  # fmt: skip
+
+
+def specialise(arguments: dict[str, object]) -> tuple[dict[str, str], dict[tuple[int], object], dict[tuple[int], Any]]:
+    """Signature, constants and attributes as Triton derives them from the arguments of a launch.
+
+    Pointers and integers that 16 divides are marked so, the integer 1 and None become constants, except in the
+    parameters that the kernel does not specialise.
+    """
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], object] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for parameter in forward_kernel.params:
+        value, place = arguments[parameter.name], (parameter.num,)
+        free = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (free and type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[place] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[place] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if abs(value) < 1 << 31 else "i64"
+            if free and value % 16 == 0:
+                attributes[place] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    return signature, constants, attributes
+
+
+def _model_like(
+    head_dim: int, value_dim: int, dtype: torch.dtype, block_q: int, block_k: int, fields: dict[str, Any]
+) -> tuple[AttentionInputs, BlockIndex]:
+    """Eight query heads over two KV heads; tokens outside heads for the query, inside for the cache."""
+    query = torch.empty(1, _TOKENS, 8, head_dim, dtype=dtype).transpose(1, 2)
+    key = torch.empty(1, 2, _TOKENS, head_dim, dtype=dtype)
+    value = torch.empty(1, 2, _TOKENS, value_dim, dtype=dtype)
+    inputs = AttentionInputs(query, key, value, head_dim**-0.5, **fields)
+    return inputs, BlockIndex.dense(inputs, BlockGrid.of(inputs, block_q, block_k))
+
+
+def _resources(binary: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        report = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
+    return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"]}
+
+
+@contextmanager
+def _cache() -> Iterator[None]:
+    """The user's Triton cache where one is named, else one that is thrown away."""
+    if "TRITON_CACHE_DIR" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["TRITON_CACHE_DIR"]
+
+
+_COLUMNS = (
+    "architecture", "dtype", "head_dim", "value_dim", "block_q", "block_k", "warps", "stages", "shared", "estimated",
+    "registers", "stack", "local", "mma", "wgmma", "tcgen05", "async_copy",
+)  # fmt: skip
+
+
+@click.command()
+@click.option("--architecture", "architectures", multiple=True, type=int, help="80, 90, 100; may be repeated.")
+@click.option("--head-dim", "head_dims", multiple=True, type=int, help="May be repeated.")
+@click.option("--dtype", "dtypes", multiple=True, help="bfloat16, float16, float32; may be repeated.")
+@click.option("--block-q", default=128, show_default=True)
+@click.option("--block-k", default=64, show_default=True)
+@click.option("--window", type=int, help="Compile the kernel for sliding windows.")
+@click.option("--float32-dots", default="ieee", show_default=True, type=click.Choice(["ieee", "tf32x3"]))
+@click.option("--json", "as_json", is_flag=True, help="One JSON list instead of a table.")
+def main(
+    architectures: tuple[int, ...],
+    head_dims: tuple[int, ...],
+    dtypes: tuple[str, ...],
+    block_q: int,
+    block_k: int,
+    window: int | None,
+    float32_dots: str,
+    as_json: bool,
+) -> None:
+    """What the compiler makes of the kernel: shared memory, registers, spills and instructions."""
+    kernels = [
+        compile_kernel(
+            architecture, head_dim, dtype=getattr(torch, dtype), block_q=block_q, block_k=block_k,
+            float32_dots=float32_dots, window=window,
+        )
+        for architecture in architectures or tuple(SHARED_LIMITS)
+        for dtype in dtypes or ("bfloat16",)
+        for head_dim in head_dims or (64, 128, 256)
+    ]  # fmt: skip
+    rows = [asdict(kernel) for kernel in kernels]
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    click.echo("  ".join(_COLUMNS))
+    for row in rows:
+        click.echo("  ".join(str(row[name]).rjust(len(name)) for name in _COLUMNS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Block-sparse: per row, the key blocks whose mean key fits the mean query best.
+
+Jiang et al., "MInference 1.0", 2024, arXiv:2407.02490, section 3.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.estimators.mean_pooled import MeanPooled
+from sparseprefill.estimators.selection import Budget, TopK, check_budget
+
+_SLAB_ENTRIES = 1 << 25  # scores held at one time
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSparse:
+    """Top `keep` of the visible blocks by mean-pooled score, after those of the sink and of the local window.
+
+    The sink's and the window's blocks count in `keep`, and are kept even where `keep` is smaller. MInference forces
+    neither: `sink=0, local=0` is its rule (there, 100 blocks of 64). `keep` = 1.0 is dense.
+    """
+
+    keep: Budget = 6400
+    sink: int = 64
+    local: int = 128
+
+    def __post_init__(self) -> None:
+        check_budget("keep", self.keep)
+        check_budget("sink", self.sink, least=0)
+        check_budget("local", self.local, least=0)
+
+    def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        visible = grid.visible_block_mask(inputs)
+        forced = forced_blocks(inputs, grid, self.sink, self.local)
+        slab = max(1, _SLAB_ENTRIES // (inputs.batch * inputs.query_heads * grid.key_blocks))
+        estimator, rule = MeanPooled(), TopK(self.keep)
+        parts = []
+        for start in range(0, grid.rows, slab):
+            stop = min(grid.rows, start + slab)
+            scores = estimator.scores(inputs, grid, start, stop)
+            parts.append(rule.select(scores, visible[:, start:stop], forced[:, start:stop], grid.block_k))
+        return index_of_slabs(grid, parts)
+
+
+def forced_blocks(inputs: AttentionInputs, grid: BlockGrid, sink: int, local: int) -> Tensor:
+    """bool [batch, rows, key_blocks]: blocks of the first `sink` keys and of the `local` keys before each row's end."""
+    block = torch.arange(grid.key_blocks, device=inputs.device)
+    low, high = grid.visible_blocks(inputs)
+    near = block >= (grid.frontier() - -(-local // grid.block_k))[..., None]
+    forced = (block < -(-sink // grid.block_k)) | near
+    return forced & (block >= low[..., None]) & (block < high[..., None])
+
+
+def index_of_slabs(grid: BlockGrid, parts: list[tuple[Tensor, Tensor]]) -> BlockIndex:
+    """Join (ids, count) of slabs of rows; their lists may have different room."""
+    slots = max(ids.shape[-1] for ids, _ in parts)
+    ids = torch.cat([torch.nn.functional.pad(ids, (0, slots - ids.shape[-1])) for ids, _ in parts], 2)
+    return BlockIndex.from_slots(grid, ids, torch.cat([count for _, count in parts], 2))

@@ -1,0 +1,15 @@
+"""Every block: exact attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Keeps everything a query may see."""
+
+    def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        return BlockIndex.dense(inputs, grid)

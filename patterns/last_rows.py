@@ -1,0 +1,50 @@
+"""A wrapper that any pattern can wear: the last queries attend densely.
+
+The idea stands in MInference's tri-shape (arXiv:2407.02490, section 4): the question usually closes the prompt, and its
+few rows are cheap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+
+
+class Pattern(Protocol):
+    """Anything that names blocks: the verb of this room."""
+
+    def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        """The blocks each row of the grid attends to."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LastRowsDense:
+    """`pattern`, but rows that hold one of the last `rows` queries of a call (and right padding) see all.
+
+    In a chunked prefill each chunk has last queries of its own.
+    """
+
+    pattern: Pattern
+    rows: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"last rows must be at least 1, got {self.rows}")
+
+    def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        sparse = self.pattern.build_index(inputs, grid)
+        dense = BlockIndex.dense(inputs, grid)
+        _, end = grid.row_slots()
+        last = end > (inputs.tail() - self.rows)[:, None]
+        last = last[:, None].expand(sparse.start.shape)
+        return BlockIndex(
+            grid,
+            torch.cat([dense.columns, sparse.columns]),
+            torch.where(last, dense.start, sparse.start + dense.columns.numel()),
+            torch.where(last, dense.count, sparse.count),
+        )

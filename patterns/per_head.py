@@ -1,0 +1,24 @@
+"""A pattern of its own for each head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.patterns.last_rows import Pattern
+
+
+@dataclass(frozen=True, slots=True)
+class PerHead:
+    """Head h follows patterns[h]. Heads with equal patterns are estimated together."""
+
+    patterns: tuple[Pattern, ...]
+
+    def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        if len(self.patterns) != inputs.query_heads:
+            raise ValueError(f"{len(self.patterns)} patterns for {inputs.query_heads} query heads")
+        groups: dict[Pattern, list[int]] = {}
+        for head, pattern in enumerate(self.patterns):
+            groups.setdefault(pattern, []).append(head)
+        parts = [(heads, pattern.build_index(inputs.select_heads(heads), grid)) for pattern, heads in groups.items()]
+        return BlockIndex.merge(parts, inputs.query_heads)

@@ -1,0 +1,55 @@
+"""Random blocks: the control. A method that is no better than this at the same density has found nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.estimators.selection import Budget, TopK, check_budget
+from sparseprefill.patterns.block_sparse import forced_blocks
+
+_PRIME = (1 << 31) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RandomBlocks:
+    """`keep` of the visible blocks, drawn by (seed, head, row, block) alone, after those of the sink and the window.
+
+    A row draws the same blocks whatever the batch, the padding or the chunk it stands in. `keep` = 1.0 is dense.
+    """
+
+    keep: Budget = 0.2
+    sink: int = 64
+    local: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_budget("keep", self.keep)
+        check_budget("sink", self.sink, least=0)
+        check_budget("local", self.local, least=0)
+
+    def for_layer(self, layer: int) -> RandomBlocks:
+        """Each layer draws its own blocks."""
+        return replace(self, seed=self.seed * 1009 + layer)
+
+    def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        row = grid.first[:, None] + torch.arange(grid.rows, device=inputs.device)
+        head = torch.arange(inputs.query_heads, device=inputs.device)
+        block = torch.arange(grid.key_blocks, device=inputs.device)
+        draw = _hash(self.seed % _PRIME, head[None, :, None, None], row[:, None, :, None], block)
+        visible = grid.visible_block_mask(inputs)
+        forced = forced_blocks(inputs, grid, self.sink, self.local)
+        return BlockIndex.from_slots(grid, *TopK(self.keep).select(draw, visible, forced, grid.block_k))
+
+
+def _hash(seed: int, *parts: Tensor) -> Tensor:
+    """float64 in [0, 1) of broadcast integers, the same on every device: rounds of x -> 48271 (x + part) mod 2^31 - 1."""
+    state: Tensor = torch.full((), seed, dtype=torch.int64, device=parts[0].device)
+    for part in parts:
+        for _ in range(3):
+            state = (state + part + 12345) * 48271 % _PRIME
+            state = state ^ (state >> 13)
+    return state.double() / (1 << 31)

@@ -1,0 +1,31 @@
+"""Tri-shape: an A-shape whose last rows are dense.
+
+Li et al., "SCBench", 2024, arXiv:2412.10319; TriangleMix, 2025, arXiv:2507.21526.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.estimators.selection import Budget
+from sparseprefill.patterns.a_shape import AShape
+from sparseprefill.patterns.last_rows import LastRowsDense
+
+
+@dataclass(frozen=True, slots=True)
+class TriShape:
+    """`AShape(sink, window)` with the last `last` queries dense. Defaults are MInference's."""
+
+    sink: int = 128
+    window: Budget = 3968
+    last: int = 100
+
+    def __post_init__(self) -> None:
+        self._composed()
+
+    def _composed(self) -> LastRowsDense:
+        return LastRowsDense(AShape(self.sink, self.window), self.last)
+
+    def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        return self._composed().build_index(inputs, grid)

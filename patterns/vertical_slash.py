@@ -1,0 +1,150 @@
+"""Vertical-slash: some key columns for all queries, and some distances.
+
+Jiang et al., "MInference 1.0", 2024, arXiv:2407.02490, section 3.2: both are named by what the last queries of the
+prompt attend to. There, columns and distances are single tokens. Here they are blocks, as in FlexPrefill (Lai et al.,
+2025, arXiv:2502.20766): a block column is all tiles (m, n) with one n, a block slash all tiles (m, m - d) with one d.
+A token distance delta = d * block + r lies in the tiles of slash d for a share 1 - r / block of its length and in those
+of d + 1 for the rest; a slash's score counts each distance by that share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.estimators.probe import Probe
+
+PUBLISHED = (1000, 6096)  # MInference's default (verticals, slashes), in tokens
+_SINK, _BAND = 30, 100  # columns and distances MInference always keeps, in tokens
+
+
+@dataclass(frozen=True, slots=True)
+class VerticalSlash:
+    """Either a budget of tokens for each kind, or a density that both share out in the published proportion.
+
+    With `verticals` and `slashes`, ceil(budget / block) block columns and block slashes are kept. With `density`, the
+    longest prefix of the two rankings (taken in the proportion 1000 : 6096) whose tiles are at most that share of the
+    visible tiles of this call is kept, for each head and batch row. The columns of the first 30 tokens and the
+    distances below 100 are kept in any case. All blocks, or density 1.0, is dense.
+
+    The rankings come from the last `probe` queries, so the blocks of early rows depend on later tokens: it looks ahead.
+    Slashes need square tiles. A head with a window or with packed segments sees fewer tiles, never others.
+    """
+
+    verticals: int | None = None
+    slashes: int | None = None
+    density: float | None = None
+    probe: int = 64
+
+    def __post_init__(self) -> None:
+        tokens = self.verticals is not None and self.slashes is not None
+        if tokens == (self.density is not None) or (self.verticals is None) != (self.slashes is None):
+            raise ValueError(
+                "vertical-slash takes either verticals and slashes (tokens) or a density, got "
+                f"verticals={self.verticals}, slashes={self.slashes}, density={self.density}"
+            )
+        for name in ("verticals", "slashes"):
+            budget = getattr(self, name)
+            if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+                raise ValueError(f"{name} must be a positive number of tokens, got {budget!r}")
+        if self.density is not None and not 0.0 < self.density <= 1.0:
+            raise ValueError(f"density must be in (0, 1], got {self.density}")
+        Probe(self.probe)
+
+    def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        if grid.block_q != grid.block_k:
+            raise ValueError(
+                f"vertical-slash needs square tiles, got block_q={grid.block_q} and block_k={grid.block_k}: "
+                "choose block_q equal to block_k"
+            )
+        column, slash = self._block_mass(inputs, grid)
+        block = torch.arange(grid.key_blocks, device=inputs.device)
+        column = column.masked_fill(block * grid.block_k < _SINK, torch.inf)
+        slash = slash.masked_fill((block - 1) * grid.block_k < _BAND, torch.inf)
+        column_rank, slash_rank = _ranks(column), _ranks(slash)
+        if self.density is None:
+            assert self.verticals is not None
+            assert self.slashes is not None
+            columns = torch.full_like(column_rank[..., :1], -(-self.verticals // grid.block_k))
+            slashes = torch.full_like(slash_rank[..., :1], -(-self.slashes // grid.block_k))
+        else:
+            columns, slashes = _fit(self.density, column_rank, slash_rank, inputs, grid)
+        columns = columns.clamp(min=-(-_SINK // grid.block_k))
+        slashes = slashes.clamp(min=-(-_BAND // grid.block_k) + 1)
+        return _index(column_rank < columns, slash_rank < slashes, inputs, grid)
+
+    def _block_mass(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Tensor, Tensor]:
+        """[batch, query_heads, key_blocks] twice: probe mass of each block column and of each block slash."""
+        mass = Probe(self.probe).mass(inputs)
+        size, blocks = grid.block_k, grid.key_blocks
+        slot = torch.arange(blocks * size, device=inputs.device) + grid.anchor[:, None]
+        inside = (slot < inputs.keys)[:, None]
+        slot = slot.clamp(max=inputs.keys - 1)[:, None].expand(*mass.column.shape[:2], -1)
+        column = (mass.column.gather(2, slot) * inside).unflatten(2, (blocks, size)).sum(-1)
+        distance = functional.pad(mass.diagonal, (0, max(0, blocks * size - inputs.keys)))[..., : blocks * size]
+        distance = distance.unflatten(2, (blocks, size))
+        past = torch.arange(size, device=inputs.device).to(distance.dtype) / size  # r / block
+        own, next_one = (distance * (1 - past)).sum(-1), (distance * past).sum(-1)
+        return column, own + functional.pad(next_one, (1, 0))[..., :-1]
+
+
+def _ranks(score: Tensor) -> Tensor:
+    """int64: 0 for the highest score of the last dimension, of equal ones for the lower place."""
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    return torch.empty_like(order).scatter_(
+        -1, order, torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    )
+
+
+def _split(total: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks of each kind out of `total`, in the published proportion."""
+    columns = (total * PUBLISHED[0] + sum(PUBLISHED) // 2) // sum(PUBLISHED)
+    return columns, total - columns
+
+
+def _fit(
+    density: float, column_rank: Tensor, slash_rank: Tensor, inputs: AttentionInputs, grid: BlockGrid
+) -> tuple[Tensor, Tensor]:
+    """[batch, query_heads, 1] twice: how many columns and slashes fill `density` of this call's visible tiles."""
+    begin, end = grid.row_slots()
+    first = grid.first[:, None, None]
+    asked = (end > begin) & (begin < inputs.tail()[:, None])
+    last = first + asked.sum(1)[:, None, None]  # rows [first, last) of the grid are asked
+    block = torch.arange(grid.key_blocks, device=inputs.device)
+    reach = (last - torch.maximum(first, block)).clamp(min=0)  # tiles of column n, and of slash d
+    allowed = reach.sum(-1, keepdim=True).double() * density
+
+    def tiles(total: Tensor) -> Tensor:
+        columns, slashes = _split(total)
+        in_column, in_slash = column_rank < columns, slash_rank < slashes
+        # tiles in both: column n and slash d meet in row n + d
+        below = functional.pad(in_slash.to(torch.int64).cumsum(-1), (1, 0))  # slashes < d
+        stop = (last - block).clamp(0, grid.key_blocks).expand_as(column_rank)
+        start = (first - block).clamp(0, grid.key_blocks).expand_as(column_rank)
+        meeting = (below.gather(-1, stop) - below.gather(-1, start)) * in_column
+        return ((in_column + in_slash.to(torch.int64)) * reach - meeting).sum(-1, keepdim=True)
+
+    low = torch.zeros_like(column_rank[..., :1])
+    high = torch.full_like(low, 2 * grid.key_blocks)
+    if density == 1.0:
+        return high, high
+    for _ in range((2 * grid.key_blocks).bit_length()):  # bisection: tiles(total) never falls
+        middle = (low + high + 1) // 2
+        fits = tiles(middle) <= allowed
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
+    return _split(low)
+
+
+def _index(in_column: Tensor, in_slash: Tensor, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+    """Union of block columns and block slashes, rows in slabs."""
+    visible = grid.visible_block_mask(inputs)
+    row = grid.first[:, None] + torch.arange(grid.rows, device=inputs.device)
+    block = torch.arange(grid.key_blocks, device=inputs.device)
+    distance = row[..., None] - block  # [batch, rows, key_blocks]
+    flat = distance.clamp(min=0, max=grid.key_blocks - 1).flatten(1)[:, None].expand(*in_slash.shape[:2], -1)
+    on_slash = in_slash.gather(2, flat).unflatten(2, distance.shape[1:]) & (distance >= 0)[:, None]
+    return BlockIndex.from_mask(grid, (on_slash | in_column[:, :, None]) & visible[:, None])

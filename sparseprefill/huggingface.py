@@ -1,0 +1,628 @@
+"""The Hugging Face seam: one reversible call lets a stock model prefill sparsely.
+
+A stateless attention function and a mask function are registered under one name. transformers hands them queries and
+keys after RoPE and QK-norm, grouped heads not repeated, the cache updated; nothing of a model's own code is copied.
+What a patched layer needs to know hangs on its attention module, so that two models with different methods coexist.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+
+from sparseprefill import huggingface_masks as masks
+from sparseprefill.contracts import AttentionInputs
+from sparseprefill.huggingface_masks import NAME, MaskInfo, MaskSettings
+from sparseprefill.kernels import choose_implementation, why_not
+from sparseprefill.patterns import Dense, ModelPatterns, Pattern, PerHead
+from sparseprefill.prefill import (
+    COST_MODELS,
+    CostModel,
+    Prefill,
+    describe_pattern,
+    expected_density,
+    resolve_method,
+    sparse_prefill,
+    window_density,
+)
+from sparseprefill.reports import LayerReport, PatchReport
+
+_STATE = "_sparseprefill"  # attribute of a patched attention module
+
+Method = str | Pattern | ModelPatterns
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a patched model computes; the keyword arguments of `patch_model` that are not the method's own."""
+
+    block_q: int = 64
+    block_k: int = 64
+    impl: str = "auto"
+    min_length: int | None = None
+    observe: bool = True
+    sample_rows: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("block_q", "block_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.min_length is not None and self.min_length < 0:
+            raise ValueError(f"min_length must not be negative, got {self.min_length}")
+        if self.sample_rows < 0:
+            raise ValueError(f"sample_rows must not be negative, got {self.sample_rows}")
+
+
+@dataclass(eq=False)
+class _Layer:
+    """What one attention module does, and what it has done."""
+
+    number: int
+    pattern: Pattern
+    always_dense: bool
+    settings: Settings
+    previous: str
+    method: str
+    registered: bool = False  # made by `register`, not by a patch
+    windowed: bool = False  # its mask has a sliding window: it runs exactly, as a window
+    sparse_calls: int = 0
+    previous_calls: dict[str, int] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
+    seen: list[Prefill] = field(default_factory=list)  # not yet summed
+    sums: dict[str, Any] = field(default_factory=dict)
+    nan: Tensor | None = None  # bool [] on the device: a query or key was NaN
+
+    def decision(self, device: str) -> tuple[CostModel, str]:
+        model = COST_MODELS.get(device, COST_MODELS["cuda"])
+        if self.settings.min_length is not None:
+            return model, f"sparse from {self.settings.min_length} keys on (min_length)"
+        return model, model.describe()
+
+    def pattern_under(self, window: int | None) -> Pattern:
+        """Selection is for layers that see everything; a local layer keeps its whole window."""
+        self.windowed = window is not None
+        return Dense() if self.windowed else self.pattern
+
+    def why_dense(self, queries: int, keys: int, window: int | None, device: str) -> str | None:
+        """Why this call is better left to the dense kernel, or None."""
+        if self.always_dense:
+            return "dense layer"
+        if self.settings.min_length is not None:
+            below = keys < self.settings.min_length
+            return f"fewer keys than min_length={self.settings.min_length}" if below else None
+        density = expected_density(self.pattern, keys) if window is None else window_density(window, keys)
+        cheaper = self.decision(device)[0].sparse_is_cheaper(queries, keys, density)
+        return None if cheaper else "below break-even"
+
+    def note_previous(self, reason: str) -> None:
+        self.previous_calls[reason] = self.previous_calls.get(reason, 0) + 1
+
+    def note(self, prefill: Prefill, impl: str) -> None:
+        self.sparse_calls += 1
+        self.kernels[impl] = self.kernels.get(impl, 0) + 1
+        if prefill.coverage is not None:
+            seen = Prefill(None, None, prefill.coverage, prefill.sampled_mass, prefill.seconds, prefill.events)  # type: ignore[arg-type]
+            self.seen.append(seen)
+
+    def report(self) -> LayerReport:
+        """Sum what was seen. The only place that reads observations back to the host."""
+        sums = self.sums
+        for prefill in self.seen:
+            counted = prefill.coverage
+            assert counted is not None
+            add = {
+                "kept": counted.kept, "visible": counted.visible, "tiles": counted.tiles,
+                "dense_tiles": counted.dense_tiles, "mass": prefill.sampled_mass,
+            }  # fmt: skip
+            for name, value in add.items():
+                if value is not None:
+                    sums[name] = sums.get(name, 0) + value.cpu()
+            if prefill.events is not None:
+                torch.cuda.synchronize()
+                before, between, after = prefill.events
+                spent = before.elapsed_time(between) / 1e3, between.elapsed_time(after) / 1e3
+            else:
+                spent = prefill.seconds or (0.0, 0.0)
+            sums["estimator"] = sums.get("estimator", 0.0) + spent[0]
+            sums["kernel"] = sums.get("kernel", 0.0) + spent[1]
+        self.seen.clear()
+        density = tile_work = mass = None
+        if "kept" in sums:
+            density = (sums["kept"].double() / sums["visible"]).tolist()
+            tile_work = (sums["tiles"].double() / sums["dense_tiles"]).tolist()
+        if "mass" in sums:
+            mass = (sums["mass"][:, 0] / sums["mass"][:, 1]).tolist()
+        return LayerReport(
+            self.number, self._described(), self.sparse_calls,
+            dict(self.previous_calls), dict(self.kernels), density, tile_work, mass,
+            sums.get("estimator", 0.0), sums.get("kernel", 0.0),
+        )  # fmt: skip
+
+    def _described(self) -> str:
+        if self.always_dense:
+            return "dense"
+        return "Dense() in its sliding window" if self.windowed else describe_pattern(self.pattern)
+
+
+class Patch:
+    """A patched model. Leaving the `with` block, or `remove()`, puts everything back as it was."""
+
+    def __init__(self, model: PreTrainedModel, layers: dict[int, _Layer], undo: list[Callable[[], None]]) -> None:
+        self.model = model
+        self._layers = layers
+        self._undo = undo
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    @property
+    def active(self) -> bool:
+        """False once it was removed."""
+        return bool(self._undo)
+
+    def remove(self) -> None:
+        """Restore the model's configuration object and attention modules. Calling it again does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def report(self) -> PatchReport:
+        """What every layer and head did since the patch (or `reset()`)."""
+        device = next(self.model.parameters()).device.type
+        first = next(iter(self._layers.values()))
+        return PatchReport(
+            first.method, first.decision(device)[1], tuple(layer.report() for layer in self._layers.values())
+        )
+
+    def reset(self) -> None:
+        """Forget what was counted so far."""
+        for layer in self._layers.values():
+            layer.sparse_calls = 0
+            for counted in (layer.previous_calls, layer.kernels, layer.seen, layer.sums):
+                counted.clear()
+
+    def _raise_on_nan(self, *_: Any) -> None:
+        """After a forward pass on a GPU: one read of the flags that its layers set."""
+        flags = [(layer.number, layer.nan) for layer in self._layers.values() if layer.nan is not None]
+        for layer in self._layers.values():
+            layer.nan = None
+        if flags and bool(torch.stack([flag.to(flags[0][1].device) for _, flag in flags]).any()):
+            _nan_error(next(number for number, flag in flags if bool(flag)))
+
+
+def patch_model(
+    model: PreTrainedModel,
+    method: Method = "minference",
+    *,
+    dense_layers: Sequence[int] = (),
+    layers: Mapping[int, Method] | None = None,
+    heads: Mapping[tuple[int, int], Method] | None = None,
+    last_rows_dense: int = 0,
+    block_q: int = 64,
+    block_k: int = 64,
+    impl: str = "auto",
+    min_length: int | None = None,
+    observe: bool = True,
+    sample_rows: int = 16,
+    **options: Any,
+) -> Patch:
+    """Let a stock Hugging Face model prefill long prompts sparsely, until the returned handle is removed.
+
+        with patch_model(model, method="vertical_slash", density=0.2) as patch:
+            model.generate(**inputs)
+            print(patch.report())
+
+    Calls with fewer than `block_q` queries (decoding) and calls for which sparse attention is not expected to be cheaper
+    run on the implementation the model had before; the report counts them with the reason.
+
+    Args:
+        model: any model whose attention dispatches through transformers' attention interface.
+        method: a name of `sparseprefill methods`, or an object with `build_index(inputs, grid) -> BlockIndex`.
+        dense_layers: layers that stay as they were (negative numbers count from the end).
+        layers: other methods for some layers, `{layer: method}`.
+        heads: other methods for some query heads, `{(layer, head): method}`.
+        last_rows_dense: that many last queries of each call attend densely.
+        block_q, block_k: tokens a tile.
+        impl: "auto", "triton", "cpu" or "reference".
+        min_length: sparse from that many keys on; None lets the cost model decide.
+        observe: count density, kept mass and times for `report()`.
+        sample_rows: queries a call on which kept mass is measured against dense attention; 0 for none.
+        options: of the method.
+
+    Raises:
+        TypeError, ValueError: unknown method or option, layers or heads that do not exist, a profile of another model.
+        NotImplementedError: the model, or its head_dim, cannot be served; the message says what to do.
+        The model is then exactly as it was.
+    """
+    settings = Settings(block_q, block_k, impl, min_length, observe, sample_rows)
+    pattern = resolve_method(method, last_rows_dense=last_rows_dense, **options)
+    config = _text_config(model)
+    modules = _attention_modules(model, config)
+    facts = model_facts(config, modules)
+    for entry in [pattern, *(layers or {}).values()]:
+        mismatch = entry.mismatch(facts) if isinstance(entry, ModelPatterns) else None
+        if mismatch:
+            raise ValueError(f"this profile is of another model: {mismatch}")
+    for module in modules.values():
+        _check_served(model, module, config, settings)
+    chosen = _patterns_of_layers(pattern, sorted(modules), facts["query_heads"], dense_layers, layers, heads)
+
+    previous = _previous_implementation(model, config)
+    name = method if isinstance(method, str) else describe_pattern(method)
+    last = max(modules) + 1
+    stay_dense = {n % last for n in dense_layers} - {n % last for n, _ in heads or {}}
+    states = {
+        number: _Layer(number, chosen[number], number in stay_dense, settings, previous, name)
+        for number in sorted(modules)
+    }
+
+    _register_functions()
+    undo: list[Callable[[], None]] = []
+    patch = Patch(model, states, undo)
+    try:
+        _use_private_config(model, undo)
+        private = _text_config(model)
+        masks.bind_config(private, MaskSettings(previous, block_q))
+        undo.append(functools.partial(masks.unbind_config, private))
+        _switch(model, private)
+        for number, module in modules.items():
+            if hasattr(module, _STATE):  # loaded under our name: that method comes back
+                undo.append(functools.partial(setattr, module, _STATE, getattr(module, _STATE)))
+            else:
+                undo.append(functools.partial(delattr, module, _STATE))
+            setattr(module, _STATE, states[number])
+        hook = model.register_forward_hook(patch._raise_on_nan)
+        undo.append(hook.remove)
+    except BaseException:
+        patch.remove()
+        raise
+    return patch
+
+
+_REGISTERED: dict[str, Any] = {}
+
+
+def register(method: Method = "minference", *, previous: str = "sdpa", **options: Any) -> None:
+    """Serve `from_pretrained(..., attn_implementation="sparseprefill")` with this method from now on.
+
+    `previous` is the implementation that decoding and short prompts run on; models that transformers itself runs on
+    eager (GPT-OSS) need "eager". Keyword arguments as of `patch_model`, apart from layers and heads.
+    """
+    shared = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
+    settings = Settings(**shared)
+    pattern = resolve_method(method, **options)
+    if previous not in ("eager", *AttentionInterface().valid_keys()) or previous == NAME:
+        raise ValueError(f"previous must be an attention implementation of transformers, got {previous!r}")
+    _REGISTERED.update(
+        pattern=pattern, settings=settings, previous=previous,
+        method=method if isinstance(method, str) else describe_pattern(method),
+    )  # fmt: skip
+    masks.set_default_settings(MaskSettings(previous, settings.block_q))
+    _register_functions()
+
+
+def _register_functions() -> None:
+    AttentionInterface.register(NAME, _attend)
+    AttentionInterface.register(f"paged|{NAME}", _refuse_paged)
+    masks.register_mask()
+
+
+def _refuse_paged(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError(
+        "continuous batching (generate_batch) keeps keys in pages, which sparseprefill does not read: "
+        "use generate, or remove the patch"
+    )
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function under our name: (output [batch, queries, heads, value_dim], None)."""
+    layer = getattr(module, _STATE, None) or _registered_layer(module)
+    back = functools.partial(_run_previous, layer, module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    if layer is None:
+        return back()
+    queries, keys = query.shape[2], key.shape[2]
+    reason = _why_previous(layer, module, query, key, attention_mask, kwargs)
+    if reason is None:
+        reason = layer.why_dense(queries, keys, attention_mask.window, query.device.type)
+    if reason is not None:
+        layer.note_previous(reason)
+        return back()
+    if dropout:
+        raise NotImplementedError(
+            f"layer {layer.number}: attention dropout ({dropout}) in training mode: call model.eval()"
+        )
+    if kwargs.get("output_attentions"):
+        raise NotImplementedError(
+            "output_attentions=True: sparse attention never has the whole matrix; leave it out, or remove the patch"
+        )
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        raise NotImplementedError("sparse prefill has no backward pass: run the model under torch.no_grad()")
+    info = attention_mask.on(query.device)
+    inputs = AttentionInputs(
+        query, key, value,
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+        window=info.window,
+        key_valid=info.key_valid,
+        query_start=info.query_start,
+        key_length=min(keys, info.query_start + queries),
+        segment=info.segment,
+    )  # fmt: skip
+    _watch_for_nan(layer, inputs)
+    settings = layer.settings
+    impl = choose_implementation(inputs) if settings.impl == "auto" else settings.impl
+    prefill = sparse_prefill(
+        inputs, layer.pattern_under(info.window), block_q=settings.block_q, block_k=settings.block_k, impl=impl,
+        observe=settings.observe, sample_rows=settings.sample_rows,
+    )  # fmt: skip
+    layer.note(prefill, impl)
+    output = prefill.result.output
+    assert output is not None
+    return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _why_previous(
+    layer: _Layer, module: nn.Module, query: Tensor, key: Tensor, attention_mask: Any, kwargs: dict[str, Any]
+) -> str | None:
+    """Why a call cannot be ours, or None."""
+    if query.shape[2] < layer.settings.block_q:
+        return "fewer queries than a block (decoding)"
+    if not isinstance(attention_mask, MaskInfo):
+        return "no mask from transformers" if attention_mask is None else "a mask of the caller's own"
+    if attention_mask.opaque is not None:
+        return attention_mask.opaque
+    if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
+        return "not causal"
+    if kwargs.get("position_bias") is not None:
+        return "position bias"
+    if attention_mask.keys != key.shape[2] or attention_mask.queries != query.shape[2]:
+        return f"a mask for {attention_mask.queries} queries and {attention_mask.keys} keys"
+    return None
+
+
+def _run_previous(
+    layer: _Layer | None, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+    scaling: float | None, dropout: float, kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The implementation the model had before, with that implementation's own mask."""
+    previous = layer.previous if layer is not None else masks.default_settings().previous
+    if isinstance(attention_mask, MaskInfo):
+        attention_mask = attention_mask.previous_mask(previous)
+    namespace = vars(sys.modules[type(module).__module__])
+    interface = namespace.get("ALL_ATTENTION_FUNCTIONS") or AttentionInterface()
+    eager = namespace.get("eager_attention_forward")
+    if previous == "eager" and eager is None:
+        raise NotImplementedError(f"{type(module).__name__} has no eager attention function to go back to")
+    function = eager if previous == "eager" else interface[previous]
+    result: tuple[Tensor, Tensor | None] = function(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+    return result
+
+
+def _registered_layer(module: nn.Module) -> _Layer | None:
+    """State for a module of a model that was loaded under our name; None where `register` was not called for it."""
+    if not _REGISTERED or not isinstance(getattr(module, "layer_idx", None), int):
+        return None
+    previous = _REGISTERED["previous"]
+    if previous == "sdpa" and not _supports(module, "_supports_sdpa"):
+        raise NotImplementedError(
+            f"{type(module).__name__} does not run on sdpa: call sparseprefill.register(..., previous='eager')"
+        )
+    pattern = _REGISTERED["pattern"]
+    number = module.layer_idx
+    assert isinstance(number, int)
+    layer = _Layer(
+        number,
+        _for_layer(pattern, number),
+        False,
+        _REGISTERED["settings"],
+        previous,
+        _REGISTERED["method"],
+        registered=True,
+    )
+    setattr(module, _STATE, layer)
+    return layer
+
+
+def _supports(module: nn.Module, flag: str) -> bool:
+    """A class flag of the family this attention module belongs to."""
+    classes = vars(sys.modules[type(module).__module__]).values()
+    families = [
+        c for c in classes if isinstance(c, type) and issubclass(c, PreTrainedModel) and c is not PreTrainedModel
+    ]
+    return all(getattr(family, flag, False) for family in families)
+
+
+def _watch_for_nan(layer: _Layer, inputs: AttentionInputs) -> None:
+    """On the CPU raise at once, on a GPU set a flag that is read once after the forward pass."""
+    nan = inputs.query.isnan().any() | inputs.key.isnan().any()
+    if inputs.device.type == "cpu":
+        if nan:
+            _nan_error(layer.number)
+    else:
+        layer.nan = nan if layer.nan is None else layer.nan | nan
+
+
+def _nan_error(layer: int) -> None:
+    raise FloatingPointError(
+        f"the queries or keys of layer {layer} contain NaN, so no block can be chosen: "
+        "check the model's weights and dtype (float16 overflows where bfloat16 does not)"
+    )
+
+
+def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"patch_model takes a transformers PreTrainedModel, got {type(model).__name__}")
+    config: PreTrainedConfig = model.config.get_text_config()
+    return config
+
+
+def _attention_modules(model: PreTrainedModel, config: PreTrainedConfig) -> dict[int, nn.Module]:
+    """The self-attention modules of the language model, by layer. Raises where there is nothing to patch."""
+    cls = type(model).__name__
+    states = [getattr(m, _STATE) for m in model.modules() if hasattr(m, _STATE)]
+    if any(not state.registered for state in states):
+        raise ValueError(f"this {cls} is patched already: remove the first patch, or give it all methods at once")
+    if not model._can_set_attn_implementation():
+        raise NotImplementedError(
+            f"{cls} does not dispatch through transformers' attention interface, so it cannot be patched: "
+            "use a class that does (see `AttentionInterface` in its documentation), or a newer transformers"
+        )
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        number = getattr(module, "layer_idx", None)
+        if not isinstance(number, int) or "Attention" not in type(module).__name__:
+            continue
+        if getattr(module, "is_causal", True) is False or getattr(module, "config", config) is not config:
+            continue
+        if not hasattr(module, "scaling") and not hasattr(module, "num_key_value_groups"):
+            continue
+        if number in found:
+            raise NotImplementedError(f"{cls} has two attention modules in layer {number}: it cannot be patched yet")
+        found[number] = module
+    if not found:
+        raise NotImplementedError(f"{cls} has no causal self-attention layer that sparseprefill knows how to patch")
+    return found
+
+
+def model_facts(config: PreTrainedConfig, modules: Mapping[int, nn.Module]) -> dict[str, Any]:
+    """The hard keys of a model: a profile made for other values is refused."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {
+        "architecture": config.model_type,
+        "layers": config.num_hidden_layers,
+        "query_heads": config.num_attention_heads,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "head_dim": head_dim,
+        "vocabulary": config.vocab_size,
+    }
+
+
+def _check_served(model: PreTrainedModel, module: nn.Module, config: PreTrainedConfig, settings: Settings) -> None:
+    """Ask the kernels about the shapes this module will send, before anything is changed."""
+    facts = model_facts(config, {})
+    head_dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None) or facts["head_dim"]
+    value_dim = getattr(module, "v_head_dim", None) or head_dim
+    parameter = next(module.parameters(), None)
+    if parameter is None or parameter.device.type == "meta":
+        return
+    dtype = model.dtype
+
+    def zeros(heads: int, dim: int) -> Tensor:
+        return torch.zeros(1, heads, 1, dim, device=parameter.device, dtype=dtype)
+
+    heads, kv_heads = facts["query_heads"], facts["kv_heads"]
+    inputs = AttentionInputs(zeros(heads, head_dim), zeros(kv_heads, head_dim), zeros(kv_heads, value_dim), 1.0)
+    if settings.impl == "auto":
+        choose_implementation(inputs)
+    else:
+        reason = why_not(settings.impl, inputs)
+        if reason:
+            raise NotImplementedError(f"{settings.impl} cannot compute {type(model).__name__}: {reason}")
+
+
+def _for_layer(pattern: Any, layer: int) -> Pattern:
+    own = getattr(pattern, "for_layer", None)
+    result: Pattern = own(layer) if callable(own) else pattern
+    return result
+
+
+def _patterns_of_layers(
+    pattern: Pattern | ModelPatterns,
+    numbers: Sequence[int],
+    query_heads: int,
+    dense_layers: Sequence[int],
+    layers: Mapping[int, Method] | None,
+    heads: Mapping[tuple[int, int], Method] | None,
+) -> dict[int, Pattern]:
+    """The pattern of each layer, overrides applied. Raises ValueError for layers and heads that do not exist."""
+    last = max(numbers) + 1
+    chosen: dict[int, Pattern] = {number: _for_layer(pattern, number) for number in numbers}
+
+    def existing(number: int, what: str) -> int:
+        real = number + last if number < 0 else number
+        if real not in chosen:
+            raise ValueError(f"{what}: there is no attention layer {number} (layers are 0 to {last - 1})")
+        return real
+
+    for number, method in (layers or {}).items():
+        chosen[existing(number, "layers")] = _for_layer(resolve_method(method), number)
+    for number in dense_layers:
+        chosen[existing(number, "dense_layers")] = Dense()
+    for (number, head), method in (heads or {}).items():
+        real = existing(number, "heads")
+        if not 0 <= head < query_heads:
+            raise ValueError(f"heads: there is no query head {head} (heads are 0 to {query_heads - 1})")
+        base = chosen[real]
+        each = list(base.patterns) if isinstance(base, PerHead) else [base] * query_heads
+        each[head] = _for_layer(resolve_method(method), real)
+        chosen[real] = PerHead(tuple(each))
+    return chosen
+
+
+def _previous_implementation(model: PreTrainedModel, config: PreTrainedConfig) -> str:
+    previous: str | None = config._attn_implementation
+    if previous is None or previous == NAME:  # loaded under our name: what transformers would have chosen
+        previous = "sdpa" if model._supports_sdpa else "eager"
+    if previous.startswith("paged|"):
+        raise NotImplementedError(f"the model runs on {previous!r} (continuous batching), which cannot be patched")
+    return previous
+
+
+def _use_private_config(model: PreTrainedModel, undo: list[Callable[[], None]]) -> None:
+    """Give the model a copy of its configuration: another model made from the same object must not switch with it."""
+    original = model.config
+    memo: dict[int, Any] = {}
+    private = copy.deepcopy(original, memo)
+    replaced = {id(config): memo.get(id(config)) for config in _configs(original)}
+    replaced[id(original)] = private
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig) and replaced.get(id(value)) is not None:
+                setattr(module, name, replaced[id(value)])
+                undo.append(functools.partial(setattr, module, name, value))
+
+
+def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for name in getattr(config, "sub_configs", {}):
+        inner = getattr(config, name, None)
+        if isinstance(inner, PreTrainedConfig):
+            yield from _configs(inner)
+
+
+def _switch(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Set our name for the language model, and make sure that it took effect."""
+    if config is model.config:
+        model.set_attn_implementation(NAME)
+    else:
+        key = next(name for name in model.config.sub_configs if getattr(model.config, name) is config)
+        model.set_attn_implementation({key: NAME})
+    if config._attn_implementation != NAME:
+        raise NotImplementedError(
+            f"{type(model).__name__} did not accept an attention implementation: it cannot be patched"
+        )

@@ -1,0 +1,215 @@
+"""What transformers says about masks, as the few numbers attention needs: the one place that knows its releases.
+
+transformers describes a mask as a function of indices and lets each attention implementation turn it into what it
+likes. Ours becomes a `MaskInfo`. What it cannot express (image overlays, a user's own mask) is left to the
+implementation the model had before, with that implementation's own mask, which is made only if a layer asks for it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+NAME = "sparseprefill"
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSettings:
+    """What the mask function has to know of the model it serves, found by the identity of its config."""
+
+    previous: str  # the attention implementation of before
+    least_queries: int  # calls with fewer queries go there
+
+
+_SETTINGS: dict[int, tuple[weakref.ref[Any], MaskSettings]] = {}
+
+
+def bind_config(config: Any, settings: MaskSettings) -> None:
+    """Let masks made for `config` follow `settings`, as long as the config lives or until `unbind_config`."""
+    key = id(config)
+    _SETTINGS[key] = (weakref.ref(config, lambda _: _SETTINGS.pop(key, None)), settings)
+
+
+def unbind_config(config: Any) -> None:
+    """Forget a config."""
+    _SETTINGS.pop(id(config), None)
+
+
+def bound_settings(config: Any) -> MaskSettings | None:
+    """The settings of a config, if it has any."""
+    entry = _SETTINGS.get(id(config))
+    return entry[1] if entry is not None and entry[0]() is config else None
+
+
+@dataclass(eq=False)
+class MaskInfo:
+    """The mask of one forward pass. It travels through a model in the place of a 4-D mask tensor."""
+
+    query_start: int  # slot of the first query among the keys at hand
+    queries: int
+    keys: int  # keys at hand; a sliding cache holds only the last ones
+    key_valid: Tensor | None  # bool [batch, keys], None: all that are filled
+    window: int | None
+    segment: Tensor | None  # int64 [batch, keys]
+    opaque: str | None  # why no fast path can serve this mask, or None
+    arguments: dict[str, Any]  # of the mask function, for the previous implementation
+    batch: int
+    _made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ndim(self) -> int:
+        """Generation with a static cache prepares masks early and passes them through as 4-D ones."""
+        return 4
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """As a 4-D mask would have it."""
+        return (self.batch, 1, self.queries, self.keys)
+
+    def to(self, device: Any, non_blocking: bool = False) -> MaskInfo:
+        """For dispatch hooks that move every argument; tensors are moved where they are used."""
+        return self
+
+    def contiguous(self) -> MaskInfo:
+        """Generation with a static cache asks for it."""
+        return self
+
+    def on(self, device: torch.device) -> MaskInfo:
+        """The same with its tensors on `device`."""
+        for name in ("key_valid", "segment"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.device != device:
+                setattr(self, name, tensor.to(device))
+        return self
+
+    def previous_mask(self, previous: str) -> Any:
+        """The mask that the previous implementation makes for itself; made once for all layers that need it."""
+        if previous not in self._made:
+            self._made[previous] = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[previous](**self.arguments)
+        return self._made[previous]
+
+
+def make_mask(**arguments: Any) -> Any:
+    """The mask function registered under our name; called by transformers with its own keywords, see there."""
+    settings = bound_settings(arguments.get("config")) or default_settings()
+    given = arguments.get("attention_mask")
+    if isinstance(given, MaskInfo):  # prepared by `generate` before the forward pass
+        return given
+    queries, query_offset = _query_span(arguments)
+    if queries < settings.least_queries:
+        return masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[settings.previous](**arguments)
+    kv_offset, keys = int(arguments.get("kv_offset", 0)), int(arguments["kv_length"])
+    start = query_offset - kv_offset
+    valid = None
+    if given is not None:
+        valid = _valid_keys(given, kv_offset, keys, min(keys, start + queries))
+    batch = arguments.get("batch_size") or (given.shape[0] if given is not None else 1)
+    window, segment, opaque = _understand(arguments["mask_function"], batch, keys, kv_offset)
+    if start < 0 or start + queries > keys:
+        opaque = f"queries stand in slots {start} to {start + queries - 1} of {keys} keys"
+    return MaskInfo(start, queries, keys, valid, window, segment, opaque, arguments, batch)
+
+
+_DEFAULT: list[MaskSettings] = []
+
+
+def set_default_settings(settings: MaskSettings) -> None:
+    """What models follow that were loaded under our name and not patched."""
+    _DEFAULT[:] = [settings]
+
+
+def default_settings() -> MaskSettings:
+    """See `set_default_settings`; before it was called, everything goes to sdpa."""
+    return _DEFAULT[0] if _DEFAULT else MaskSettings("sdpa", 1 << 62)
+
+
+def register_mask() -> None:
+    """Put `make_mask` under our name; without it padding would vanish silently."""
+    masking_utils.AttentionMaskInterface.register(NAME, make_mask)
+
+
+def _query_span(arguments: dict[str, Any]) -> tuple[int, int]:
+    """(queries, slot of the first): transformers 5.0 to 5.2 gave cache_position instead of a length and an offset."""
+    if "cache_position" in arguments:
+        position = arguments["cache_position"]
+        return position.shape[0], int(position[0])
+    return int(arguments["q_length"]), int(arguments.get("q_offset", 0))
+
+
+def _valid_keys(given: Tensor, kv_offset: int, keys: int, filled: int) -> Tensor | None:
+    """bool [batch, keys] from a 2-D mask over all slots; None where nothing is masked.
+
+    One read back to the host a forward pass, as the stock mask functions do; it is also what finds a row of padding.
+    """
+    valid = given[:, kv_offset : kv_offset + keys].to(torch.bool)
+    if valid.shape[1] < keys:  # slots of a static cache that are not filled yet: the future, whatever stands there
+        valid = torch.nn.functional.pad(valid, (0, keys - valid.shape[1]), value=True)
+    seen = valid[:, :filled]
+    if bool(seen.all()):
+        return None
+    empty = (~given.to(torch.bool).any(1)).nonzero()[:, 0].tolist()
+    if empty:
+        raise ValueError(
+            f"batch row {empty[0]} is padding only (attention_mask has no 1 in it): leave the row out of the batch"
+        )
+    return valid
+
+
+def _understand(
+    function: Callable[..., Any], batch: int, keys: int, kv_offset: int
+) -> tuple[int | None, Tensor | None, str | None]:
+    """(window, segment, None) of a mask function made of parts we know, else (None, None, why not)."""
+    window: int | None = None
+    segment: Tensor | None = None
+    causal = False
+    for part in _parts(function):
+        kind, inside = _kind(part), _enclosed(part)
+        if kind == "causal_mask_function":
+            causal = True
+        elif kind == "sliding_window_overlay.inner_mask":
+            window = min(window or inside["sliding_window"], inside["sliding_window"])
+        elif kind == "chunked_overlay.inner_mask" and segment is None:
+            slot = torch.arange(kv_offset, kv_offset + keys, device=inside["left_padding"].device)
+            segment = (slot - inside["left_padding"][:, None]).div(inside["chunk_size"], rounding_mode="floor")
+        elif kind == "packed_sequence_mask_function.inner_mask" and segment is None:
+            segment = inside["packed_sequence_mask"]
+            if segment.shape[1] != keys:
+                return None, None, f"packed sequences of {segment.shape[1]} slots over {keys} keys"
+        elif kind == "remap_positions_for_packed_sequence.inner_mask":
+            # positions inside each packed sequence: the same distances and the same order as slots have there
+            inner = _understand(inside["mask_function"], batch, keys, kv_offset)
+            if inner[2] is not None or inner[1] is not None:
+                return None, None, inner[2] or "chunks inside packed sequences"
+            causal, window = True, inner[0] if window is None else min(window, inner[0] or window)
+        else:
+            return None, None, f"its mask has a part of its own ({kind})"
+    if not causal:
+        return None, None, "it is not causal"
+    return window, None if segment is None else segment.expand(batch, -1), None
+
+
+def _parts(function: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """The functions whose intersection this is."""
+    if _kind(function) == "and_masks.and_mask":
+        return [part for each in _enclosed(function)["mask_functions"] for part in _parts(each)]
+    return [function]
+
+
+def _kind(function: Callable[..., Any]) -> str:
+    """Qualified name, for functions of transformers' own masking module; others are called by their module too."""
+    name = getattr(function, "__qualname__", type(function).__name__).replace(".<locals>", "")
+    module = getattr(function, "__module__", "")
+    return name if module == masking_utils.__name__ else f"{module}.{name}"
+
+
+def _enclosed(function: Callable[..., Any]) -> dict[str, Any]:
+    """The variables a closure remembers."""
+    cells = getattr(function, "__closure__", None) or ()
+    code = getattr(function, "__code__", None)
+    return dict(zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True)) if code else {}

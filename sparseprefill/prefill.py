@@ -1,0 +1,325 @@
+"""Where a pattern meets a kernel: the table of methods, the choice between sparse and dense, and one attention call."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid, BlockIndex
+from sparseprefill.coverage import Coverage, coverage
+from sparseprefill.kernels import block_sparse_attention
+from sparseprefill.patterns import (
+    AShape,
+    BlockSparse,
+    Dense,
+    LastRowsDense,
+    Pattern,
+    PerHead,
+    RandomBlocks,
+    TriShape,
+    VerticalSlash,
+)
+from sparseprefill.patterns.store import ModelPatterns, load_patterns
+from sparseprefill.patterns.vertical_slash import PUBLISHED
+
+
+def _minference(
+    profile: str | Path | None = None, budget: str | None = None, density: float | None = None, probe: int = 64
+) -> Pattern | ModelPatterns:
+    """Per-head patterns from a profile, else vertical-slash for every head."""
+    if profile is not None:
+        if budget is not None or density is not None:
+            raise ValueError("minference takes a profile or a budget or a density: a profile brings its own budgets")
+        return load_patterns(profile)
+    if budget is not None and density is not None:
+        raise ValueError("minference takes either a budget or a density")
+    if budget is None:
+        return VerticalSlash(density=0.2 if density is None else density, probe=probe)
+    if budget != "paper":
+        raise ValueError(f"minference knows budget='paper' (1000 verticals, 6096 slashes), got {budget!r}")
+    verticals, slashes = PUBLISHED
+    return VerticalSlash(verticals=verticals, slashes=slashes, probe=probe)
+
+
+def _vertical_slash(**options: Any) -> VerticalSlash:
+    if not {"verticals", "slashes", "density"} & options.keys():
+        options["density"] = 0.2
+    return VerticalSlash(**options)
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRow:
+    """One line of the methods table."""
+
+    make: Callable[..., Pattern | ModelPatterns]
+    options: tuple[str, ...]
+    kind: str  # selector: looks at this prompt; static: does not
+    summary: str
+    paper: str
+    looks_ahead: bool  # may the blocks of a row depend on later tokens?
+    chunked: str  # "identical": the index of a chunk is that part of the one-shot index;
+    # "own": it is the method applied to the chunk's own queries and all earlier keys
+
+
+def _fields(cls: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
+METHODS: dict[str, MethodRow] = {
+    "dense": MethodRow(Dense, (), "static", "every block", "", False, "identical"),
+    "a_shape": MethodRow(
+        AShape, _fields(AShape), "static", "first tokens and a local window", "arXiv:2309.17453", False, "identical"
+    ),
+    "tri_shape": MethodRow(
+        TriShape, _fields(TriShape), "static", "A-shape, last rows dense", "arXiv:2412.10319", True, "own"
+    ),
+    "vertical_slash": MethodRow(
+        _vertical_slash, _fields(VerticalSlash), "selector", "key columns and distances the last queries attend to",
+        "arXiv:2407.02490", True, "own",
+    ),
+    "block_sparse": MethodRow(
+        BlockSparse, _fields(BlockSparse), "selector", "blocks whose mean key fits the mean query",
+        "arXiv:2407.02490", False, "own",
+    ),
+    "random": MethodRow(
+        RandomBlocks, _fields(RandomBlocks), "static", "random blocks, sink and window: the control", "", False,
+        "identical",
+    ),
+    "minference": MethodRow(
+        _minference, ("profile", "budget", "density", "probe"), "selector",
+        "a pattern for each head from a profile, else vertical-slash", "arXiv:2407.02490", True, "own",
+    ),
+}  # fmt: skip
+
+
+def resolve_method(
+    method: str | Pattern | ModelPatterns, *, last_rows_dense: int = 0, **options: Any
+) -> Pattern | ModelPatterns:
+    """A method by name with its options, or an object of the user's own that has the verb `build_index`.
+
+    `last_rows_dense`: that many last queries of each call attend densely, whatever the method.
+    Raises ValueError for an unknown name or option (with the nearest known one), TypeError for other objects.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}.{_nearest(method, METHODS)} Methods: {', '.join(METHODS)}")
+        row = METHODS[method]
+        for name in options:
+            if name not in row.options:
+                known = ", ".join(row.options) or "none"
+                raise ValueError(
+                    f"method {method!r} has no option {name!r}.{_nearest(name, row.options)} Its options: {known}"
+                )
+        pattern = row.make(**options)
+    elif callable(getattr(method, "build_index", None)) or isinstance(method, ModelPatterns):
+        if options:
+            raise ValueError(f"options go with a method's name; {type(method).__name__} got {', '.join(options)}")
+        pattern = method
+    else:
+        raise TypeError(
+            f"a method is a name ({', '.join(METHODS)}) or an object with build_index(inputs, grid), "
+            f"got {type(method).__name__}"
+        )
+    if last_rows_dense and isinstance(pattern, ModelPatterns):
+        return pattern.map(lambda each: LastRowsDense(each, last_rows_dense))
+    return LastRowsDense(pattern, last_rows_dense) if last_rows_dense else pattern  # type: ignore[arg-type]
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """When sparse is expected to be cheaper, stated rather than measured.
+
+    A sparse call costs tile_factor * density * dense + fixed, where `dense` is the dense call's (query, key) pairs and
+    `fixed` those of a dense causal prefill of `fixed_tokens`. It is an assumption until a machine has been calibrated.
+    """
+
+    tile_factor: float
+    fixed_tokens: int
+
+    def sparse_is_cheaper(self, queries: int, keys: int, density: float) -> bool:
+        """For `queries` that are the last of `keys`, at an expected density."""
+        dense = queries * (keys - queries) + queries * (queries + 1) / 2
+        return dense * (1 - self.tile_factor * density) > self.fixed_tokens**2 / 2
+
+    def describe(self) -> str:
+        """One line for reports."""
+        return (
+            f"uncalibrated cost model: sparse costs {self.tile_factor:g} x density x dense "
+            f"+ a dense prefill of {self.fixed_tokens} tokens"
+        )
+
+
+# measured once per kind of device with `sparseprefill bench`, rounded towards caution
+COST_MODELS = {"cpu": CostModel(2.5, 512), "cuda": CostModel(1.6, 4096)}
+
+
+def expected_density(pattern: Any, keys: int) -> float:
+    """What share of a one-shot prefill's pairs a pattern will keep, at most, before anything was looked at.
+
+    A user's object may have `expected_density(keys) -> float`; one without is taken for 0.5.
+    """
+    if isinstance(pattern, PerHead):
+        return math.fsum(expected_density(each, keys) for each in pattern.patterns) / len(pattern.patterns)
+    if isinstance(pattern, LastRowsDense):
+        return min(1.0, expected_density(pattern.pattern, keys) + 2 * pattern.rows / keys)
+    match pattern:
+        case Dense():
+            return 1.0
+        case AShape(sink, window):
+            return _kept_share((sink if isinstance(window, int) else 0), window, keys)
+        case TriShape(sink, window, last):
+            return min(1.0, _kept_share((sink if isinstance(window, int) else 0), window, keys) + 2 * last / keys)
+        case BlockSparse(keep=keep) | RandomBlocks(keep=keep):
+            return _kept_share(0, keep, keys)
+        case VerticalSlash(density=density) if density is not None:
+            return density
+        case VerticalSlash(verticals=verticals, slashes=slashes):
+            assert verticals is not None
+            assert slashes is not None
+            return _kept_share(verticals, slashes, keys)
+    own = getattr(pattern, "expected_density", None)
+    return float(own(keys)) if callable(own) else 0.5
+
+
+def window_density(window: int, keys: int) -> float:
+    """Against full causal attention, the share that a sliding window sees."""
+    return _kept_share(0, window, keys)
+
+
+def _kept_share(extra: int, budget: int | float, keys: int) -> float:
+    """Share of causal pairs when every query keeps a budget (and `extra` tokens)."""
+    if isinstance(budget, float):
+        return budget
+    kept = min(budget + extra, keys)
+    return (kept * keys - kept * (kept - 1) / 2) / (keys * (keys + 1) / 2)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefill:
+    """One attention call and what was seen of it; tensors stay on their device until someone reads them."""
+
+    result: AttentionOutput
+    index: BlockIndex
+    coverage: Coverage | None
+    sampled_mass: Tensor | None  # float64 [query_heads, 2]: sum of kept mass over sampled rows, and their number
+    seconds: tuple[float, float] | None  # estimator, kernel; on the CPU
+    events: tuple[torch.cuda.Event, ...] | None  # before, between, after; on a GPU
+
+
+def sparse_prefill(
+    inputs: AttentionInputs,
+    pattern: Pattern,
+    *,
+    block_q: int = 64,
+    block_k: int = 64,
+    impl: str = "auto",
+    observe: bool = False,
+    sample_rows: int = 16,
+) -> Prefill:
+    """Build the index once and use it once.
+
+    `observe` also counts coverage and, on `sample_rows` evenly spaced queries, the share of attention mass kept.
+    """
+    on_gpu = inputs.device.type == "cuda"
+    events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(3)) if on_gpu and observe else None
+    began = time.perf_counter()
+    if events:
+        events[0].record()
+    index = pattern.build_index(inputs, BlockGrid.of(inputs, block_q, block_k))
+    built = time.perf_counter()
+    if events:
+        events[1].record()
+    result = block_sparse_attention(inputs, index, impl)
+    done = time.perf_counter()
+    if events:
+        events[2].record()
+    if not observe:
+        return Prefill(result, index, None, None, None, None)
+    mass = kept_mass_sample(inputs, result.lse, sample_rows) if sample_rows else None
+    seconds = None if on_gpu else (built - began, done - built)
+    return Prefill(result, index, coverage(inputs, index), mass, seconds, events)
+
+
+def kept_mass_sample(inputs: AttentionInputs, lse: Tensor, rows: int) -> Tensor:
+    """float64 [query_heads, 2]: the sum of exp(lse - dense lse) over evenly spaced queries, and how many there were.
+
+    Queries that see no key are left out.
+    """
+    count = min(rows, inputs.queries)
+    place = torch.linspace(0, inputs.queries - 1, count, device=inputs.device).round().to(torch.int64)
+    dense = dense_lse(inputs, place)
+    share = (lse[:, :, place].double() - dense.double()).exp()
+    real = dense > -torch.inf
+    if inputs.key_valid is not None:
+        real = real & inputs.key_valid[:, inputs.query_start + place][:, None]
+    share = torch.where(real, share, 0.0)
+    return torch.stack([share.sum((0, 2)), real.double().sum((0, 2))], -1)
+
+
+def dense_lse(inputs: AttentionInputs, place: Tensor) -> Tensor:
+    """float32 [batch, query_heads, len(place)]: lse of dense attention for some queries, exactly."""
+    low, high = inputs.visible_range()
+    query = inputs.query[:, :, place].unflatten(1, (inputs.kv_heads, inputs.group_size))
+    logits = torch.einsum("bkgid,bkjd->bkgij", query.float(), inputs.key.float()).flatten(1, 2) * inputs.scale
+    if inputs.softcap is not None:
+        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
+    key = torch.arange(inputs.keys, device=inputs.device)
+    seen = (key >= low[:, place, None]) & (key < high[:, place, None])
+    if inputs.key_valid is not None:
+        seen = seen & inputs.key_valid[:, None]
+    return logits.masked_fill(~seen[:, None], -torch.inf).logsumexp(-1)
+
+
+def describe_pattern(pattern: Any) -> str:
+    """A short, stable text for reports."""
+    if isinstance(pattern, PerHead):
+        kinds = sorted({type(each).__name__ for each in pattern.patterns})
+        return f"PerHead({', '.join(kinds)})"
+    if dataclasses.is_dataclass(pattern) and not isinstance(pattern, type):
+        shown = []
+        for field in dataclasses.fields(pattern):
+            value = getattr(pattern, field.name)
+            if value is not None:
+                shown.append(f"{field.name}={describe_pattern(value) if dataclasses.is_dataclass(value) else value}")
+        return f"{type(pattern).__name__}({', '.join(shown)})"
+    return type(pattern).__name__
+
+
+def methods_table() -> list[dict[str, str]]:
+    """The rows of `sparseprefill methods`."""
+    return [
+        {
+            "method": name, "kind": row.kind, "what it keeps": row.summary, "options": ", ".join(row.options) or "-",
+            "looks ahead": "yes" if row.looks_ahead else "no", "chunked prefill": row.chunked, "paper": row.paper or "-",
+        }
+        for name, row in METHODS.items()
+    ]  # fmt: skip
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """`keep=0.2,sink=64` as a dictionary: numbers where they are numbers, text elsewhere."""
+    options: dict[str, Any] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"an option is written name=value, got {part!r}")
+        try:
+            options[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name.strip()] = value.strip()
+    return options

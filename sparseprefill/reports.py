@@ -1,0 +1,112 @@
+"""What a patched model did, as numbers and as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One layer, summed over all calls since it was patched. Lists have one entry a query head."""
+
+    layer: int
+    pattern: str
+    sparse_calls: int
+    previous_calls: dict[str, int]  # reason: how many calls ran on the previous implementation for it
+    kernels: dict[str, int]  # implementation: calls
+    density: list[float] | None  # of the sparse calls; None where there was none
+    tile_work: list[float] | None
+    kept_mass: list[float] | None  # on sampled query rows; None where none was sampled
+    estimator_seconds: float
+    kernel_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PatchReport:
+    """All layers of a patched model. `str()` gives a table, `to_dict()` what JSON can hold."""
+
+    method: str
+    decision: str  # what chooses between sparse and dense
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def density(self) -> float | None:
+        """Mean over the heads of all layers that ran sparsely."""
+        return _mean(x for layer in self.layers for x in layer.density or ())
+
+    @property
+    def tile_work(self) -> float | None:
+        """As `density`."""
+        return _mean(x for layer in self.layers for x in layer.tile_work or ())
+
+    @property
+    def kept_mass(self) -> float | None:
+        """As `density`."""
+        return _mean(x for layer in self.layers for x in layer.kept_mass or ())
+
+    @property
+    def sparse_calls(self) -> int:
+        """Attention calls that ran sparsely, over all layers."""
+        return sum(layer.sparse_calls for layer in self.layers)
+
+    @property
+    def previous_calls(self) -> dict[str, int]:
+        """Attention calls left to the previous implementation, over all layers, by reason."""
+        total: dict[str, int] = {}
+        for layer in self.layers:
+            for reason, count in layer.previous_calls.items():
+                total[reason] = total.get(reason, 0) + count
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            [
+                str(layer.layer), layer.pattern, str(layer.sparse_calls), str(sum(layer.previous_calls.values())),
+                number(_mean(layer.density or ())), number(_mean(layer.tile_work or ())),
+                number(_mean(layer.kept_mass or ())), number(min(layer.kept_mass or (math.nan,))),
+                f"{layer.estimator_seconds:.3f}", f"{layer.kernel_seconds:.3f}",
+            ]
+            for layer in self.layers
+        ]  # fmt: skip
+        head = [
+            "layer", "pattern", "sparse calls", "other calls", "density", "tile work", "kept mass", "worst head",
+            "estimator s", "kernel s",
+        ]  # fmt: skip
+        lines = [f"method {self.method}; {self.decision}", table(head, rows)]
+        lines += [f"on the previous implementation: {n} calls, {why}" for why, n in self.previous_calls.items()]
+        return "\n".join(lines)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    kept = [value for value in values if not math.isnan(value)]
+    return math.fsum(kept) / len(kept) if kept else None
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for a table; a dash where there is none."""
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
+    """Columns in line, the first left, the others right where every entry is a number."""
+    widths = [max(len(str(row[c])) for row in [head, *rows]) for c in range(len(head))]
+    right = [bool(rows) and all(_is_number(row[c]) for row in rows) for c in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [str(x).rjust(w) if r else str(x).ljust(w) for x, w, r in zip(row, widths, right, strict=True)]
+        return ("| " + " | ".join(cells) + " |") if markdown else "  ".join(cells).rstrip()
+
+    rule = [("-" * (w - 1) + ":") if r else "-" * w for w, r in zip(widths, right, strict=True)]
+    middle = "| " + " | ".join(rule) + " |" if markdown else "  ".join("-" * w for w in widths)
+    return "\n".join([line(head), middle, *map(line, rows)])
+
+
+def _is_number(text: str) -> bool:
+    return text == "-" or text.lstrip("-+").replace(".", "", 1).rstrip("%x s").isdigit()

@@ -1,0 +1,74 @@
+"""What holds for every test: no network, poisoned fresh memory, fixed seeds, GPU tests only where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+
+# read by the libraries when they are imported, so set before any of them is
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from torch.utils import _device
+
+settings.register_profile("sparseprefill", deadline=None, derandomize=True, database=None)
+settings.load_profile("sparseprefill")
+
+# the order of a sum depends on the number of threads: the same everywhere, and as few as the smallest machine has
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:
+    """The same allocation, but floating memory that the package asked for arrives full of NaN.
+
+    Fresh memory is often zero by luck, and a kernel that forgets its tail then passes.
+    """
+
+    @functools.wraps(allocate)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        tensor = allocate(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return tensor
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.partition(".")[0] == "sparseprefill" and tensor.is_floating_point() and not tensor.is_meta:
+            tensor.fill_(float("nan"))
+        return tensor
+
+    return wrapper
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poison_fresh_memory() -> Iterator[None]:
+    _device._device_constructors()  # torch keeps a set of its constructors from first use on: let it hold the real ones
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (torch.Tensor, "new_empty"),
+        ):
+            patch.setattr(owner, name, poisoned(getattr(owner, name)))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Tests draw from generators of their own; this is for what draws from the global one, such as model weights."""
+    torch.manual_seed(0)

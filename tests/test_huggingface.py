@@ -1,0 +1,462 @@
+"""The seam: a patched model gives what the same model gives in eager, float32, however it is called."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_model, tokens
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache, pipeline
+
+from sparseprefill import patch_model, register
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.huggingface_masks import NAME
+from sparseprefill.patterns import AShape, Dense, ModelPatterns, save_patterns
+
+LENGTH = 200
+# methods whose selection does not look ahead, small enough that they really drop blocks
+CAUSAL: dict[str, dict[str, Any]] = {
+    "a_shape": {"sink": 16, "window": 40},
+    "block_sparse": {"keep": 48, "sink": 16, "local": 16},
+    "random": {"keep": 0.3, "sink": 16, "local": 16},
+}
+BLOCKS = {"block_q": 16, "block_k": 16, "min_length": 0}
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    """float32 through a whole model: they agree to a thousandth of the spread of the logits."""
+    assert not a.isnan().any()
+    scale = b.std() if b.numel() > 1 else b.abs()
+    assert (a - b).abs().max() <= 1e-3 * scale, f"logits differ by {(a - b).abs().max():.2e}, of {scale:.2e}"
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    return model(**inputs).logits
+
+
+def padded(rows: list[Tensor], side: str = "left") -> dict[str, Tensor]:
+    """Rows of different lengths as a batch with its mask."""
+    width = max(len(row) for row in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[b, place], mask[b, place] = row, 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+@torch.no_grad()
+def in_chunks(model: PreTrainedModel, inputs: dict[str, Tensor], sizes: list[int], cache: Any = None) -> Tensor:
+    cache = cache if cache is not None else DynamicCache(config=model.config)
+    parts, start = [], 0
+    for size in sizes:
+        stop = start + size
+        chunk = {"input_ids": inputs["input_ids"][:, start:stop]}
+        if "attention_mask" in inputs:
+            chunk["attention_mask"] = inputs["attention_mask"][:, :stop]
+            chunk["position_ids"] = inputs["position_ids"][:, start:stop]
+        parts.append(model(**chunk, past_key_values=cache, use_cache=True).logits)
+        start = stop
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+class TestParity:
+    """Dense through our kernel against the same model in eager."""
+
+    def test_forward(self, family: str) -> None:
+        model, ids = tiny_model(family), tokens(2, LENGTH)
+        before = logits(model, input_ids=ids)
+        with patch_model(model, "dense", **BLOCKS) as patch:
+            close(logits(model, input_ids=ids), before)
+            report = patch.report()
+            assert report.sparse_calls == 3, "every layer must have run in our kernel"
+            assert not report.previous_calls
+            assert all(abs(x - 1) < 1e-4 for layer in report.layers for x in layer.kept_mass or [])
+        assert torch.equal(logits(model, input_ids=ids), before)
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padded(self, family: str, side: str) -> None:
+        model, ids = tiny_model(family), tokens(3, LENGTH)
+        rows = [ids[0], ids[1, :131], ids[2, :77]]
+        batch = padded(rows, side)
+        real = batch["attention_mask"].bool()
+        before = logits(model, **batch)
+        with patch_model(model, "dense", **BLOCKS) as patch:
+            close(logits(model, **batch)[real], before[real])
+            assert patch.report().sparse_calls == 3
+
+    @pytest.mark.parametrize("sizes", [[96, 104], [50, 150], [100, 3, 97], [199, 1]], ids=str)
+    def test_chunked(self, family: str, sizes: list[int]) -> None:
+        model, ids = tiny_model(family), tokens(2, LENGTH)
+        before = logits(model, input_ids=ids)
+        with patch_model(model, "dense", **BLOCKS):
+            close(in_chunks(model, {"input_ids": ids}, sizes), before)
+
+    def test_chunked_left_padding(self, family: str) -> None:
+        model, ids = tiny_model(family), tokens(2, LENGTH)
+        batch = padded([ids[0], ids[1, :130]])
+        real = batch["attention_mask"].bool()
+        before = logits(model, **batch)
+        with patch_model(model, "dense", **BLOCKS):
+            close(in_chunks(model, batch, [90, 110])[real], before[real])
+
+    def test_generate(self, family: str) -> None:
+        model, ids = tiny_model(family), tokens(2, 100)
+        batch = padded([ids[0], ids[1, :60]])
+        del batch["position_ids"]
+        before = model.generate(**batch, max_new_tokens=6, do_sample=False)
+        with patch_model(model, "dense", **BLOCKS) as patch:
+            after = model.generate(**batch, max_new_tokens=6, do_sample=False)
+            assert patch.report().previous_calls == {"fewer queries than a block (decoding)": 15}
+        assert torch.equal(before, after)
+
+    def test_static_cache(self, family: str) -> None:
+        model, ids = tiny_model(family), tokens(1, LENGTH)
+        before = logits(model, input_ids=ids)
+        with patch_model(model, "dense", **BLOCKS) as patch:
+            cache = StaticCache(config=model.config, max_cache_len=300)
+            close(in_chunks(model, {"input_ids": ids}, [96, 104], cache), before)
+            assert patch.report().sparse_calls == 6
+
+    def test_generate_with_a_static_cache(self, family: str) -> None:
+        model, ids = tiny_model(family), tokens(1, 100)
+        options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+        before = model.generate(ids, **options)
+        with patch_model(model, "dense", **BLOCKS) as patch:
+            assert torch.equal(model.generate(ids, **options), before)
+            assert patch.report().sparse_calls == 3
+
+    def test_labels(self, family: str) -> None:
+        model, ids = tiny_model(family), tokens(2, LENGTH)
+        with torch.no_grad():
+            before = model(input_ids=ids, labels=ids).loss
+            with patch_model(model, "dense", **BLOCKS):
+                close(model(input_ids=ids, labels=ids).loss, before)
+
+
+@pytest.mark.parametrize("method", CAUSAL)
+@pytest.mark.parametrize("family", FAMILIES)
+class TestCausalSelection:
+    """A method that does not look ahead gives a row the same answer whatever stands around it."""
+
+    def test_row_alone_and_in_a_padded_batch(self, family: str, method: str) -> None:
+        model, ids = tiny_model(family), tokens(3, LENGTH)
+        rows = [ids[0], ids[1, :131], ids[2, :77]]
+        with patch_model(model, method, **CAUSAL[method], **BLOCKS) as patch:
+            for side in ("left", "right"):
+                batch = padded(rows, side)
+                together = logits(model, **batch)
+                for b, row in enumerate(rows):
+                    alone = logits(model, input_ids=row[None])[0]
+                    close(together[b][batch["attention_mask"][b].bool()], alone)
+            if family != "mistral":  # all its layers are local, and those run exactly
+                assert patch.report().density < 0.9
+
+    def test_one_shot_and_chunked(self, family: str, method: str) -> None:
+        model, ids = tiny_model(family), tokens(2, LENGTH)
+        with patch_model(model, method, **CAUSAL[method], **BLOCKS):
+            whole = logits(model, input_ids=ids)
+            close(in_chunks(model, {"input_ids": ids}, [96, 104]), whole)
+            if method != "block_sparse":  # its mean queries are those of a chunk's part of a block
+                close(in_chunks(model, {"input_ids": ids}, [50, 101, 49]), whole)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_second_turn_on_a_left_padded_cache(family: str) -> None:
+    """The second turn of a batch is left-padded again: holes in the middle of the cache."""
+    model, ids = tiny_model(family), tokens(2, 300)
+    first = padded([ids[0, :120], ids[1, :70]])
+    second = padded([ids[0, 120:170], ids[1, 70:160]])
+    mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    both = {
+        "input_ids": torch.cat([first["input_ids"], second["input_ids"]], 1), "attention_mask": mask,
+        "position_ids": positions,
+    }  # fmt: skip
+    alone = [logits(model, input_ids=ids[b : b + 1, :n])[0] for b, n in enumerate((170, 160))]
+    if family == "llama":  # a sliding window counts padding slots in transformers, so rows alone differ there
+        with patch_model(model, "dense", **BLOCKS):
+            after = in_chunks(model, both, [120, 90])
+        for b in range(2):
+            close(after[b][mask[b].bool()], alone[b])
+    before = in_chunks(model, both, [120, 90])
+    with patch_model(model, "dense", **BLOCKS) as patch:
+        close(in_chunks(model, both, [120, 90])[mask.bool()], before[mask.bool()])
+        assert patch.report().sparse_calls == 6
+
+
+def test_packed_sequences_do_not_see_each_other() -> None:
+    model, ids = tiny_model("llama"), tokens(1, 200)
+    positions = torch.cat([torch.arange(90), torch.arange(110)])[None]
+    with patch_model(model, "dense", **BLOCKS) as patch, torch.no_grad():
+        together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        assert patch.report().sparse_calls == 3
+        close(together[:, :90], model(input_ids=ids[:, :90]).logits)
+        close(together[:, 90:], model(input_ids=ids[:, 90:]).logits)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_mask_of_the_callers_own_goes_to_the_previous_implementation(implementation: str) -> None:
+    model, ids = tiny_model("llama", implementation=implementation), tokens(1, 64)
+    allowed = torch.ones(64, 64, dtype=torch.bool).tril()
+    allowed[40:, :20] = False
+    mask = torch.zeros(1, 1, 64, 64).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    before = logits(model, input_ids=ids, attention_mask=mask)
+    with patch_model(model, "a_shape", sink=16, window=16, **BLOCKS) as patch:
+        assert torch.equal(logits(model, input_ids=ids, attention_mask=mask), before)
+        assert patch.report().previous_calls == {"a mask of the caller's own": 3}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_left_alone_calls_use_the_previous_implementation(implementation: str) -> None:
+    """Short prompts, dense layers and decoding give the very bits of the unpatched model."""
+    model, ids = tiny_model("qwen2", implementation=implementation), tokens(2, 80)
+    batch = padded([ids[0], ids[1, :50]])
+    before = logits(model, **batch)
+    with patch_model(model, "vertical_slash", min_length=1000, block_q=16, block_k=16) as patch:
+        assert torch.equal(logits(model, **batch), before)
+        assert patch.report().previous_calls == {"fewer keys than min_length=1000": 3}
+    with patch_model(model, "vertical_slash") as patch:
+        assert torch.equal(logits(model, **batch), before)
+        assert patch.report().previous_calls == {"below break-even": 3}
+        assert "uncalibrated" in str(patch.report())
+    with patch_model(model, "vertical_slash", dense_layers=[0, 1, -1], **BLOCKS) as patch:
+        assert torch.equal(logits(model, **batch), before)
+        assert patch.report().previous_calls == {"dense layer": 3}
+
+
+def test_report_counts_what_really_ran() -> None:
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+    with patch_model(
+        model, "a_shape", sink=16, window=32, layers={1: "dense"}, heads={(2, 3): Dense()}, **BLOCKS
+    ) as patch:
+        logits(model, input_ids=ids)
+        logits(model, input_ids=ids)
+        report = patch.report()
+        layer0, layer1, layer2 = report.layers
+        assert [layer.sparse_calls for layer in report.layers] == [2, 2, 2]
+        assert layer0.kernels == {"cpu": 2}
+        inputs = AttentionInputs(*(torch.zeros(1, h, LENGTH, 16) for h in (4, 2, 2)), scale=1.0)
+        mask = AShape(16, 32).build_index(inputs, BlockGrid.of(inputs, 16, 16)).to_mask()
+        kept = mask.repeat_interleave(16, 2).repeat_interleave(16, 3)[..., :LENGTH, :LENGTH].tril()
+        assert layer0.density == pytest.approx((kept.sum((0, 2, 3)) / (LENGTH * (LENGTH + 1) / 2)).tolist())
+        assert layer1.density == pytest.approx([1.0] * 4)
+        assert layer2.density[3] == pytest.approx(1.0)
+        assert layer2.density[0] < 0.6
+        assert layer2.kept_mass[3] == pytest.approx(1.0, abs=1e-4)
+        assert all(0 < mass < 0.999 for mass in layer0.kept_mass)
+        assert json.loads(json.dumps(report.to_dict()))["layers"][0]["layer"] == 0
+        assert "a_shape" in str(report)
+        patch.reset()
+        assert patch.report().sparse_calls == 0
+
+
+def test_removal_restores_everything() -> None:
+    model, ids = tiny_model("llama", implementation="sdpa"), tokens(1, LENGTH)
+    twin = type(model)(model.config).eval()
+    assert twin.config is model.config
+    before, original = logits(model, input_ids=ids), model.config
+    attributes = [set(vars(m)) for m in model.modules()]
+    patch = patch_model(model, "a_shape", sink=16, window=16, **BLOCKS)
+    assert model.config is not original
+    assert twin.config._attn_implementation == "sdpa", "a model made from the same config must not switch"
+    assert not torch.equal(logits(model, input_ids=ids), before)
+    with pytest.raises(ValueError, match="patched already"):
+        patch_model(model, "dense")
+    patch.remove()
+    patch.remove()
+    assert not patch.active
+    assert model.config is original
+    assert all(m.config is original for m in model.modules() if hasattr(m, "config"))
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert torch.equal(logits(model, input_ids=ids), before)
+
+
+def test_two_models_with_two_methods() -> None:
+    ids = tokens(1, LENGTH)
+    first, second = tiny_model("llama"), tiny_model("llama")
+    with patch_model(first, "a_shape", sink=16, window=16, **BLOCKS):
+        alone = logits(first, input_ids=ids)
+        with patch_model(second, "dense", **BLOCKS):
+            assert torch.equal(logits(first, input_ids=ids), alone)
+            dense = logits(second, input_ids=ids)
+        assert torch.equal(logits(first, input_ids=ids), alone)
+    close(dense, logits(second, input_ids=ids))
+
+
+def test_saved_while_patched_holds_no_trace(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "plain")
+    with patch_model(model, "a_shape", **BLOCKS):
+        model.save_pretrained(tmp_path / "patched")
+    names = sorted(p.name for p in (tmp_path / "plain").iterdir())
+    assert sorted(p.name for p in (tmp_path / "patched").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "patched" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_register_serves_from_pretrained(tmp_path: Path) -> None:
+    model, ids = tiny_model("llama", implementation="sdpa"), tokens(1, LENGTH)
+    model.save_pretrained(tmp_path)
+    with patch_model(model, "a_shape", sink=16, window=16, **BLOCKS):
+        patched = logits(model, input_ids=ids)
+    register("a_shape", sink=16, window=16, **BLOCKS)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=NAME).eval()
+    assert torch.equal(logits(loaded, input_ids=ids), patched)
+    batch = padded([ids[0, :50], ids[0, :30]])
+    generated = loaded.generate(
+        batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=4, do_sample=False
+    )
+    assert generated.shape == (2, 54)
+    with patch_model(loaded, "dense", **BLOCKS):
+        close(logits(loaded, input_ids=ids), logits(model, input_ids=ids))
+    with pytest.raises(ValueError, match="previous must be"):
+        register("dense", previous="nothing")
+
+
+def test_pipeline_takes_a_patched_model() -> None:
+    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(128)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2")
+    model = tiny_model("llama")
+    prompt = " ".join(f"w{n}" for n in tokens(1, 90)[0].tolist())
+    with patch_model(model, "dense", **BLOCKS) as patch:
+        pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        answer = pipe(prompt, max_new_tokens=3, do_sample=False)[0]["generated_text"]
+        assert answer.startswith(prompt)
+        assert patch.report().sparse_calls == 3
+
+
+class EveryOther:
+    """A user's own method: it has the verb and nothing else."""
+
+    def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        mask = grid.visible_block_mask(inputs)[:, None].expand(-1, inputs.query_heads, -1, -1).clone()
+        mask[..., 1::2] &= ~torch.ones_like(mask[..., 1::2])
+        mask |= Dense().build_index(inputs, grid).to_mask() & torch.eye(*mask.shape[-2:], dtype=torch.bool)
+        return BlockIndex.from_mask(grid, mask)
+
+
+def test_a_users_own_object_with_the_verb() -> None:
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+    with patch_model(model, EveryOther(), **BLOCKS) as patch:
+        logits(model, input_ids=ids)
+        assert 0.4 < patch.report().density < 0.8
+
+
+class TestRefusals:
+    """Each bad input is a clear error that names the thing, and the model is left as it was."""
+
+    def refused(self, error: type[Exception], message: str, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        model = model if model is not None else tiny_model("llama")
+        config = model.config
+        with pytest.raises(error, match=message):
+            patch_model(model, *args, **kwargs)
+        assert model.config is config
+        assert config._attn_implementation == "eager"
+        assert not any(hasattr(m, "_sparseprefill") for m in model.modules())
+
+    def test_unknown_method(self) -> None:
+        self.refused(ValueError, "unknown method 'vertical-slash'. Did you mean 'vertical_slash'", "vertical-slash")
+
+    def test_unknown_option(self) -> None:
+        self.refused(ValueError, "no option 'windw'. Did you mean 'window'", "a_shape", windw=3)
+
+    def test_options_for_an_object(self) -> None:
+        self.refused(ValueError, "options go with a method's name", AShape(), window=3)
+
+    def test_not_a_method(self) -> None:
+        self.refused(TypeError, "build_index", 3)
+
+    def test_bad_budgets(self) -> None:
+        self.refused(ValueError, "keep as a share must be in", "block_sparse", keep=1.5)
+        self.refused(ValueError, "window must be at least 1", "a_shape", window=0)
+        self.refused(ValueError, "either verticals and slashes", "vertical_slash", verticals=3)
+        self.refused(ValueError, "density must be in", "minference", density=0.0)
+        self.refused(ValueError, "budget='paper'", "minference", budget="book")
+
+    def test_layers_and_heads_that_do_not_exist(self) -> None:
+        self.refused(ValueError, "no attention layer 3", "dense", dense_layers=[3])
+        self.refused(ValueError, "no attention layer 7", "dense", layers={7: "a_shape"})
+        self.refused(ValueError, "no query head 4", "dense", heads={(0, 4): "a_shape"})
+
+    def test_profile_of_another_model(self, tmp_path: Path) -> None:
+        path = tmp_path / "profile.json"
+        save_patterns(ModelPatterns(((Dense(),) * 4,) * 2), path)
+        self.refused(ValueError, "profile is of another model: the profile has 2 layers", "minference", profile=path)
+        save_patterns(ModelPatterns(((Dense(),) * 4,) * 3, {"architecture": "qwen2"}), path)
+        self.refused(ValueError, "made for architecture 'qwen2', this model has 'llama'", "minference", profile=path)
+        self.refused(FileNotFoundError, "no profile at", "minference", profile=tmp_path / "none.json")
+        path.write_text("{")
+        self.refused(ValueError, "not a JSON profile", "minference", profile=path)
+
+    def test_class_that_does_not_dispatch(self) -> None:
+        class OldAttention(nn.Module):
+            pass
+
+        model = tiny_model("llama")
+        type(model)._can_set_attn_implementation_cached_value = False
+        try:
+            self.refused(NotImplementedError, "does not dispatch through", "dense", model=model)
+        finally:
+            del type(model)._can_set_attn_implementation_cached_value
+        with pytest.raises(TypeError, match="PreTrainedModel, got OldAttention"):
+            patch_model(OldAttention(), "dense")
+
+    def test_kernel_that_cannot(self) -> None:
+        self.refused(NotImplementedError, "triton cannot compute LlamaForCausalLM", "dense", impl="triton")
+        self.refused(ValueError, "unknown implementation", "dense", impl="gpu")
+        double = tiny_model("llama").double()
+        self.refused(NotImplementedError, "float64", "dense", model=double)
+
+    def test_training_with_dropout(self) -> None:
+        model = tiny_model("llama", attention_dropout=0.1).train()
+        with patch_model(model, "dense", **BLOCKS), pytest.raises(NotImplementedError, match=r"call model\.eval"):
+            logits(model, input_ids=tokens(1, LENGTH))
+
+    def test_gradients(self) -> None:
+        model = tiny_model("llama")
+        with patch_model(model, "dense", **BLOCKS), pytest.raises(NotImplementedError, match=r"under torch\.no_grad"):
+            model(input_ids=tokens(1, LENGTH))
+
+    def test_output_attentions(self) -> None:
+        model = tiny_model("llama")
+        with (
+            patch_model(model, "dense", **BLOCKS),
+            pytest.raises((NotImplementedError, ValueError), match="output_attentions"),
+        ):
+            logits(model, input_ids=tokens(1, LENGTH), output_attentions=True)
+
+    def test_a_row_of_padding(self) -> None:
+        model = tiny_model("llama")
+        mask = torch.ones(2, LENGTH, dtype=torch.int64)
+        mask[1] = 0
+        with patch_model(model, "dense", **BLOCKS), pytest.raises(ValueError, match="batch row 1 is padding only"):
+            logits(model, input_ids=tokens(2, LENGTH), attention_mask=mask)
+
+    def test_nan(self) -> None:
+        model = tiny_model("llama")
+        with torch.no_grad():
+            model.model.layers[1].self_attn.k_proj.weight[0, 0] = torch.nan
+        with patch_model(model, "dense", **BLOCKS), pytest.raises(FloatingPointError, match="layer 1 contain NaN"):
+            logits(model, input_ids=tokens(1, LENGTH))
+
+
+def test_deepcopy_of_a_config_is_not_bound() -> None:
+    model = tiny_model("llama")
+    with patch_model(model, "dense", **BLOCKS):
+        other = copy.deepcopy(model.config)
+        assert other._attn_implementation == NAME
+        fresh = AutoModelForCausalLM.from_config(other).eval()
+        # under our name without state: it runs, on the previous implementation
+        assert logits(fresh, input_ids=tokens(1, LENGTH)).shape == (1, LENGTH, 128)

@@ -1,0 +1,93 @@
+"""What the compiler makes of the Triton kernel for GPUs that need not be there: it fits and does not spill."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.importorskip("triton", reason="triton is published for Linux only")
+
+# in a process of its own: this one may have Triton's interpreter switched on, under which nothing compiles
+SCRIPT = """
+import dataclasses, json, sys, torch
+from sparseprefill.kernels.triton_inspect import compile_kernel
+kernels = [
+    compile_kernel(architecture, head_dim, dtype=getattr(torch, dtype), **options)
+    for architecture, head_dim, dtype, options in json.load(sys.stdin)
+]
+print(json.dumps([dataclasses.asdict(kernel) for kernel in kernels]))
+"""
+
+Spec = tuple[int, int, str, dict[str, Any]]
+
+QUICK: list[Spec] = [
+    *((architecture, head_dim, "bfloat16", {}) for architecture in (80, 90, 100) for head_dim in (64, 128)),
+    (90, 128, "float16", {"window": 300}),
+    (90, 128, "float32", {}),
+]
+FULL: list[Spec] = [
+    *((architecture, 256, "bfloat16", {}) for architecture in (80, 90, 100)),
+    *((architecture, head_dim, "float16", {}) for architecture in (80, 90, 100) for head_dim in (16, 80, 96, 192)),
+    *((architecture, head_dim, "float32", {}) for architecture in (80, 90, 100) for head_dim in (64, 128)),
+    *((architecture, 128, "bfloat16", {"block_q": 64, "window": 300}) for architecture in (80, 90, 100)),
+    *((architecture, 128, "bfloat16", {"padded": True, "softcap": 30.0}) for architecture in (80, 90, 100)),
+    *((architecture, 128, "bfloat16", {"values": False}) for architecture in (80, 90, 100)),
+]
+
+
+def compiled(specs: list[Spec]) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        input=json.dumps(specs), text=True, env=environment, capture_output=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    kernels: list[dict[str, Any]] = json.loads(run.stdout)
+    return kernels
+
+
+def check(kernel: dict[str, Any]) -> None:
+    assert kernel["shared"] <= kernel["estimated"] <= kernel["shared_limit"], kernel
+    if max(kernel["head_dim"], kernel["value_dim"]) <= 128:
+        assert kernel["stack"] == 0, kernel
+        assert kernel["local"] == 0, kernel
+    assert kernel["async_copy"] > 0, kernel
+    products = {80: "mma", 90: "wgmma", 100: "tcgen05"}[kernel["architecture"]]
+    if kernel["dtype"] != "float32":
+        assert kernel[products] > 0, kernel
+    else:
+        assert kernel["mma"] == kernel["wgmma"] == kernel["tcgen05"] == 0, "float32 would be rounded to TF32"
+        assert kernel["fma"] > 0, kernel
+
+
+def test_kernels_fit_and_do_not_spill() -> None:
+    kernels = compiled(QUICK)
+    assert len(kernels) == len(QUICK)
+    for kernel in kernels:
+        check(kernel)
+
+
+@pytest.mark.slow
+def test_more_kernels_fit_and_do_not_spill() -> None:
+    for kernel in compiled(FULL):
+        check(kernel)
+
+
+def test_the_table(tmp_path: Any) -> None:
+    """The command line prints one row for each kernel and leaves a cache that the user named alone."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "sparseprefill.kernels.triton_inspect", "--architecture", "90", "--head-dim", "16"],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    titles, row = run.stdout.splitlines()
+    assert titles.split()[:3] == ["architecture", "dtype", "head_dim"]
+    assert row.split()[:3] == ["90", "bfloat16", "16"]
+    assert any(tmp_path.iterdir())
