@@ -46,7 +46,7 @@ class RandomBlocks:
 
 
 def _hash(seed: int, *parts: Tensor) -> Tensor:
-    """float64 in [0, 1) of broadcast integers, the same on every device: rounds of x -> 48271 (x + part) mod 2^31 - 1."""
+    """float64 in [0, 1) of broadcast integers, the same on every device: x -> 48271 (x + part) mod 2^31 - 1, mixed."""
     state: Tensor = torch.full((), seed, dtype=torch.int64, device=parts[0].device)
     for part in parts:
         for _ in range(3):

@@ -287,7 +287,7 @@ def main() -> None:
         if not math.isnan(needle_loss):
             recent = [*recent[-19:], needle_loss]
         ended = step - begun >= most or (len(recent) == 20 and sum(recent) / 20 < enough)
-        if step % (20 if length < 8192 else 5) == 0 or ended:
+        if step % (20 if length < 8192 else 2) == 0 or ended:
             row = {
                 "step": step, "length": length, "text_loss": text_loss.item(), "answer_loss": answer_loss.item(),
                 "needle_loss": sum(recent) / max(1, len(recent)), "norm": norm.item(), "rate": rate,
@@ -301,7 +301,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
         if ended:
             phase, begun, recent = phase + 1, step, []
-        if ended or step % (100 if length < 8192 else 10) == 0:
+        if ended or step % (100 if length < 8192 else 3) == 0:
             save()
 
     model.to(torch.bfloat16).save_pretrained(args.out)

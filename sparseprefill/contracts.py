@@ -148,7 +148,7 @@ class AttentionInputs:
         )  # fmt: skip
 
     def anchor(self) -> Tensor:
-        """int64 [batch]: each row's first valid key, where its block grid begins (the number of keys if it has none)."""
+        """int64 [batch]: each row's first valid key, where its block grid begins (`keys` if it has none)."""
         if self.key_valid is None:
             return torch.zeros(self.batch, dtype=torch.int64, device=self.device)
         first = self.key_valid.int().argmax(1)
@@ -178,7 +178,7 @@ class AttentionInputs:
         return low, high
 
     def visible_mask(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """bool [batch, stop - start, keys] for a slab of queries, straight from the definition. For oracles and tests."""
+        """bool [batch, stop - start, keys] for a slab of queries, from the definition. For oracles and tests."""
         stop = self.queries if stop is None else stop
         slot = torch.arange(self.query_start + start, self.query_start + stop, device=self.device)[:, None]
         key = torch.arange(self.keys, device=self.device)
@@ -258,7 +258,7 @@ class BlockGrid:
         return None
 
     def row_slots(self) -> tuple[Tensor, Tensor]:
-        """int64 [batch, rows] twice: the slots [start, stop) asked in each row; start == stop for rows without queries."""
+        """int64 [batch, rows] twice: the slots [start, stop) asked in each row; empty for rows without queries."""
         block = self.first[:, None] + torch.arange(self.rows, device=self.anchor.device)
         edge = self.anchor[:, None] + block * self.block_q
         end = self.query_start + self.queries
@@ -267,7 +267,8 @@ class BlockGrid:
 
     def frontier(self) -> Tensor:
         """int64 [batch, rows]: key blocks up to the end of each whole row, asked entirely or not; a chunk's edge does
-        not move it, so rules that count from it choose the same blocks in any chunk."""
+        not move it, so rules that count from it choose the same blocks in any chunk.
+        """
         row = self.first[:, None] + torch.arange(1, self.rows + 1, device=self.anchor.device)
         return -(-row * self.block_q // self.block_k)
 

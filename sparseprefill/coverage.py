@@ -25,12 +25,12 @@ class Coverage:
 
     @property
     def density(self) -> Tensor:
-        """float64 [query_heads]"""
+        """Of each head, float64 [query_heads]."""
         return self.kept.double() / self.visible.clamp(min=1)
 
     @property
     def tile_work(self) -> Tensor:
-        """float64 [query_heads]"""
+        """Of each head, float64 [query_heads]."""
         return self.tiles.double() / self.dense_tiles.clamp(min=1)
 
 

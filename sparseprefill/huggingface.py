@@ -8,6 +8,7 @@ What a patched layer needs to know hangs on its attention module, so that two mo
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -187,6 +188,11 @@ class Patch:
             first.method, first.decision(device)[1], tuple(layer.report() for layer in self._layers.values())
         )
 
+    def observe(self, on: bool) -> None:
+        """Switch the counting of density, kept mass and times on or off; calls are always counted."""
+        for layer in self._layers.values():
+            layer.settings = dataclasses.replace(layer.settings, observe=on)
+
     def reset(self) -> None:
         """Forget what was counted so far."""
         for layer in self._layers.values():
@@ -225,8 +231,8 @@ def patch_model(
             model.generate(**inputs)
             print(patch.report())
 
-    Calls with fewer than `block_q` queries (decoding) and calls for which sparse attention is not expected to be cheaper
-    run on the implementation the model had before; the report counts them with the reason.
+    Calls with fewer than `block_q` queries (decoding) and calls for which sparse attention is not expected to be
+    cheaper run on the implementation the model had before; the report counts them with the reason.
 
     Args:
         model: any model whose attention dispatches through transformers' attention interface.

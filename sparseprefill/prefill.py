@@ -305,7 +305,8 @@ def methods_table() -> list[dict[str, str]]:
     return [
         {
             "method": name, "kind": row.kind, "what it keeps": row.summary, "options": ", ".join(row.options) or "-",
-            "looks ahead": "yes" if row.looks_ahead else "no", "chunked prefill": row.chunked, "paper": row.paper or "-",
+            "looks ahead": "yes" if row.looks_ahead else "no", "chunked prefill": row.chunked,
+            "paper": row.paper or "-",
         }
         for name, row in METHODS.items()
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid, BlockIndex
 from sparseprefill.kernels.reference import reference_attention
 

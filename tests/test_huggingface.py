@@ -322,8 +322,8 @@ def test_register_serves_from_pretrained(tmp_path: Path) -> None:
 
 
 def test_pipeline_takes_a_patched_model() -> None:
-    from transformers import PreTrainedTokenizerFast
     from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(128)}, unk_token="w3"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import assert_within_budget, left_padding, make_inputs, random_index
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.coverage import coverage, tile_pairs
 from sparseprefill.kernels import block_sparse_attention, choose_implementation, why_not
 from sparseprefill.kernels.reference import listed_mask, reference_attention
+from support import assert_within_budget, left_padding, make_inputs, random_index
 
 
 def holes(keys: int) -> torch.Tensor:

@@ -1,0 +1,290 @@
+"""How long attention over some blocks takes, next to what a user would run instead, and whether it is right.
+
+Every ratio comes from one run on one machine: our kernel, torch's dense causal attention, and FlexAttention (compiled,
+static, warm, grouped heads enabled) on the very same mask, at its better block size of 64 and 128. Timed calls are
+interleaved, so that a machine that slows down slows all of them. A cell whose result is wrong is an error, not a ratio.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.coverage import coverage
+from sparseprefill.kernels import block_sparse_attention, choose_implementation
+from sparseprefill.kernels.reference import reference_attention
+from sparseprefill.reports import number, table
+
+_BLOCK = 64  # granularity of the masks
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCell:
+    """One shape and density; seconds are medians."""
+
+    dtype: str
+    head_dim: int
+    length: int
+    density: float
+    kernel: str
+    ours: float
+    dense: float
+    flex: float | None
+    flex_block: int | None
+    error: float  # largest difference to the float64 oracle on sampled rows
+
+    @property
+    def over_ideal(self) -> float:
+        """Our time over density x the time of dense attention."""
+        return self.ours / (self.density * self.dense)
+
+    @property
+    def over_flex(self) -> float | None:
+        """Our time over FlexAttention's."""
+        return None if self.flex is None else self.ours / self.flex
+
+
+def why_no_flex(device: str) -> str | None:
+    """Why compiled FlexAttention cannot run here, or None."""
+    if device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "no C++ compiler (g++ or clang++) is installed, and FlexAttention is compiled with one on the CPU"
+    return None
+
+
+def kernel_cells(
+    *,
+    device: str,
+    lengths: Sequence[int] = (16384,),
+    densities: Sequence[float] = (0.1, 0.25, 0.5),
+    head_dims: Sequence[int] = (64, 128),
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
+    query_heads: int = 8,
+    kv_heads: int = 2,
+    repeats: int = 5,
+    seed: int = 0,
+    progress: Callable[[int], Any] = lambda steps: None,
+) -> list[KernelCell]:
+    """Time random block masks (the diagonal always kept), the same for every contender.
+
+    Raises AssertionError where our result, or FlexAttention's, is not attention over those blocks.
+    """
+    cells = []
+    flex = why_no_flex(device) is None
+    for dtype in dtypes:
+        for head_dim in head_dims:
+            for length in lengths:
+                inputs = _inputs(query_heads, kv_heads, length, head_dim, dtype, device, seed)
+                for wanted in densities:
+                    index = _random_index(inputs, wanted, seed)
+                    cells.append(_cell(inputs, index, flex, repeats))
+                    progress(1)
+    return cells
+
+
+def _cell(inputs: AttentionInputs, index: BlockIndex, with_flex: bool, repeats: int) -> KernelCell:
+    contenders: dict[str, Callable[[], Tensor]] = {
+        "ours": lambda: _output(block_sparse_attention(inputs, index)),
+        "dense": lambda: torch.nn.functional.scaled_dot_product_attention(
+            inputs.query, inputs.key, inputs.value, is_causal=True, enable_gqa=True
+        ),
+    }
+    if with_flex:
+        for block in (64, 128):
+            contenders[f"flex {block}"] = _flex(inputs, index, block)
+    errors = {name: _error(inputs, index, run()) for name, run in contenders.items() if name != "dense"}
+    for name, error in errors.items():
+        allowed = 2 * (_plain_error(inputs, index) + torch.finfo(inputs.query.dtype).eps * 4)
+        assert error <= allowed, f"{name} is wrong: error {error:.2e}, allowed {allowed:.2e}"
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(repeats + 1):  # the first turn warms up
+        for name, run in contenders.items():
+            _finish(inputs)
+            began = time.perf_counter()
+            run()
+            _finish(inputs)
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    best = min((64, 128), key=lambda block: median[f"flex {block}"]) if with_flex else None
+    return KernelCell(
+        str(inputs.query.dtype).removeprefix("torch."), inputs.head_dim, inputs.queries,
+        float(coverage(inputs, index).density.mean()), choose_implementation(inputs, index), median["ours"],
+        median["dense"], median[f"flex {best}"] if with_flex else None, best, errors["ours"],
+    )  # fmt: skip
+
+
+def _inputs(
+    query_heads: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype, device: str, seed: int
+) -> AttentionInputs:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = ((query_heads, head_dim), (kv_heads, head_dim), (kv_heads, head_dim))
+    made = [torch.randn(1, h, length, d, generator=draw).to(device=device, dtype=dtype) for h, d in shapes]
+    return AttentionInputs(*made, scale=head_dim**-0.5)
+
+
+def _random_index(inputs: AttentionInputs, density: float, seed: int) -> BlockIndex:
+    grid = BlockGrid.of(inputs, _BLOCK, _BLOCK)
+    draw = torch.Generator().manual_seed(seed + 1)
+    mask = torch.rand(1, inputs.query_heads, grid.rows, grid.key_blocks, generator=draw) < density
+    mask |= torch.eye(grid.rows, grid.key_blocks, dtype=torch.bool)
+    return BlockIndex.from_mask(grid, mask.to(inputs.device) & grid.visible_block_mask(inputs)[:, None])
+
+
+def _flex(inputs: AttentionInputs, index: BlockIndex, block: int) -> Callable[[], Tensor]:
+    """Compiled FlexAttention over exactly the listed blocks, causally."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    mask = index.to_mask()
+    ratio = block // _BLOCK
+    tiles = mask.shape[2] // ratio
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask[batch, head, query // _BLOCK, key // _BLOCK] & (query >= key)
+
+    listed = mask.unflatten(2, (tiles, ratio)).unflatten(4, (tiles, ratio)).sum((3, 5))  # [1, heads, tiles, tiles]
+    diagonal = torch.eye(tiles, dtype=torch.bool, device=mask.device)
+    full = (listed == ratio**2) & ~diagonal
+    partial = (listed > 0) & ~full
+
+    def ordered(kept: Tensor) -> tuple[Tensor, Tensor]:
+        ids = kept.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+        return kept.sum(-1).to(torch.int32), ids.to(torch.int32)
+
+    block_mask = BlockMask.from_kv_blocks(
+        *ordered(partial),
+        *ordered(full),
+        BLOCK_SIZE=block,
+        mask_mod=mask_mod,
+        seq_lengths=(inputs.queries, inputs.keys),
+    )
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def run() -> Tensor:
+        result: Tensor = compiled(inputs.query, inputs.key, inputs.value, block_mask=block_mask, enable_gqa=True)
+        return result
+
+    return run
+
+
+def _sampled(inputs: AttentionInputs, index: BlockIndex) -> tuple[AttentionInputs, BlockIndex, slice]:
+    """The last two rows of the grid, on the CPU: cheap for an oracle, and they look furthest back."""
+    grid = index.grid
+    start = inputs.queries - 2 * grid.block_q
+    part = AttentionInputs(
+        inputs.query[:, :, start:].cpu(), inputs.key.cpu(), inputs.value.cpu(), scale=inputs.scale, query_start=start
+    )
+    mask = index.to_mask(grid.rows - 2, grid.rows).cpu()
+    return part, BlockIndex.from_mask(BlockGrid.of(part, grid.block_q, grid.block_k), mask), slice(start, None)
+
+
+def _error(inputs: AttentionInputs, index: BlockIndex, output: Tensor) -> float:
+    part, rows, where = _sampled(inputs, index)
+    return float((_output(reference_attention(part, rows)) - output[:, :, where].cpu().double()).abs().max())
+
+
+def _plain_error(inputs: AttentionInputs, index: BlockIndex) -> float:
+    """Error of plain attention in the dtype of the inputs: what a kernel is measured against."""
+    part, rows, _ = _sampled(inputs, index)
+    plain = _output(reference_attention(part, rows, dtype=part.query.dtype))
+    return float((_output(reference_attention(part, rows)) - plain.double()).abs().max())
+
+
+def _output(result: Any) -> Tensor:
+    assert result.output is not None
+    output: Tensor = result.output
+    return output
+
+
+def _finish(inputs: AttentionInputs) -> None:
+    if inputs.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def kernel_table(cells: Sequence[KernelCell], *, markdown: bool = False) -> str:
+    """One line a cell; ratios, because times differ from machine to machine."""
+    head = [
+        "dtype",
+        "head dim",
+        "length",
+        "density",
+        "kernel",
+        "ours s",
+        "ours / ideal",
+        "flex / ideal",
+        "ours / flex",
+        "error",
+    ]
+    rows = []
+    for cell in cells:
+        ideal = cell.density * cell.dense
+        rows.append([
+            cell.dtype, str(cell.head_dim), str(cell.length), number(cell.density), cell.kernel, number(cell.ours),
+            number(cell.over_ideal, 2), number(None if cell.flex is None else cell.flex / ideal, 2),
+            number(cell.over_flex, 2), f"{cell.error:.1e}",
+        ])  # fmt: skip
+    text = table(head, rows, markdown=markdown)
+    ratios = [cell.over_flex for cell in cells if cell.over_flex is not None]
+    if ratios:
+        mean = math.exp(statistics.fmean(map(math.log, ratios)))
+        text += f"\nours / flex over {len(ratios)} cells: geometric mean {mean:.2f}, worst {max(ratios):.2f}"
+    return text + "\nideal = density x the time of dense causal attention"
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """Time to first token of one method at one length, medians, and dense on the same prompt in the same run."""
+
+    method: str
+    length: int
+    seconds: float
+    speed_up: float  # median of the ratios of interleaved pairs
+
+
+@torch.no_grad()
+def first_token_times(
+    model: Any,
+    methods: Sequence[Any],
+    lengths: Sequence[int],
+    *,
+    repeats: int = 3,
+    seed: int = 0,
+    progress: Callable[[int], Any] = lambda steps: None,
+) -> list[FirstToken]:
+    """Whole-model time to first token on random tokens, dense and sparse interleaved. `methods` are `MethodSpec`s."""
+    results = []
+    draw = torch.Generator().manual_seed(seed)
+    for length in lengths:
+        ids = torch.randint(1, model.config.get_text_config().vocab_size, (1, length), generator=draw).to(model.device)
+
+        def timed(spec: Any, ids: Tensor = ids) -> float:
+            with spec.applied(model, min_length=0, observe=False):
+                if model.device.type == "cuda":
+                    torch.cuda.synchronize()
+                began = time.perf_counter()
+                model(input_ids=ids, use_cache=True, logits_to_keep=1).logits.argmax(-1).tolist()
+                return time.perf_counter() - began
+
+        dense = next(spec for spec in methods if spec.name == "dense")
+        for spec in methods:
+            timed(spec)
+            pairs = [(timed(dense), timed(spec)) for _ in range(repeats)]
+            seconds = statistics.median(own for _, own in pairs)
+            results.append(FirstToken(spec.label, length, seconds, statistics.median(d / own for d, own in pairs)))
+            progress(1)
+    return results
+
+
+def first_token_table(results: Sequence[FirstToken], *, markdown: bool = False) -> str:
+    """One line a method and length."""
+    head = ["length", "method", "TTFT s", "speed-up over dense"]
+    rows = [[str(r.length), r.method, number(r.seconds), f"{r.speed_up:.2f}x"] for r in results]
+    return table(head, rows, markdown=markdown)

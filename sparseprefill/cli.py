@@ -1,0 +1,222 @@
+"""The command line: each command parses, calls one function and prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparseprefill import __version__
+
+GRID_METHODS = ("dense", "a_shape", "tri_shape", "vertical_slash", "block_sparse", "random")
+
+
+class Numbers(click.ParamType[Any]):
+    """`4096,8192` or `4k,8k`."""
+
+    name = "N[,N...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A tuple of positive integers."""
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = tuple(
+                int(part[:-1]) * 1024 if part.lower().endswith("k") else int(part) for part in value.split(",")
+            )
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers like 4096,8192 or 4k,8k", param, ctx)
+        if min(numbers) < 1:
+            self.fail("numbers must be positive", param, ctx)
+        return numbers
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What the library refuses becomes a message without a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, FileNotFoundError, FloatingPointError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@contextmanager
+def _progress(total: int, what: str) -> Iterator[Callable[[int], Any]]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, file=sys.stderr, dynamic_ncols=True) as bar:
+        yield bar.update
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="sparseprefill")
+def main() -> None:
+    """Training-free sparse attention for the prefill of long prompts."""
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+def methods(as_json: bool, markdown: bool) -> None:
+    """List the methods, their options and what is known of them."""
+    from sparseprefill.prefill import methods_table
+    from sparseprefill.reports import table
+
+    rows = methods_table()
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+    else:
+        click.echo(table(list(rows[0]), [list(row.values()) for row in rows], markdown=markdown))
+
+
+@main.command()
+@click.option("--model", help="Hub name or folder; default: the model that ships inside.")
+@click.option("--method", "chosen", multiple=True, metavar="NAME[:OPTION=VALUE,...]", help="Methods, may be repeated.")
+@click.option("--density", default=0.2, help="Budget of methods given without options.")
+@click.option("--lengths", type=Numbers(), default="4k,8k,16k,32k", help="Prompt lengths in tokens.")
+@click.option("--depths", default=5, help="Needles a prompt, one in each of as many equal parts.")
+@click.option("--samples", default=5, help="Prompts a length.")
+@click.option("--generated", type=int, help="Of these, how many also use generate.  [default: all]")
+@click.option(
+    "--haystack", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text to hide needles in."
+)
+@click.option("--last-rows-dense", default=0, help="Dense last queries for every method.")
+@click.option("--seed", default=1, help="Of the prompts.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
+@click.option("--device", help="cpu or cuda; default: what is there.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("needle"), help="Folder of the results."
+)
+@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+def needle(
+    model: str | None, chosen: tuple[str, ...], density: float, lengths: tuple[int, ...], depths: int, samples: int,
+    generated: int | None, haystack: Path | None, last_rows_dense: int, seed: int, dtype: str, device: str | None,
+    out: Path, markdown: bool,
+) -> None:  # fmt: skip
+    """Find needles all along long prompts, with dense attention and with the chosen methods.
+
+    Writes OUT/needle.json (every cell) and OUT/needle.png (depth by length).
+    """
+    from sparseprefill.evals.loading import load_model
+
+    with _clear_errors():
+        loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+        _run_needle(
+            loaded, tokenizer, _specs(chosen, density), lengths, depths, samples, generated, haystack, last_rows_dense,
+            seed, out, "needle", markdown,
+        )  # fmt: skip
+
+
+def _specs(chosen: tuple[str, ...], density: float) -> list[Any]:
+    from sparseprefill.evals.needle import MethodSpec
+
+    parsed = [MethodSpec.parse(text) for text in chosen or GRID_METHODS]
+    return [spec if spec.options or ":" in spec.name else _with_budget(spec.name, density) for spec in parsed]
+
+
+def _with_budget(name: str, density: float) -> Any:
+    from sparseprefill.evals.needle import MethodSpec
+    from sparseprefill.prefill import resolve_method
+
+    if name not in GRID_METHODS:
+        resolve_method(name)  # its own defaults, or the error that names it
+    return MethodSpec.at_density(name, density)
+
+
+def _run_needle(
+    model: Any, tokenizer: Any, specs: list[Any], lengths: tuple[int, ...], depths: int, samples: int,
+    generated: int | None, haystack: Path | None, last_rows_dense: int, seed: int, out: Path, name: str, markdown: bool,
+) -> None:  # fmt: skip
+    from sparseprefill.evals.needle import passes, plot_heat_map, run_needle
+    from sparseprefill.prompts import text_sentences
+
+    sentences = None if haystack is None else text_sentences(haystack.read_text(encoding="utf-8"))
+    out.mkdir(parents=True, exist_ok=True)
+    total = passes(len(specs), len(lengths), samples, samples if generated is None else generated)
+    with _progress(total, name) as progress:
+        result = run_needle(
+            model, tokenizer, specs, lengths, needles=depths, samples=samples, generated=generated, seed=seed,
+            haystack=sentences, last_rows_dense=last_rows_dense, progress=progress,
+        )  # fmt: skip
+    result.save(out / f"{name}.json")
+    plot_heat_map(result, out / f"{name}.png")
+    click.echo(result.table(markdown=markdown))
+    click.echo(f"wrote {out / name}.json and {out / name}.png")
+
+
+@main.command()
+@click.option("--device", help="cpu or cuda; default: what is there.")
+@click.option("--lengths", type=Numbers(), default="16k", help="Lengths of the kernel cells.")
+@click.option("--densities", default="0.1,0.25,0.5", help="Densities of the kernel cells.")
+@click.option("--ttft", type=Numbers(), default=None, help="Also time the model inside at these lengths.")
+@click.option("--model", help="For --ttft: hub name or folder.")
+@click.option("--density", default=0.2, help="For --ttft: budget of the methods.")
+@click.option("--repeats", default=5, help="Timed runs; medians are reported.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the cells as JSON.")
+@click.option("--markdown", is_flag=True, help="Print Markdown tables.")
+def bench(
+    device: str | None, lengths: tuple[int, ...], densities: str, ttft: tuple[int, ...] | None, model: str | None,
+    density: float, repeats: int, out: Path | None, markdown: bool,
+) -> None:  # fmt: skip
+    """Time the kernel against dense attention and FlexAttention on the same masks, correctness first."""
+    from dataclasses import asdict
+
+    import torch
+
+    from sparseprefill.evals import bench as benches
+    from sparseprefill.evals.loading import load_model, provenance
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _clear_errors():
+        reason = benches.why_no_flex(device)
+        if reason:
+            click.echo(f"without FlexAttention: {reason}")
+        wanted = [float(part) for part in densities.split(",")]
+        with _progress(4 * len(lengths) * len(wanted), "kernel") as progress:
+            cells = benches.kernel_cells(
+                device=device, lengths=lengths, densities=wanted, repeats=repeats, progress=progress
+            )
+        click.echo(benches.kernel_table(cells, markdown=markdown))
+        written: dict[str, Any] = {"provenance": provenance(), "kernel": [asdict(cell) for cell in cells]}
+        if ttft:
+            loaded, _ = load_model(model, device=device)
+            specs = _specs((), density)
+            with _progress(len(ttft) * len(specs), "ttft") as progress:
+                times = benches.first_token_times(loaded, specs, ttft, repeats=repeats, progress=progress)
+            click.echo(benches.first_token_table(times, markdown=markdown))
+            written["ttft"] = [asdict(each) for each in times]
+            written["provenance"] = provenance(loaded)
+    if out is not None:
+        out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        click.echo(f"wrote {out}")
+
+
+@main.command()
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo"), help="Folder of the results."
+)
+@click.option("--lengths", type=Numbers(), default="4k,8k,16k,32k", help="Prompt lengths in tokens.")
+@click.option("--density", default=0.2, help="Budget of every method.")
+@click.option("--samples", default=4, help="Prompts a length.")
+def demo(out: Path, lengths: tuple[int, ...], density: float, samples: int) -> None:
+    """The whole walk on the model inside: needles found with dense and with sparse attention, and how fast."""
+    from sparseprefill.evals.loading import load_model
+
+    with _clear_errors():
+        model, tokenizer = load_model()
+        click.echo(f"Needles in prompts of {', '.join(map(str, lengths))} tokens, every method at density {density}:")
+        specs = _specs((), density)
+        _run_needle(model, tokenizer, specs, lengths, 5, samples, 1, None, 0, 1, out, "needle", False)
+        click.echo("\nThe same with the last 64 rows dense in every method:")
+        _run_needle(
+            model, tokenizer, specs, lengths, 5, max(1, samples // 2), 0, None, 64, 1, out, "last_rows_dense", False
+        )
+
+
+if __name__ == "__main__":
+    main()
