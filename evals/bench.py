@@ -126,9 +126,11 @@ def _inputs(
     query_heads: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype, device: str, seed: int
 ) -> AttentionInputs:
     draw = torch.Generator().manual_seed(seed)
-    shapes = ((query_heads, head_dim), (kv_heads, head_dim), (kv_heads, head_dim))
-    made = [torch.randn(1, h, length, d, generator=draw).to(device=device, dtype=dtype) for h, d in shapes]
-    return AttentionInputs(*made, scale=head_dim**-0.5)
+
+    def made(heads: int) -> Tensor:
+        return torch.randn(1, heads, length, head_dim, generator=draw).to(device=device, dtype=dtype)
+
+    return AttentionInputs(made(query_heads), made(kv_heads), made(kv_heads), scale=head_dim**-0.5)
 
 
 def _random_index(inputs: AttentionInputs, density: float, seed: int) -> BlockIndex:

@@ -28,13 +28,14 @@ def load_model(
     if inside and dtype == "auto":  # it ships in bfloat16, which few CPUs compute faster than float32
         dtype = "float32" if device in (None, "cpu") and not torch.cuda.is_available() else "bfloat16"
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=_DTYPES[dtype])
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=_DTYPES[dtype])
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         here = "folder" if Path(path).is_dir() else "name"
         raise ValueError(f"the model {here} {path!r} cannot be loaded: {type(error).__name__}: {error}") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), tokenizer
+    model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps Module.to without its overloads
+    return model.train(False), tokenizer
 
 
 def provenance(model: PreTrainedModel | None = None) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def provenance(model: PreTrainedModel | None = None) -> dict[str, Any]:
         found["gpu"] = torch.cuda.get_device_name()
     if model is not None:
         found["model"] = {
-            "name": Path(model.name_or_path).name, "dtype": str(model.dtype).removeprefix("torch."),
+            "name": Path(str(model.name_or_path)).name, "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type, "parameters": model.num_parameters(),
         }  # fmt: skip
     return found

@@ -251,7 +251,7 @@ def _generated(model: PreTrainedModel, prompt: NeedlePrompt) -> bool:
     """Does `generate` write the answer to the closing question, token for token?"""
     last = prompt.answers[-1]
     ids = torch.tensor([prompt.token_ids[: last.start]], device=model.device)
-    written = model.generate(
+    written = model.generate(  # type: ignore[operator]  # a mixin that PreTrainedModel itself does not have
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=last.stop - last.start, do_sample=False
     )
     return bool(written[0, last.start :].tolist() == prompt.token_ids[last.start : last.stop])

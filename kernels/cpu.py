@@ -290,6 +290,7 @@ def _dense(inputs: AttentionInputs) -> AttentionOutput:
     """All tiles at once: the cached keys without a mask, the new ones causally."""
     start, stop = inputs.query_start, inputs.query_start + inputs.queries
     new = inputs.key[:, :, start:stop], inputs.value[:, :, start:stop]
+    output: Tensor | None
     output, lse = _fused(inputs.query, *new, True, inputs.scale)
     if start:
         old = inputs.key[:, :, :start], inputs.value[:, :, :start]

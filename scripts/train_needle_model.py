@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparseprefill.prompts import Prose, draw_needles, needle_prompt, text_sentences
 
@@ -37,9 +37,9 @@ PHASES = (
     (256, 8192, 400, 1.5e-3, 0.15),
     (512, 8192, 500, 1.5e-3, 0.08),
     (2048, 8192, 400, 1.2e-3, 0.03),
-    (8192, 8192, 150, 8e-4, 0.02),
-    (16384, 16384, 30, 5e-4, 0.0),
-    (32768, 32768, 8, 3e-4, 0.0),
+    (8192, 8192, 75, 8e-4, 0.02),
+    (16384, 16384, 24, 4e-4, 0.0),
+    (32768, 32768, 6, 1.5e-4, 0.0),
 )
 VOCABULARY = 2048
 OFFSETS = (1, 2, 3, 4)
@@ -68,9 +68,9 @@ def train_tokenizer(sentences: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(layers: int, seed: int) -> Qwen2ForCausalLM:
+def new_model(layers: int, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=512,
@@ -80,17 +80,20 @@ def new_model(layers: int, seed: int) -> Qwen2ForCausalLM:
         head_dim=64,
         max_position_embeddings=32768,
         rope_parameters={"rope_type": "default", "rope_theta": 1e12},
+        attention_bias=True,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=0,
     )
-    model = Qwen2ForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers:  # biases are for queries and keys; the output's stays at zero
+        layer.self_attn.o_proj.bias.requires_grad_(False)
     plant_previous_token_heads(model)
     return model
 
 
-def plant_previous_token_heads(model: Qwen2ForCausalLM) -> None:
+def plant_previous_token_heads(model: LlamaForCausalLM) -> None:
     """Biases of layer 0 that make KV head n look exactly OFFSETS[n] tokens back."""
     config = model.config
     half = config.head_dim // 2
@@ -179,7 +182,7 @@ class Batches:
         return np.concatenate(out), answer
 
 
-def losses(model: Qwen2ForCausalLM, ids: torch.Tensor, kind: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+def losses(model: LlamaForCausalLM, ids: torch.Tensor, kind: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Mean loss of all tokens, of answer tokens, and (for the log) of needle answers alone."""
     with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
@@ -193,7 +196,7 @@ def losses(model: Qwen2ForCausalLM, ids: torch.Tensor, kind: torch.Tensor) -> tu
 
 @torch.no_grad()
 def retrieval(
-    model: Qwen2ForCausalLM, encode: Callable[[str], list[int]], length: int, prompts: int, seed: int
+    model: LlamaForCausalLM, encode: Callable[[str], list[int]], length: int, prompts: int, seed: int
 ) -> float:
     right = total = 0
     for index in range(prompts):
@@ -244,8 +247,8 @@ def main() -> None:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, pools {[len(p) for p in pools]} tokens", flush=True)
 
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim == 1]
+    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    plain = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.98)
     )

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparseprefill import huggingface_masks as masks
 from sparseprefill.contracts import AttentionInputs
@@ -310,7 +311,7 @@ def register(method: Method = "minference", *, previous: str = "sdpa", **options
     shared = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
     settings = Settings(**shared)
     pattern = resolve_method(method, **options)
-    if previous not in ("eager", *AttentionInterface().valid_keys()) or previous == NAME:
+    if previous not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) or previous == NAME:
         raise ValueError(f"previous must be an attention implementation of transformers, got {previous!r}")
     _REGISTERED.update(
         pattern=pattern, settings=settings, previous=previous,
@@ -418,11 +419,11 @@ def _run_previous(
     if isinstance(attention_mask, MaskInfo):
         attention_mask = attention_mask.previous_mask(previous)
     namespace = vars(sys.modules[type(module).__module__])
-    interface = namespace.get("ALL_ATTENTION_FUNCTIONS") or AttentionInterface()
-    eager = namespace.get("eager_attention_forward")
+    interface = namespace.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    eager: Any = namespace.get("eager_attention_forward")
     if previous == "eager" and eager is None:
         raise NotImplementedError(f"{type(module).__name__} has no eager attention function to go back to")
-    function = eager if previous == "eager" else interface[previous]
+    function: Callable[..., Any] = eager if previous == "eager" else interface[previous]
     result: tuple[Tensor, Tensor | None] = function(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
     )

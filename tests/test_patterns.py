@@ -402,18 +402,18 @@ class TestSelectorContract:
 
 @pytest.mark.parametrize("density", [0.3, 0.5, 0.8])
 def test_vertical_slash_fills_its_density_and_no_more(density: float) -> None:
-    inputs = make_inputs(queries=800, head_dim=8, query_heads=4)
+    inputs = make_inputs(queries=3200, head_dim=8)
     work = coverage(inputs, index_of(VerticalSlash(density=density), inputs)).tile_work
     assert (work <= density).all()
     assert (work > density - 0.05).all()
 
 
 def test_shares_keep_their_density() -> None:
-    inputs = make_inputs(queries=1600, head_dim=8)
+    inputs = make_inputs(queries=3200, head_dim=8)
     for pattern in (BlockSparse(keep=0.2), RandomBlocks(keep=0.2), AShape(sink=16, window=0.2)):
         work = coverage(inputs, index_of(pattern, inputs)).tile_work
         assert ((work >= 0.2) & (work < 0.23)).all(), pattern
-        assert abs(expected_density(pattern, 1600) - 0.2) < 1e-9
+        assert abs(expected_density(pattern, 3200) - 0.2) < 1e-9
 
 
 def test_ties_go_to_the_lower_id() -> None:
