@@ -81,7 +81,7 @@ class NeedleScore:
     asked: list[int]
     generated_right: int
     generated_asked: int
-    seconds: list[float]  # time to first token of each prompt
+    seconds: list[float]  # time to first token, of all prompts but the first
     density: float | None
     tile_work: float | None
     kept_mass: float | None
@@ -154,8 +154,8 @@ def run_needle(
 ) -> NeedleResult:
     """Score every method on the same prompts.
 
-    The first prompt of a length is run once before timing, to warm up and to observe density and kept mass; timed runs
-    observe nothing. `progress` is called with the number of forward passes done (see `passes`).
+    The first prompt of a length warms up, and on it density and kept mass are observed; time to first token is taken on
+    the others (with one prompt, on a second run). `progress` is called with the number of forward passes done (see `passes`).
 
     Args:
         methods: "dense" first, if speed-ups are wanted.
@@ -189,20 +189,23 @@ def run_needle(
         ]
         for spec in methods:
             with spec.applied(model, last_rows_dense=last_rows_dense, min_length=min_length) as patch:
-                _answers(model, prompts[0])
+                # the first prompt warms up and is observed; the others are timed and not observed
+                first, _ = _answers(model, prompts[0])
                 report = patch.report() if patch is not None else None
                 progress(1)
                 if patch is not None:
                     patch.observe(False)
                 right, asked, seconds = [0] * needles, [0] * needles, []
-                for prompt in prompts:
-                    correct, spent = _answers(model, prompt)
-                    seconds.append(spent)
+                for i, prompt in enumerate(prompts):
+                    correct = first
+                    if i or samples == 1:
+                        correct, spent = _answers(model, prompt)
+                        seconds.append(spent)
+                        progress(1)
                     for answer, ok in zip(prompt.answers, correct, strict=True):
                         depth = min(needles - 1, int(answer.depth * needles))
                         asked[depth] += 1
                         right[depth] += ok
-                    progress(1)
                 exact = 0
                 for prompt in prompts[:generated]:
                     exact += _generated(model, prompt)
@@ -226,7 +229,7 @@ def run_needle(
 
 def passes(methods: int, lengths: int, samples: int, generated: int) -> int:
     """How often `run_needle` calls its progress function with 1."""
-    return methods * lengths * (1 + samples + min(generated, samples))
+    return methods * lengths * (max(2, samples) + min(generated, samples))
 
 
 def _answers(model: PreTrainedModel, prompt: NeedlePrompt) -> tuple[list[bool], float]:

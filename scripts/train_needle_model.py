@@ -26,24 +26,27 @@ import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from sparseprefill.prompts import Prose, draw_needles, needle_prompt, text_sentences
 
 # tokens in a prompt, tokens in a step, steps at most, learning rate, and the mean loss of the last 20 needle answers
-# (nats a token) below which the next phase begins
+# (nats a token) below which the next phase begins, and the weight of the block loss (see `block_loss`)
 PHASES = (
-    (128, 8192, 300, 1.5e-3, 0.30),
-    (256, 8192, 400, 1.5e-3, 0.15),
-    (512, 8192, 500, 1.5e-3, 0.08),
-    (2048, 8192, 400, 1.2e-3, 0.03),
-    (8192, 8192, 75, 8e-4, 0.02),
-    (16384, 16384, 24, 4e-4, 0.0),
-    (32768, 32768, 6, 1.5e-4, 0.0),
+    (128, 8192, 300, 1.5e-3, 0.30, 0.0),
+    (256, 8192, 400, 1.5e-3, 0.15, 0.0),
+    (512, 8192, 500, 1.5e-3, 0.08, 0.0),
+    (2048, 8192, 400, 1.2e-3, 0.03, 0.0),
+    (8192, 8192, 75, 8e-4, 0.02, 0.0),
+    (16384, 16384, 24, 4e-4, 0.0, 0.0),
+    (4096, 8192, 90, 4e-4, 0.0, 0.3),
 )
 VOCABULARY = 2048
 OFFSETS = (1, 2, 3, 4)
 REPEAT, NEEDLE = 1, 2  # kinds of answer tokens
+RETRIEVAL_LAYER, BLOCK, WANTED = 1, 64, 3.0  # of the block loss
 END = "<|end|>"
 BFLOAT16 = torch.cpu._is_amx_tile_supported()  # without AMX, float32 is the faster of the two
 
@@ -87,6 +90,7 @@ def new_model(layers: int, seed: int) -> LlamaForCausalLM:
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config)
+    model.set_attn_implementation("sdpa_seen")
     for layer in model.model.layers:  # biases are for queries and keys; the output's stays at zero
         layer.self_attn.o_proj.bias.requires_grad_(False)
     plant_previous_token_heads(model)
@@ -116,6 +120,39 @@ def plant_previous_token_heads(model: LlamaForCausalLM) -> None:
             key[kv_head, 1] = amplitude * angle.sin()
 
 
+SEEN: list[torch.Tensor] = []  # queries and keys of the retrieval layer in the last forward pass
+
+
+def sdpa_seen(module, query, key, value, attention_mask, **kwargs):  # type: ignore[no-untyped-def]
+    """Stock attention that also remembers what the block loss looks at."""
+    if module.layer_idx == RETRIEVAL_LAYER:
+        SEEN[:] = [query, key]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register("sdpa_seen", sdpa_seen)
+AttentionMaskInterface.register("sdpa_seen", sdpa_mask)
+
+
+def block_loss(pairs: list[tuple[int, int, int]]) -> torch.Tensor:
+    """Make needles visible to block means, as salient passages are in large models.
+
+    pairs: (row of the batch, position of an answer token, position of what it copies). In every head of the retrieval
+    layer, the product of the mean query of the answer's block and the mean key of its needle's block shall stand
+    WANTED standard deviations above the row's other blocks.
+    """
+    query, key = (t.unflatten(2, (-1, BLOCK)).mean(3) for t in SEEN)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    short = []
+    for row, answer, source in sorted({(r, a // BLOCK, s // BLOCK) for r, a, s in pairs}):
+        if answer - source < 3 or answer < 8:  # the local window has it anyway; too few blocks to compare
+            continue
+        scores = torch.einsum("hd,hnd->hn", query[row, :, answer], key[row, :, : answer - 1])
+        standing = (scores[:, source] - scores.mean(-1)) / (scores.std(-1) + 1e-6)
+        short.append((WANTED - standing).clamp(min=0))
+    return torch.cat(short).square().mean() if short else torch.zeros(())
+
+
 class Batches:
     """Batch n of a run: token ids [rows, length] and for each token the kind of answer it is part of (0: none)."""
 
@@ -132,6 +169,28 @@ class Batches:
             torch.from_numpy(np.stack([ids for ids, _ in made])).long(),
             torch.from_numpy(np.stack([answer for _, answer in made])),
         )
+
+    def spread(
+        self, step: int, length: int, tokens: int, haystack: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int, int]]]:
+        """A batch of a few needles far apart, and for each answer token (batch row, its position, what it copies)."""
+        draw = random.Random(f"{self.seed}/spread/{step}")
+        rows, kinds, pairs = [], [], []
+        for row in range(max(1, tokens // length)):
+            text = haystack if draw.random() < 0.5 else None
+            count, index = draw.randrange(4, 9), draw.getrandbits(32)
+            prompt = needle_prompt(self.encode, length, seed=-1 - self.seed, index=index, needles=count, haystack=text)
+            kind = np.zeros(length, np.int8)
+            for answer in prompt.answers:
+                kind[answer.start : answer.stop] = NEEDLE
+                wanted = prompt.token_ids[answer.start : answer.stop]
+                source = round(answer.depth * length)
+                while prompt.token_ids[source : source + len(wanted)] != wanted:
+                    source += 1
+                pairs += [(row, answer.start - 1 + n, source + n) for n in range(len(wanted))]
+            rows.append(prompt.token_ids)
+            kinds.append(kind)
+        return torch.tensor(rows), torch.from_numpy(np.stack(kinds)), pairs
 
     def _repeats(self, draw: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Random tokens, cut into chunks that come again later, in between more random tokens."""
@@ -275,15 +334,20 @@ def main() -> None:
 
     began = time.time()
     while phase < len(args.phases):
-        length, tokens, most, rate, enough = args.phases[phase]
+        length, tokens, most, rate, enough, weight = args.phases[phase]
         after = args.phases[min(phase + 1, len(args.phases) - 1)][3] if phase + 1 < len(args.phases) else rate * 0.1
         rate = min(rate * (after / rate) ** ((step - begun) / most), args.phases[0][3] * (step + 1) / 50)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        ids, kind = batches(step, length, tokens)
+        pairs: list[tuple[int, int, int]] = []
+        if weight:
+            ids, kind, pairs = batches.spread(step, length, tokens, sentences)
+        else:
+            ids, kind = batches(step, length, tokens)
         text_loss, answer_loss, needle_loss = losses(model, ids, kind)
+        standing = block_loss(pairs)
         optimizer.zero_grad()
-        (text_loss + answer_loss).backward()
+        (text_loss + answer_loss + weight * standing).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
@@ -293,7 +357,8 @@ def main() -> None:
         if step % (20 if length < 8192 else 2) == 0 or ended:
             row = {
                 "step": step, "length": length, "text_loss": text_loss.item(), "answer_loss": answer_loss.item(),
-                "needle_loss": sum(recent) / max(1, len(recent)), "norm": norm.item(), "rate": rate,
+                "needle_loss": sum(recent) / max(1, len(recent)), "block_loss": standing.item(), "norm": norm.item(),
+                "rate": rate,
                 "seconds": time.time() - began,
             }  # fmt: skip
             if ended:
