@@ -155,7 +155,7 @@ def run_needle(
     """Score every method on the same prompts.
 
     The first prompt of a length warms up, and on it density and kept mass are observed; time to first token is taken on
-    the others (with one prompt, on a second run). `progress` is called with the number of forward passes done (see `passes`).
+    the others (with one prompt, on a second run). `progress` is called with the number of forward passes done.
 
     Args:
         methods: "dense" first, if speed-ups are wanted.
@@ -203,9 +203,8 @@ def run_needle(
                         seconds.append(spent)
                         progress(1)
                     for answer, ok in zip(prompt.answers, correct, strict=True):
-                        depth = min(needles - 1, int(answer.depth * needles))
-                        asked[depth] += 1
-                        right[depth] += ok
+                        asked[answer.part] += 1
+                        right[answer.part] += ok
                 exact = 0
                 for prompt in prompts[:generated]:
                     exact += _generated(model, prompt)

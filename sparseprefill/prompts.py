@@ -197,6 +197,7 @@ class Answer:
     """Where one answer stands in a prompt: tokens [start, stop) must be predicted from those before them."""
 
     needle: Needle
+    part: int  # of the haystack's equal parts, which one the needle stands in
     depth: float  # of the needle, 0 = start of the prompt, 1 = its end
     asked: float  # where the question stands, on the same scale
     start: int
@@ -278,7 +279,7 @@ def needle_prompt(
         token_ids += questions[k]
         start = len(token_ids)
         token_ids += replies[k]
-        answers.append(Answer(facts[k], stated[k] / length, asked / length, start, len(token_ids)))
+        answers.append(Answer(facts[k], k, stated[k] / length, asked / length, start, len(token_ids)))
     return NeedlePrompt(token_ids, answers)
 
 
