@@ -214,7 +214,7 @@ def run_needle(
                     spec.label, length, right, asked, exact, generated, seconds,
                     report.density if report else None, report.tile_work if report else None,
                     report.kept_mass if report else None,
-                    {k: n for layer in report.layers for k, n in layer.kernels.items()} if report else {},
+                    report.kernels if report else {},
                     report.previous_calls if report else {},
                 )
             )  # fmt: skip

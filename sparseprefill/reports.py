@@ -55,11 +55,12 @@ class PatchReport:
     @property
     def previous_calls(self) -> dict[str, int]:
         """Attention calls left to the previous implementation, over all layers, by reason."""
-        total: dict[str, int] = {}
-        for layer in self.layers:
-            for reason, count in layer.previous_calls.items():
-                total[reason] = total.get(reason, 0) + count
-        return total
+        return _summed(layer.previous_calls for layer in self.layers)
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """Sparse attention calls by the implementation that computed them."""
+        return _summed(layer.kernels for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only."""
@@ -82,6 +83,14 @@ class PatchReport:
         lines = [f"method {self.method}; {self.decision}", table(head, rows)]
         lines += [f"on the previous implementation: {n} calls, {why}" for why, n in self.previous_calls.items()]
         return "\n".join(lines)
+
+
+def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for each in counts:
+        for name, count in each.items():
+            total[name] = total.get(name, 0) + count
+    return total
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -20,6 +20,11 @@ import torch
 from hypothesis import settings
 from torch.utils import _device
 
+# Triton asks once, when it is imported, and other libraries import it too: so before any of them, and not after torch
+# has said whether there is a GPU to compile for
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 settings.register_profile("sparseprefill", deadline=None, derandomize=True, database=None)
 settings.load_profile("sparseprefill")
 

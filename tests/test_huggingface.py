@@ -413,7 +413,8 @@ class TestRefusals:
         with pytest.raises(TypeError, match="PreTrainedModel, got OldAttention"):
             patch_model(OldAttention(), "dense")
 
-    def test_kernel_that_cannot(self) -> None:
+    def test_kernel_that_cannot(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         self.refused(NotImplementedError, "triton cannot compute LlamaForCausalLM", "dense", impl="triton")
         self.refused(ValueError, "unknown implementation", "dense", impl="gpu")
         double = tiny_model("llama").double()

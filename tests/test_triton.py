@@ -17,32 +17,22 @@ if sys.platform != "linux":
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-with pytest.MonkeyPatch.context() as environment:
-    # Triton asks when it is imported; set for longer, the variable would leak into other tests
-    if DEVICE == "cpu":
-        environment.setenv("TRITON_INTERPRET", "1")
-    from sparseprefill.kernels import triton_forward
-    from sparseprefill.kernels.triton_forward import (
-        Tiling,
-        choose_tiling,
-        first_hole,
-        heads_that_share,
-        interpreted,
-        longest_first,
-        split_dim,
-        triton_attention,
-        why_not_triton,
-    )
+# conftest.py has switched the interpreter on where there is no GPU
+from sparseprefill.kernels import triton_forward  # noqa: E402  (after the skip above)
+from sparseprefill.kernels.triton_forward import (  # noqa: E402  (after the skip above)
+    Tiling,
+    choose_tiling,
+    first_hole,
+    heads_that_share,
+    interpreted,
+    longest_first,
+    split_dim,
+    triton_attention,
+    why_not_triton,
+)
 
 if DEVICE == "cpu" and not interpreted():
-    raise RuntimeError("something imported triton before this file could switch its interpreter on")
-
-
-@pytest.fixture(autouse=True)
-def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    if DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-
+    raise RuntimeError("something imported triton before tests/conftest.py could switch its interpreter on")
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
