@@ -201,7 +201,7 @@ def bench(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo"), help="Folder of the results."
 )
 @click.option("--lengths", type=Numbers(), default="4k,8k,16k,32k", help="Prompt lengths in tokens.")
-@click.option("--density", default=0.2, help="Budget of every method.")
+@click.option("--density", default=0.1, help="Budget of every method.")
 @click.option("--samples", default=3, help="Prompts a length.")
 def demo(out: Path, lengths: tuple[int, ...], density: float, samples: int) -> None:
     """The whole walk on the model inside: needles found with dense and with sparse attention, and how fast."""
