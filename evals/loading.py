@@ -23,17 +23,16 @@ def load_model(
     """
     if dtype not in _DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
-    inside = name is None
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     path = str(resources.files("sparseprefill") / MODEL_INSIDE) if name is None else name
-    if inside and dtype == "auto":  # it ships in bfloat16, which few CPUs compute faster than float32
-        dtype = "float32" if device in (None, "cpu") and not torch.cuda.is_available() else "bfloat16"
+    if name is None and dtype == "auto":  # it ships in bfloat16, which few CPUs compute faster than float32
+        dtype = "float32" if device == "cpu" else "bfloat16"
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=_DTYPES[dtype])
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         here = "folder" if Path(path).is_dir() else "name"
         raise ValueError(f"the model {here} {path!r} cannot be loaded: {type(error).__name__}: {error}") from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps Module.to without its overloads
     return model.train(False), tokenizer
 

@@ -107,9 +107,9 @@ class NeedleResult:
         return next(s for s in self.scores if (s.method, s.length) == (method, length))
 
     def speed_up(self, score: NeedleScore) -> float | None:
-        """Median over prompts of dense time over this method's time; None where dense was not run."""
+        """Median over prompts of dense time over this method's time; None where one was not timed."""
         dense = next((s for s in self.scores if s.method == "dense" and s.length == score.length), None)
-        if dense is None:
+        if dense is None or not score.seconds:
             return None
         return statistics.median(d / s for d, s in zip(dense.seconds, score.seconds, strict=True))
 
@@ -121,9 +121,11 @@ class NeedleResult:
         rows = []
         for s in self.scores:
             speed = self.speed_up(s)
+            generated = f"{s.generated_right}/{s.generated_asked}" if s.generated_asked else "-"
             rows.append([
-                str(s.length), s.method, f"{100 * s.rate:.0f}%", f"{s.generated_right}/{s.generated_asked}",
-                number(statistics.median(s.seconds), 2), "-" if speed is None else f"{speed:.2f}x",
+                str(s.length), s.method, f"{100 * s.rate:.0f}%", generated,
+                number(statistics.median(s.seconds), 2) if s.seconds else "-",
+                "-" if speed is None else f"{speed:.2f}x",
                 number(1.0 if s.density is None else s.density), number(1.0 if s.tile_work is None else s.tile_work),
                 number(1.0 if s.kept_mass is None else s.kept_mass),
             ])  # fmt: skip
@@ -155,7 +157,7 @@ def run_needle(
     """Score every method on the same prompts.
 
     The first prompt of a length warms up, and on it density and kept mass are observed; time to first token is taken on
-    the others (with one prompt, on a second run). `progress` is called with the number of forward passes done.
+    the others (with one prompt, no time is taken). `progress` is called with the number of forward passes done.
 
     Args:
         methods: "dense" first, if speed-ups are wanted.
@@ -174,6 +176,8 @@ def run_needle(
     for spec in methods:
         if spec.name not in METHODS:
             raise ValueError(f"unknown method {spec.name!r}: choose from {', '.join(METHODS)}")
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
     generated = samples if generated is None else min(generated, samples)
 
     def encode(text: str) -> list[int]:
@@ -198,7 +202,7 @@ def run_needle(
                 right, asked, seconds = [0] * needles, [0] * needles, []
                 for i, prompt in enumerate(prompts):
                     correct = first
-                    if i or samples == 1:
+                    if i:
                         correct, spent = _answers(model, prompt)
                         seconds.append(spent)
                         progress(1)
@@ -228,7 +232,7 @@ def run_needle(
 
 def passes(methods: int, lengths: int, samples: int, generated: int) -> int:
     """How often `run_needle` calls its progress function with 1."""
-    return methods * lengths * (max(2, samples) + min(generated, samples))
+    return methods * lengths * (samples + min(generated, samples))
 
 
 def _answers(model: PreTrainedModel, prompt: NeedlePrompt) -> tuple[list[bool], float]:

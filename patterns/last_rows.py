@@ -36,6 +36,11 @@ class LastRowsDense:
         if self.rows < 1:
             raise ValueError(f"last rows must be at least 1, got {self.rows}")
 
+    def for_layer(self, layer: int) -> LastRowsDense:
+        """What the wrapped pattern is in this layer."""
+        own = getattr(self.pattern, "for_layer", None)
+        return LastRowsDense(own(layer), self.rows) if callable(own) else self
+
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         sparse = self.pattern.build_index(inputs, grid)
         dense = BlockIndex.dense(inputs, grid)

@@ -43,7 +43,10 @@ class ModelPatterns:
         """The heads of one layer; one pattern where they all agree."""
         if not 0 <= layer < len(self.layers):
             raise ValueError(f"the profile has {len(self.layers)} layers, layer {layer} was asked for")
-        heads = self.layers[layer]
+        own = (getattr(pattern, "for_layer", None) for pattern in self.layers[layer])
+        heads = tuple(
+            made(layer) if callable(made) else pattern for pattern, made in zip(self.layers[layer], own, strict=True)
+        )
         return heads[0] if len(set(heads)) == 1 else PerHead(heads)
 
     def map(self, change: Callable[[Pattern], Pattern]) -> ModelPatterns:

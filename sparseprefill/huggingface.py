@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -22,9 +22,9 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparseprefill import huggingface_masks as masks
-from sparseprefill.contracts import AttentionInputs
+from sparseprefill.contracts import AttentionInputs, BlockGrid
 from sparseprefill.huggingface_masks import NAME, MaskInfo, MaskSettings
-from sparseprefill.kernels import choose_implementation, why_not
+from sparseprefill.kernels import IMPLEMENTATIONS, choose_implementation, why_not
 from sparseprefill.patterns import Dense, ModelPatterns, Pattern, PerHead
 from sparseprefill.prefill import (
     COST_MODELS,
@@ -79,7 +79,7 @@ class _Layer:
     sparse_calls: int = 0
     previous_calls: dict[str, int] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
-    seen: list[Prefill] = field(default_factory=list)  # not yet summed
+    timings: list[tuple[Any, ...]] = field(default_factory=list)  # CUDA events, not yet summed
     sums: dict[str, Any] = field(default_factory=dict)
     nan: Tensor | None = None  # bool [] on the device: a query or key was NaN
 
@@ -111,32 +111,37 @@ class _Layer:
     def note(self, prefill: Prefill, impl: str) -> None:
         self.sparse_calls += 1
         self.kernels[impl] = self.kernels.get(impl, 0) + 1
-        if prefill.coverage is not None:
-            seen = Prefill(None, None, prefill.coverage, prefill.sampled_mass, prefill.seconds, prefill.events)  # type: ignore[arg-type]
-            self.seen.append(seen)
+        counted = prefill.coverage
+        if counted is None:
+            return
+        add = {
+            "kept": counted.kept, "visible": counted.visible, "tiles": counted.tiles,
+            "dense_tiles": counted.dense_tiles, "mass": prefill.sampled_mass,
+        }  # fmt: skip
+        for name, value in add.items():
+            if value is not None:  # on the device; nothing is read here
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+        if prefill.seconds is not None:
+            self._spent(*prefill.seconds)
+        if prefill.events is not None:
+            self.timings.append(prefill.events)
+            if len(self.timings) > 256:  # these ended long ago
+                self._read_timing(self.timings.pop(0))
+
+    def _spent(self, estimator: float, kernel: float) -> None:
+        self.sums["estimator"] = self.sums.get("estimator", 0.0) + estimator
+        self.sums["kernel"] = self.sums.get("kernel", 0.0) + kernel
+
+    def _read_timing(self, events: tuple[Any, ...]) -> None:
+        before, between, after = events
+        after.synchronize()
+        self._spent(before.elapsed_time(between) / 1e3, between.elapsed_time(after) / 1e3)
 
     def report(self) -> LayerReport:
-        """Sum what was seen. The only place that reads observations back to the host."""
+        """The sums. The only place that reads observations back to the host."""
+        while self.timings:
+            self._read_timing(self.timings.pop())
         sums = self.sums
-        for prefill in self.seen:
-            counted = prefill.coverage
-            assert counted is not None
-            add = {
-                "kept": counted.kept, "visible": counted.visible, "tiles": counted.tiles,
-                "dense_tiles": counted.dense_tiles, "mass": prefill.sampled_mass,
-            }  # fmt: skip
-            for name, value in add.items():
-                if value is not None:
-                    sums[name] = sums.get(name, 0) + value.cpu()
-            if prefill.events is not None:
-                torch.cuda.synchronize()
-                before, between, after = prefill.events
-                spent = before.elapsed_time(between) / 1e3, between.elapsed_time(after) / 1e3
-            else:
-                spent = prefill.seconds or (0.0, 0.0)
-            sums["estimator"] = sums.get("estimator", 0.0) + spent[0]
-            sums["kernel"] = sums.get("kernel", 0.0) + spent[1]
-        self.seen.clear()
         density = tile_work = mass = None
         if "kept" in sums:
             density = (sums["kept"].double() / sums["visible"]).tolist()
@@ -198,7 +203,7 @@ class Patch:
         """Forget what was counted so far."""
         for layer in self._layers.values():
             layer.sparse_calls = 0
-            for counted in (layer.previous_calls, layer.kernels, layer.seen, layer.sums):
+            for counted in (layer.previous_calls, layer.kernels, layer.timings, layer.sums):
                 counted.clear()
 
     def _raise_on_nan(self, *_: Any) -> None:
@@ -258,14 +263,21 @@ def patch_model(
     pattern = resolve_method(method, last_rows_dense=last_rows_dense, **options)
     config = _text_config(model)
     modules = _attention_modules(model, config)
-    facts = model_facts(config, modules)
-    for entry in [pattern, *(layers or {}).values()]:
+    facts = model_facts(config)
+    for entry in [pattern, *(layers or {}).values(), *(heads or {}).values()]:
+        if isinstance(entry, ModelPatterns) and entry in (heads or {}).values():
+            raise ValueError("heads: a single head takes a pattern, not the profile of a whole model")
         mismatch = entry.mismatch(facts) if isinstance(entry, ModelPatterns) else None
         if mismatch:
             raise ValueError(f"this profile is of another model: {mismatch}")
     for module in modules.values():
         _check_served(model, module, config, settings)
-    chosen = _patterns_of_layers(pattern, sorted(modules), facts["query_heads"], dense_layers, layers, heads)
+    if getattr(config, "output_attentions", False):
+        raise NotImplementedError(_NO_ATTENTIONS)
+    chosen = _patterns_of_layers(
+        pattern, sorted(modules), facts["query_heads"], dense_layers, layers, heads, last_rows_dense
+    )
+    _try_patterns(chosen.values(), facts, settings)
 
     previous = _previous_implementation(model, config)
     name = method if isinstance(method, str) else describe_pattern(method)
@@ -300,16 +312,22 @@ def patch_model(
 
 
 _REGISTERED: dict[str, Any] = {}
+_NO_ATTENTIONS = (
+    "output_attentions=True: sparse attention never has the whole matrix; switch it off, or do without the patch"
+)
 
 
 def register(method: Method = "minference", *, previous: str = "sdpa", **options: Any) -> None:
     """Serve `from_pretrained(..., attn_implementation="sparseprefill")` with this method from now on.
 
     `previous` is the implementation that decoding and short prompts run on; models that transformers itself runs on
-    eager (GPT-OSS) need "eager". Keyword arguments as of `patch_model`, apart from layers and heads.
+    eager (GPT-OSS) need "eager". Takes the method's options, `last_rows_dense`, `block_q`, `block_k`, `impl` and
+    `min_length` of `patch_model`. There is no handle, so nothing is observed; for a report, patch the model instead.
     """
     shared = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
-    settings = Settings(**shared)
+    settings = Settings(**{**shared, "observe": False})  # nobody would read it
+    if settings.impl != "auto" and settings.impl not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {settings.impl!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
     pattern = resolve_method(method, **options)
     if previous not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) or previous == NAME:
         raise ValueError(f"previous must be an attention implementation of transformers, got {previous!r}")
@@ -346,12 +364,19 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function under our name: (output [batch, queries, heads, value_dim], None)."""
     layer = getattr(module, _STATE, None) or _registered_layer(module)
+    if kwargs.get("output_attentions"):
+        raise NotImplementedError(_NO_ATTENTIONS)
+    if layer is not None and layer.registered and layer.nan is not None:
+        flag, layer.nan = layer.nan, None
+        if bool(flag):
+            _nan_error(layer.number)
     back = functools.partial(_run_previous, layer, module, query, key, value, attention_mask, scaling, dropout, kwargs)
     if layer is None:
         return back()
-    queries, keys = query.shape[2], key.shape[2]
+    queries = query.shape[2]
     reason = _why_previous(layer, module, query, key, attention_mask, kwargs)
     if reason is None:
+        keys = min(key.shape[2], attention_mask.query_start + queries)  # a static cache is longer than what it holds
         reason = layer.why_dense(queries, keys, attention_mask.window, query.device.type)
     if reason is not None:
         layer.note_previous(reason)
@@ -359,10 +384,6 @@ def _attend(
     if dropout:
         raise NotImplementedError(
             f"layer {layer.number}: attention dropout ({dropout}) in training mode: call model.eval()"
-        )
-    if kwargs.get("output_attentions"):
-        raise NotImplementedError(
-            "output_attentions=True: sparse attention never has the whole matrix; leave it out, or remove the patch"
         )
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise NotImplementedError("sparse prefill has no backward pass: run the model under torch.no_grad()")
@@ -418,6 +439,13 @@ def _run_previous(
     previous = layer.previous if layer is not None else masks.default_settings().previous
     if isinstance(attention_mask, MaskInfo):
         attention_mask = attention_mask.previous_mask(previous)
+    elif layer is not None and not layer.registered and masks.bound_settings(getattr(module, "config", None)) is None:
+        raise RuntimeError(
+            "the configuration of this patched model was replaced (a copy of the model, perhaps): "
+            "remove the patch before copying a model, and patch the copy"
+        )
+    if isinstance(attention_mask, Tensor) and attention_mask.device != query.device:
+        attention_mask = attention_mask.to(query.device)
     namespace = vars(sys.modules[type(module).__module__])
     interface = namespace.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     eager: Any = namespace.get("eager_attention_forward")
@@ -440,6 +468,10 @@ def _registered_layer(module: nn.Module) -> _Layer | None:
             f"{type(module).__name__} does not run on sdpa: call sparseprefill.register(..., previous='eager')"
         )
     pattern = _REGISTERED["pattern"]
+    config = getattr(module, "config", None)
+    mismatch = pattern.mismatch(model_facts(config)) if isinstance(pattern, ModelPatterns) and config else None
+    if mismatch:
+        raise ValueError(f"the registered profile is of another model: {mismatch}")
     number = module.layer_idx
     assert isinstance(number, int)
     layer = _Layer(
@@ -516,7 +548,7 @@ def _attention_modules(model: PreTrainedModel, config: PreTrainedConfig) -> dict
     return found
 
 
-def model_facts(config: PreTrainedConfig, modules: Mapping[int, nn.Module]) -> dict[str, Any]:
+def model_facts(config: PreTrainedConfig) -> dict[str, Any]:
     """The hard keys of a model: a profile made for other values is refused."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {
@@ -531,7 +563,7 @@ def model_facts(config: PreTrainedConfig, modules: Mapping[int, nn.Module]) -> d
 
 def _check_served(model: PreTrainedModel, module: nn.Module, config: PreTrainedConfig, settings: Settings) -> None:
     """Ask the kernels about the shapes this module will send, before anything is changed."""
-    facts = model_facts(config, {})
+    facts = model_facts(config)
     head_dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None) or facts["head_dim"]
     value_dim = getattr(module, "v_head_dim", None) or head_dim
     parameter = next(module.parameters(), None)
@@ -565,6 +597,7 @@ def _patterns_of_layers(
     dense_layers: Sequence[int],
     layers: Mapping[int, Method] | None,
     heads: Mapping[tuple[int, int], Method] | None,
+    last_rows_dense: int,
 ) -> dict[int, Pattern]:
     """The pattern of each layer, overrides applied. Raises ValueError for layers and heads that do not exist."""
     last = max(numbers) + 1
@@ -577,7 +610,7 @@ def _patterns_of_layers(
         return real
 
     for number, method in (layers or {}).items():
-        chosen[existing(number, "layers")] = _for_layer(resolve_method(method), number)
+        chosen[existing(number, "layers")] = _for_layer(resolve_method(method, last_rows_dense=last_rows_dense), number)
     for number in dense_layers:
         chosen[existing(number, "dense_layers")] = Dense()
     for (number, head), method in (heads or {}).items():
@@ -586,15 +619,26 @@ def _patterns_of_layers(
             raise ValueError(f"heads: there is no query head {head} (heads are 0 to {query_heads - 1})")
         base = chosen[real]
         each = list(base.patterns) if isinstance(base, PerHead) else [base] * query_heads
-        each[head] = _for_layer(resolve_method(method), real)
+        each[head] = _for_layer(resolve_method(method, last_rows_dense=last_rows_dense), real)
         chosen[real] = PerHead(tuple(each))
     return chosen
+
+
+def _try_patterns(patterns: Iterable[Pattern], facts: dict[str, Any], settings: Settings) -> None:
+    """Build each index once on two blocks of zeros: what a pattern refuses is refused before the model is changed."""
+    tokens = 2 * max(settings.block_q, settings.block_k)
+    query = torch.zeros(1, facts["query_heads"], tokens, 8)
+    key = torch.zeros(1, facts["kv_heads"], tokens, 8)
+    inputs = AttentionInputs(query, key, key, scale=1.0)
+    grid = BlockGrid.of(inputs, settings.block_q, settings.block_k)
+    for pattern in patterns:
+        pattern.build_index(inputs, grid)
 
 
 def _previous_implementation(model: PreTrainedModel, config: PreTrainedConfig) -> str:
     previous: str | None = config._attn_implementation
     if previous is None or previous == NAME:  # loaded under our name: what transformers would have chosen
-        previous = "sdpa" if model._supports_sdpa else "eager"
+        previous = _REGISTERED.get("previous") or ("sdpa" if model._supports_sdpa else "eager")
     if previous.startswith("paged|"):
         raise NotImplementedError(f"the model runs on {previous!r} (continuous batching), which cannot be patched")
     return previous
@@ -627,7 +671,10 @@ def _switch(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     if config is model.config:
         model.set_attn_implementation(NAME)
     else:
-        key = next(name for name in model.config.sub_configs if getattr(model.config, name) is config)
+        names = [name for name in model.config.sub_configs if getattr(model.config, name) is config]
+        if not names:
+            raise NotImplementedError(f"the language model of {type(model).__name__} lies too deep: patch it alone")
+        key = names[0]
         model.set_attn_implementation({key: NAME})
     if config._attn_implementation != NAME:
         raise NotImplementedError(

@@ -101,9 +101,10 @@ def make_mask(**arguments: Any) -> Any:
     given = arguments.get("attention_mask")
     if isinstance(given, MaskInfo):  # prepared by `generate` before the forward pass
         return given
-    queries, query_offset = _query_span(arguments)
-    if queries < settings.least_queries:
+    queries = arguments["cache_position"].shape[0] if "cache_position" in arguments else int(arguments["q_length"])
+    if queries < settings.least_queries:  # before anything is read back: decoding stays as it was
         return masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[settings.previous](**arguments)
+    query_offset, arguments = _query_offset(arguments)
     kv_offset, keys = int(arguments.get("kv_offset", 0)), int(arguments["kv_length"])
     start = query_offset - kv_offset
     valid = None
@@ -111,6 +112,9 @@ def make_mask(**arguments: Any) -> Any:
         valid = _valid_keys(given, kv_offset, keys, min(keys, start + queries))
     batch = arguments.get("batch_size") or (given.shape[0] if given is not None else 1)
     window, segment, opaque = _understand(arguments["mask_function"], batch, keys, kv_offset)
+    reach = getattr(arguments.get("config"), "max_position_embeddings", None)
+    if window is not None and reach is not None and window >= reach:
+        window = None  # wider than the model itself
     if start < 0 or start + queries > keys:
         opaque = f"queries stand in slots {start} to {start + queries - 1} of {keys} keys"
     return MaskInfo(start, queries, keys, valid, window, segment, opaque, arguments, batch)
@@ -134,12 +138,17 @@ def register_mask() -> None:
     masking_utils.AttentionMaskInterface.register(NAME, make_mask)
 
 
-def _query_span(arguments: dict[str, Any]) -> tuple[int, int]:
-    """(queries, slot of the first): transformers 5.0 to 5.2 gave cache_position instead of a length and an offset."""
+def _query_offset(arguments: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Slot of the first query, and the arguments with that number frozen in them.
+
+    transformers 5.0 to 5.2 gave cache_position instead of a length and an offset. A static cache's offset is a tensor
+    that the cache itself counts up before attention runs, so a mask that is made later must not read it again.
+    """
     if "cache_position" in arguments:
         position = arguments["cache_position"]
-        return position.shape[0], int(position[0])
-    return int(arguments["q_length"]), int(arguments.get("q_offset", 0))
+        return int(position[0]), {**arguments, "cache_position": position.clone()}
+    offset = int(arguments.get("q_offset", 0))
+    return offset, {**arguments, "q_offset": offset}
 
 
 def _valid_keys(given: Tensor, kv_offset: int, keys: int, filled: int) -> Tensor | None:
@@ -148,15 +157,18 @@ def _valid_keys(given: Tensor, kv_offset: int, keys: int, filled: int) -> Tensor
     One read back to the host a forward pass, as the stock mask functions do; it is also what finds a row of padding.
     """
     valid = given[:, kv_offset : kv_offset + keys].to(torch.bool)
-    if valid.shape[1] < keys:  # slots of a static cache that are not filled yet: the future, whatever stands there
-        valid = torch.nn.functional.pad(valid, (0, keys - valid.shape[1]), value=True)
+    short = keys - valid.shape[1]
+    if short > 0:  # as transformers pads it; but slots that are not filled yet are the future, whatever stands there
+        valid = torch.nn.functional.pad(valid, (0, short), value=False)
+        valid[:, filled:] = True
     seen = valid[:, :filled]
     if bool(seen.all()):
         return None
     empty = (~given.to(torch.bool).any(1)).nonzero()[:, 0].tolist()
     if empty:
         raise ValueError(
-            f"batch row {empty[0]} is padding only (attention_mask has no 1 in it): leave the row out of the batch"
+            f"batch row {empty[0]} is padding only (attention_mask has no 1 so far): leave the row out of the batch, "
+            "or, in a chunked prefill, make the first chunk longer than the padding"
         )
     return valid
 

@@ -38,8 +38,8 @@ def _minference(
 ) -> Pattern | ModelPatterns:
     """Per-head patterns from a profile, else vertical-slash for every head."""
     if profile is not None:
-        if budget is not None or density is not None:
-            raise ValueError("minference takes a profile or a budget or a density: a profile brings its own budgets")
+        if budget is not None or density is not None or probe != 64:
+            raise ValueError("minference takes a profile, or else budget, density and probe: a profile brings its own")
         return load_patterns(profile)
     if budget is not None and density is not None:
         raise ValueError("minference takes either a budget or a density")
@@ -235,6 +235,11 @@ def sparse_prefill(
 
     `observe` also counts coverage and, on `sample_rows` evenly spaced queries, the share of attention mass kept.
     """
+    if inputs.device.type == "cuda" and inputs.device.index != torch.cuda.current_device():
+        with torch.cuda.device(inputs.device):  # events belong to the device they are recorded on
+            return sparse_prefill(
+                inputs, pattern, block_q=block_q, block_k=block_k, impl=impl, observe=observe, sample_rows=sample_rows
+            )
     on_gpu = inputs.device.type == "cuda"
     events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(3)) if on_gpu and observe else None
     began = time.perf_counter()

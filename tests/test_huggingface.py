@@ -125,6 +125,14 @@ class TestParity:
             close(in_chunks(model, {"input_ids": ids}, [96, 104], cache), before)
             assert patch.report().sparse_calls == 6
 
+    def test_static_cache_left_to_the_previous_implementation(self, family: str) -> None:
+        model, ids = tiny_model(family), tokens(1, LENGTH)
+        before = logits(model, input_ids=ids)
+        with patch_model(model, "dense", dense_layers=[0, 1, 2], **BLOCKS) as patch:
+            cache = StaticCache(config=model.config, max_cache_len=300)
+            close(in_chunks(model, {"input_ids": ids}, [96, 104], cache), before)
+            assert patch.report().previous_calls == {"dense layer": 6}
+
     def test_generate_with_a_static_cache(self, family: str) -> None:
         model, ids = tiny_model(family), tokens(1, 100)
         options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
@@ -230,6 +238,35 @@ def test_left_alone_calls_use_the_previous_implementation(implementation: str) -
     with patch_model(model, "vertical_slash", dense_layers=[0, 1, -1], **BLOCKS) as patch:
         assert torch.equal(logits(model, **batch), before)
         assert patch.report().previous_calls == {"dense layer": 3}
+
+
+def test_a_static_cache_is_judged_by_what_it_holds() -> None:
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+    with patch_model(model, "a_shape", min_length=201, block_q=16, block_k=16) as patch, torch.no_grad():
+        model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=1000))
+        assert patch.report().previous_calls == {"fewer keys than min_length=201": 3}
+
+
+def test_a_window_wider_than_the_model_is_none() -> None:
+    model, ids = tiny_model("mistral", sliding_window=5000), tokens(1, LENGTH)
+    with patch_model(model, "a_shape", sink=16, window=32, **BLOCKS) as patch:
+        logits(model, input_ids=ids)
+        assert patch.report().density < 0.6
+
+
+def test_random_draws_differ_between_layers_under_every_wrapper() -> None:
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+    with patch_model(model, "random", keep=0.3, last_rows_dense=8, **BLOCKS) as patch:
+        logits(model, input_ids=ids)
+        assert len({layer.pattern for layer in patch.report().layers}) == 3
+
+
+def test_a_copied_patched_model_is_refused() -> None:
+    model, ids = tiny_model("gpt_oss"), tokens(1, 8)
+    with patch_model(model, "dense", **BLOCKS):
+        twin = copy.deepcopy(model)
+        with pytest.raises(RuntimeError, match="patch the copy"):
+            logits(twin, input_ids=ids)
 
 
 def test_report_counts_what_really_ran() -> None:
@@ -384,6 +421,14 @@ class TestRefusals:
         self.refused(ValueError, "either verticals and slashes", "vertical_slash", verticals=3)
         self.refused(ValueError, "density must be in", "minference", density=0.0)
         self.refused(ValueError, "budget='paper'", "minference", budget="book")
+
+    def test_patterns_that_cannot_on_these_tiles(self) -> None:
+        self.refused(ValueError, "needs square tiles", "vertical_slash", block_q=32, block_k=64)
+
+    def test_output_attentions_in_the_config(self) -> None:
+        model = tiny_model("llama")
+        model.config.output_attentions = True
+        self.refused(NotImplementedError, "output_attentions=True", "dense", model=model)
 
     def test_layers_and_heads_that_do_not_exist(self) -> None:
         self.refused(ValueError, "no attention layer 3", "dense", dense_layers=[3])
