@@ -1,12 +1,14 @@
 """The CPU path: gathers the listed tiles and hands them, many rows at a time, to torch's fused CPU attention.
 
-Rows of the index are sorted by how many tiles they list, so that equally long rows form one batched call. A tile that
-all queries of its row see entirely ("full") needs no mask; the few others (on the diagonal, at a window's edge, around
-holes) are computed apart, with a mask, and the two parts are joined by their logsumexp. Only listed tiles are computed.
+The tiles of a row are cut into pieces that fit a core's cache; pieces with equally many tiles form one batched call. A
+tile that all queries of its row see entirely ("full") needs no mask; the few others (on the diagonal, at a window's
+edge, around holes) are computed apart, with a mask. The pieces are joined by their logsumexp. Only listed tiles are
+computed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +17,8 @@ from torch.nn import functional
 
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockIndex
 
-# gathered keys and values of one batched call; measured best where a call's tiles stay in a core's cache
+# gathered keys and values of one piece of a row, and of one batched call: `sparseprefill bench` was fastest with these
+_PIECE_BYTES = 1 << 20
 _CALL_BYTES = 4 << 20
 
 
@@ -38,10 +41,23 @@ def cpu_attention(inputs: AttentionInputs, index: BlockIndex, *, values: bool = 
     heads, rows, block_q = index.query_heads, index.grid.rows, index.grid.block_q
     shape = (inputs.batch * heads * rows, block_q)
     lse = torch.full(shape, -torch.inf)
-    output = inputs.query.new_zeros(*shape, inputs.value_dim) if values else None
+    output = torch.zeros(*shape, inputs.value_dim) if values else None
     space = _Workspace()
-    for part in _batches(tiles, inputs, values):
-        _compute(part, tiles, inputs, space, output, lse)
+    plain = values and inputs.softcap is None
+    for flat, ids, turn in _batches(tiles, tiles.full, tiles.full_count, values):
+        query = tiles.query.index_select(0, flat)
+        if plain:
+            part = _flash(query, ids, tiles, inputs, space)
+        else:
+            part = _masked(query, ids, tiles, inputs, space, values=values)
+        _store(flat, part if turn == 0 else _join(_load(flat, output, lse), part), output, lse)
+    for flat, ids, _ in _batches(tiles, tiles.edge, tiles.edge_count, values):
+        query = tiles.query.index_select(0, flat)
+        if plain and tiles.causal_edge:
+            part = _flash(query, ids, tiles, inputs, space, causal=True)
+        else:
+            part = _masked(query, ids, tiles, inputs, space, _edge_mask(flat, ids, tiles, inputs), values)
+        _store(flat, _join(_load(flat, output, lse), part), output, lse)
     return _scatter(inputs, index, output, lse)
 
 
@@ -58,10 +74,8 @@ class _Tiles:
     low: Tensor  # the same shape: keys [low, high) are visible
     high: Tensor
     full: Tensor  # flat ids into key, row by row
-    full_start: Tensor
     full_count: Tensor
     edge: Tensor
-    edge_start: Tensor
     edge_count: Tensor
     causal_edge: bool  # each edge tile is one aligned diagonal tile
 
@@ -105,10 +119,8 @@ class _Tiles:
             low=low.gather(1, place).view_as(slot),
             high=high.gather(1, place).view_as(slot),
             full=flat[full],
-            full_start=full_count.cumsum(0) - full_count,
             full_count=full_count,
             edge=flat[~full],
-            edge_start=edge_count.cumsum(0) - edge_count,
             edge_count=edge_count,
             causal_edge=aligned,
         )
@@ -156,44 +168,36 @@ def _blocks(inputs: AttentionInputs, tensor: Tensor, index: BlockIndex) -> Tenso
     return blocks.view(-1, grid.block_k, tensor.shape[3])
 
 
-def _batches(tiles: _Tiles, inputs: AttentionInputs, values: bool) -> list[Tensor]:
-    """Live rows grouped by (full, edge) tile counts, each group cut so that its gathered tiles stay small."""
-    key = tiles.full_count * (int(tiles.edge_count.max()) + 1) + tiles.edge_count
-    order = key.argsort(stable=True)
-    _, sizes = key[order].unique_consecutive(return_counts=True)
+def _batches(tiles: _Tiles, listed: Tensor, count: Tensor, values: bool) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Cut the tiles of all rows (count: [live rows], listed: their ids, row by row) into batched calls.
+
+    Yields (flat row numbers [n], tile ids [n, tiles], turn): piece number `turn` of those rows, first pieces first.
+    """
+    if not len(listed):
+        return
     tile_bytes = tiles.key[0].numel() * tiles.key.element_size() * (2 if values else 1)
-    parts: list[Tensor] = []
-    for group in order.split(sizes.tolist()):
-        listed = int(tiles.full_count[group[0]] + tiles.edge_count[group[0]])
-        together = max(2 * torch.get_num_threads(), _CALL_BYTES // (listed * tile_bytes))
-        parts += group.split(together)
-    return parts
+    piece = max(1, _PIECE_BYTES // tile_bytes)
+    start = count.cumsum(0) - count
+    for turn in range(-(-int(count.max()) // piece)):
+        left = (count - turn * piece).clamp(0, piece)
+        order = left.argsort(stable=True)  # stable: neighbouring rows of a head share keys
+        sizes, members = left[order].unique_consecutive(return_counts=True)
+        for size, rows in zip(sizes.tolist(), order.split(members.tolist()), strict=True):
+            if size:
+                together = max(2 * torch.get_num_threads(), _CALL_BYTES // (size * tile_bytes))
+                ids = listed[start[rows, None] + turn * piece + torch.arange(size)]
+                for part_rows, part_ids in zip(tiles.row[rows].split(together), ids.split(together), strict=True):
+                    yield part_rows, part_ids, turn
 
 
-def _compute(
-    rows: Tensor, tiles: _Tiles, inputs: AttentionInputs, space: _Workspace, output: Tensor | None, lse: Tensor
-) -> None:
-    """Attention of some rows with equally many full and equally many edge tiles, written into output and lse."""
-    flat = tiles.row[rows]
-    query = tiles.query.index_select(0, flat)
-    full_count, edge_count = int(tiles.full_count[rows[0]]), int(tiles.edge_count[rows[0]])
-    values = output is not None
-    plain = inputs.softcap is None and values
-    parts: list[tuple[Tensor | None, Tensor]] = []
-    if full_count:
-        ids = tiles.full[tiles.full_start[rows, None] + torch.arange(full_count)]
-        parts.append(
-            _flash(query, ids, tiles, inputs, space)
-            if plain
-            else _masked(query, ids, tiles, inputs, space, values=values)
-        )
-    if edge_count:
-        ids = tiles.edge[tiles.edge_start[rows, None] + torch.arange(edge_count)]
-        if plain and tiles.causal_edge:
-            parts.append(_flash(query, ids, tiles, inputs, space, causal=True))
-        else:
-            parts.append(_masked(query, ids, tiles, inputs, space, _edge_mask(flat, ids, tiles, inputs), values))
-    part_output, part_lse = parts[0] if len(parts) == 1 else _join(*parts)
+def _load(flat: Tensor, output: Tensor | None, lse: Tensor) -> tuple[Tensor | None, Tensor]:
+    """What some rows have this far."""
+    return None if output is None else output.index_select(0, flat), lse.index_select(0, flat)
+
+
+def _store(flat: Tensor, part: tuple[Tensor | None, Tensor], output: Tensor | None, lse: Tensor) -> None:
+    """Write what some rows have now."""
+    part_output, part_lse = part
     lse.index_copy_(0, flat, part_lse)
     if output is not None and part_output is not None:
         output.index_copy_(0, flat, part_output.to(output.dtype))
