@@ -14,8 +14,6 @@ from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.mean_pooled import MeanPooled
 from sparseprefill.estimators.selection import Budget, TopK, check_budget
 
-_SLAB_ENTRIES = 1 << 25  # scores held at one time
-
 
 @dataclass(frozen=True, slots=True)
 class BlockSparse:
@@ -37,14 +35,13 @@ class BlockSparse:
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         visible = grid.visible_block_mask(inputs)
         forced = forced_blocks(inputs, grid, self.sink, self.local)
-        slab = max(1, _SLAB_ENTRIES // (inputs.batch * inputs.query_heads * grid.key_blocks))
         estimator, rule = MeanPooled(), TopK(self.keep)
         parts = []
-        for start in range(0, grid.rows, slab):
-            stop = min(grid.rows, start + slab)
+        for start, stop in grid.slabs(inputs.query_heads):
             scores = estimator.scores(inputs, grid, start, stop)
-            parts.append(rule.select(scores, visible[:, start:stop], forced[:, start:stop], grid.block_k))
-        return index_of_slabs(grid, parts)
+            kept = rule.select(scores, visible[:, start:stop], forced[:, start:stop], grid.block_k)
+            parts.append(BlockIndex.from_slots(grid, *kept))
+        return BlockIndex.stack(parts)
 
 
 def forced_blocks(inputs: AttentionInputs, grid: BlockGrid, sink: int, local: int) -> Tensor:
@@ -54,10 +51,3 @@ def forced_blocks(inputs: AttentionInputs, grid: BlockGrid, sink: int, local: in
     near = block >= (grid.frontier() - -(-local // grid.block_k))[..., None]
     forced = (block < -(-sink // grid.block_k)) | near
     return forced & (block >= low[..., None]) & (block < high[..., None])
-
-
-def index_of_slabs(grid: BlockGrid, parts: list[tuple[Tensor, Tensor]]) -> BlockIndex:
-    """Join (ids, count) of slabs of rows; their lists may have different room."""
-    slots = max(ids.shape[-1] for ids, _ in parts)
-    ids = torch.cat([torch.nn.functional.pad(ids, (0, slots - ids.shape[-1])) for ids, _ in parts], 2)
-    return BlockIndex.from_slots(grid, ids, torch.cat([count for _, count in parts], 2))

@@ -36,13 +36,17 @@ class RandomBlocks:
         return replace(self, seed=self.seed * 1009 + layer)
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
-        row = grid.first[:, None] + torch.arange(grid.rows, device=inputs.device)
         head = torch.arange(inputs.query_heads, device=inputs.device)
         block = torch.arange(grid.key_blocks, device=inputs.device)
-        draw = _hash(self.seed % _PRIME, head[None, :, None, None], row[:, None, :, None], block)
         visible = grid.visible_block_mask(inputs)
         forced = forced_blocks(inputs, grid, self.sink, self.local)
-        return BlockIndex.from_slots(grid, *TopK(self.keep).select(draw, visible, forced, grid.block_k))
+        parts = []
+        for start, stop in grid.slabs(inputs.query_heads):
+            row = grid.first[:, None] + torch.arange(start, stop, device=inputs.device)
+            draw = _hash(self.seed % _PRIME, head[None, :, None, None], row[:, None, :, None], block)
+            kept = TopK(self.keep).select(draw, visible[:, start:stop], forced[:, start:stop], grid.block_k)
+            parts.append(BlockIndex.from_slots(grid, *kept))
+        return BlockIndex.stack(parts)
 
 
 def _hash(seed: int, *parts: Tensor) -> Tensor:

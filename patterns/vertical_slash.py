@@ -142,9 +142,13 @@ def _fit(
 def _index(in_column: Tensor, in_slash: Tensor, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
     """Union of block columns and block slashes, rows in slabs."""
     visible = grid.visible_block_mask(inputs)
-    row = grid.first[:, None] + torch.arange(grid.rows, device=inputs.device)
     block = torch.arange(grid.key_blocks, device=inputs.device)
-    distance = row[..., None] - block  # [batch, rows, key_blocks]
-    flat = distance.clamp(min=0, max=grid.key_blocks - 1).flatten(1)[:, None].expand(*in_slash.shape[:2], -1)
-    on_slash = in_slash.gather(2, flat).unflatten(2, distance.shape[1:]) & (distance >= 0)[:, None]
-    return BlockIndex.from_mask(grid, (on_slash | in_column[:, :, None]) & visible[:, None])
+    parts = []
+    for start, stop in grid.slabs(inputs.query_heads):
+        row = grid.first[:, None] + torch.arange(start, stop, device=inputs.device)
+        distance = row[..., None] - block  # [batch, rows, key_blocks]
+        flat = distance.clamp(min=0, max=grid.key_blocks - 1).flatten(1)[:, None].expand(*in_slash.shape[:2], -1)
+        on_slash = in_slash.gather(2, flat).unflatten(2, distance.shape[1:]) & (distance >= 0)[:, None]
+        mask = (on_slash | in_column[:, :, None]) & visible[:, None, start:stop]
+        parts.append(BlockIndex.from_mask(grid, mask))
+    return BlockIndex.stack(parts)

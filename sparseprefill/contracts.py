@@ -11,12 +11,15 @@ relies on that, and only `key_valid` may punch holes into it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_SLAB_ENTRIES = 1 << 25  # scores or mask entries that a pattern holds at one time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -300,6 +303,12 @@ class BlockGrid:
         block = torch.arange(self.key_blocks, device=self.anchor.device)
         return (block >= low[..., None]) & (block < high[..., None])
 
+    def slabs(self, heads: int) -> Iterator[tuple[int, int]]:
+        """Rows [start, stop), a slab at a time, so that what is held for `heads` x rows x key_blocks stays bounded."""
+        together = max(1, _SLAB_ENTRIES // (self.anchor.shape[0] * heads * self.key_blocks))
+        for start in range(0, self.rows, together):
+            yield start, min(self.rows, start + together)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockIndex:
@@ -353,6 +362,17 @@ class BlockIndex:
         """From ids [batch, query_heads, rows, slots], of which the first `count` are ascending and valid."""
         start = torch.arange(count.numel(), device=ids.device).view_as(count) * ids.shape[-1]
         return BlockIndex(grid, ids.to(torch.int32).flatten(), start, count.to(torch.int32))
+
+    @staticmethod
+    def stack(slabs: Sequence[BlockIndex]) -> BlockIndex:
+        """Join indexes over consecutive slabs of rows of one grid, first rows first."""
+        offset = itertools.accumulate((slab.columns.numel() for slab in slabs), initial=0)
+        return BlockIndex(
+            slabs[0].grid,
+            torch.cat([slab.columns for slab in slabs]),
+            torch.cat([slab.start + before for slab, before in zip(slabs, offset, strict=False)], 2),
+            torch.cat([slab.count for slab in slabs], 2),
+        )
 
     @staticmethod
     def merge(parts: Sequence[tuple[Sequence[int], BlockIndex]], query_heads: int) -> BlockIndex:

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparseprefill import huggingface_masks as masks
-from sparseprefill.contracts import AttentionInputs, BlockGrid
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.huggingface_masks import NAME, MaskInfo, MaskSettings
 from sparseprefill.kernels import IMPLEMENTATIONS, choose_implementation, why_not
 from sparseprefill.patterns import Dense, ModelPatterns, Pattern, PerHead
@@ -388,6 +388,8 @@ def _attend(
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise NotImplementedError("sparse prefill has no backward pass: run the model under torch.no_grad()")
     info = attention_mask.on(query.device)
+    if torch.is_autocast_enabled(query.device.type):  # rotated queries and keys come in float32, values do not
+        query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
     inputs = AttentionInputs(
         query, key, value,
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
@@ -576,10 +578,11 @@ def _check_served(model: PreTrainedModel, module: nn.Module, config: PreTrainedC
 
     heads, kv_heads = facts["query_heads"], facts["kv_heads"]
     inputs = AttentionInputs(zeros(heads, head_dim), zeros(kv_heads, head_dim), zeros(kv_heads, value_dim), 1.0)
+    index = BlockIndex.dense(inputs, BlockGrid.of(inputs, settings.block_q, settings.block_k))
     if settings.impl == "auto":
-        choose_implementation(inputs)
+        choose_implementation(inputs, index)
     else:
-        reason = why_not(settings.impl, inputs)
+        reason = why_not(settings.impl, inputs, index)
         if reason:
             raise NotImplementedError(f"{settings.impl} cannot compute {type(model).__name__}: {reason}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 from sparseprefill import patch_model, register
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.huggingface_masks import NAME
+from sparseprefill.kernels.dispatch import IMPLEMENTATIONS
 from sparseprefill.patterns import AShape, Dense, ModelPatterns, save_patterns
 
 LENGTH = 200
@@ -245,6 +247,35 @@ def test_a_static_cache_is_judged_by_what_it_holds() -> None:
     with patch_model(model, "a_shape", min_length=201, block_q=16, block_k=16) as patch, torch.no_grad():
         model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=1000))
         assert patch.report().previous_calls == {"fewer keys than min_length=201": 3}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_autocast_gives_what_sdpa_gives_under_it(family: str) -> None:
+    """Rotated queries and keys reach the seam in float32 then, the values in bfloat16."""
+    model, ids = tiny_model(family, implementation="sdpa"), tokens(1, LENGTH)
+    exact = logits(model, input_ids=ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = logits(model, input_ids=ids).float()
+        with patch_model(model, "dense", **BLOCKS) as patch:
+            got = logits(model, input_ids=ids).float()
+            assert not patch.report().previous_calls
+    assert (got - exact).abs().mean() <= 1.5 * (expected - exact).abs().mean()
+
+
+def test_blocks_that_the_chosen_kernel_cannot_serve_are_refused_at_patch_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def why_not(inputs: AttentionInputs, index: BlockIndex | None) -> str | None:
+        assert index is not None
+        seen.append((index.grid.block_q, index.grid.block_k))
+        return "no tile of this size"
+
+    refusing = dataclasses.replace(IMPLEMENTATIONS["cpu"], why_not=why_not)
+    monkeypatch.setitem(IMPLEMENTATIONS, "cpu", refusing)
+    model = tiny_model("llama")
+    with pytest.raises(NotImplementedError, match="no tile of this size"):
+        patch_model(model, "dense", impl="cpu", block_q=32, block_k=16)
+    assert seen == [(32, 16)]
 
 
 def test_a_window_wider_than_the_model_is_none() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparseprefill import contracts
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.coverage import coverage
 from sparseprefill.estimators import MeanPooled, Probe, TopK, keep_blocks
@@ -431,6 +432,20 @@ def test_budgets_round_up_and_stay_inside() -> None:
     assert keep_blocks(0.2, visible, BLOCK).tolist() == [1, 1, 2, 8]
     assert keep_blocks(33, visible, BLOCK).tolist() == [1, 3, 3, 3]
     assert keep_blocks(1.0, visible, BLOCK).tolist() == [1, 3, 10, 40]
+
+
+@pytest.mark.parametrize("method", ["vertical_slash", "block_sparse", "random"])
+def test_rows_in_slabs_are_the_same_rows(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pattern holds a bounded number of entries at a time; where it cuts must not show."""
+    inputs = make_inputs(batch=2, query_heads=4, kv_heads=2, queries=150, keys=200, query_start=50)
+    inputs = dataclasses.replace(inputs, key_valid=left_padding(200, [0, 37]))
+    grid = BlockGrid.of(inputs, BLOCK, BLOCK)
+    whole = CASES[method].pattern.build_index(inputs, grid)
+    monkeypatch.setattr(contracts, "_SLAB_ENTRIES", 3 * 2 * 4 * grid.key_blocks)
+    assert len(list(grid.slabs(4))) == -(-grid.rows // 3) > 1
+    cut = CASES[method].pattern.build_index(inputs, grid)
+    cut.validate(inputs)
+    assert torch.equal(cut.to_mask(), whole.to_mask())
 
 
 def test_per_head_patterns() -> None:
