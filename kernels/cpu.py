@@ -40,24 +40,25 @@ def cpu_attention(inputs: AttentionInputs, index: BlockIndex, *, values: bool = 
     tiles = _Tiles.of(inputs, index)
     heads, rows, block_q = index.query_heads, index.grid.rows, index.grid.block_q
     shape = (inputs.batch * heads * rows, block_q)
-    lse = torch.full(shape, -torch.inf)
-    output = torch.zeros(*shape, inputs.value_dim) if values else None
     space = _Workspace()
     plain = values and inputs.softcap is None
-    for flat, ids, turn in _batches(tiles, tiles.full, tiles.full_count, values):
+    output: Tensor | None
+    if plain and tiles.diagonal:
+        output, lse = _diagonal(tiles, inputs, rows)
+    else:
+        lse = torch.full(shape, -torch.inf)
+        output = torch.zeros(*shape, inputs.value_dim) if values else None
+        for flat, ids in _batches(tiles, tiles.edge, tiles.edge_count, values):
+            query = tiles.query.index_select(0, flat)
+            part = _masked(query, ids, tiles, inputs, space, _edge_mask(flat, ids, tiles, inputs), values)
+            _accumulate(flat, part, output, lse)
+    for flat, ids in _batches(tiles, tiles.full, tiles.full_count, values):
         query = tiles.query.index_select(0, flat)
         if plain:
             part = _flash(query, ids, tiles, inputs, space)
         else:
             part = _masked(query, ids, tiles, inputs, space, values=values)
-        _store(flat, part if turn == 0 else _join(_load(flat, output, lse), part), output, lse)
-    for flat, ids, _ in _batches(tiles, tiles.edge, tiles.edge_count, values):
-        query = tiles.query.index_select(0, flat)
-        if plain and tiles.causal_edge:
-            part = _flash(query, ids, tiles, inputs, space, causal=True)
-        else:
-            part = _masked(query, ids, tiles, inputs, space, _edge_mask(flat, ids, tiles, inputs), values)
-        _store(flat, _join(_load(flat, output, lse), part), output, lse)
+        _accumulate(flat, part, output, lse)
     return _scatter(inputs, index, output, lse)
 
 
@@ -77,7 +78,7 @@ class _Tiles:
     full_count: Tensor
     edge: Tensor
     edge_count: Tensor
-    causal_edge: bool  # each edge tile is one aligned diagonal tile
+    diagonal: bool  # every row has exactly one edge tile, aligned: its own queries against their own keys
 
     @staticmethod
     def of(inputs: AttentionInputs, index: BlockIndex) -> _Tiles:
@@ -100,14 +101,15 @@ class _Tiles:
         slot = slot + torch.arange(grid.block_q)
         low, high = inputs.visible_range()
         place = (slot - inputs.query_start).clamp(0, inputs.queries - 1).flatten(1)
-        aligned = (
+        diagonal = (
             grid.block_q == grid.block_k
             and inputs.key_valid is None and inputs.window is None and inputs.segment is None
             and inputs.softcap is None
             and inputs.query_start % grid.block_q == 0
             and inputs.queries % grid.block_q == 0
             and inputs.filled >= inputs.query_start + inputs.queries
-            and bool((edge_count <= 1).all())
+            and len(row) == batch * heads * rows
+            and bool((edge_count == 1).all())
         )  # fmt: skip
         return _Tiles(
             query=_query_rows(inputs, slot),
@@ -122,7 +124,7 @@ class _Tiles:
             full_count=full_count,
             edge=flat[~full],
             edge_count=edge_count,
-            causal_edge=aligned,
+            diagonal=diagonal,
         )
 
 
@@ -168,10 +170,10 @@ def _blocks(inputs: AttentionInputs, tensor: Tensor, index: BlockIndex) -> Tenso
     return blocks.view(-1, grid.block_k, tensor.shape[3])
 
 
-def _batches(tiles: _Tiles, listed: Tensor, count: Tensor, values: bool) -> Iterator[tuple[Tensor, Tensor, int]]:
+def _batches(tiles: _Tiles, listed: Tensor, count: Tensor, values: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut the tiles of all rows (count: [live rows], listed: their ids, row by row) into batched calls.
 
-    Yields (flat row numbers [n], tile ids [n, tiles], turn): piece number `turn` of those rows, first pieces first.
+    Yields (flat row numbers [n], tile ids [n, tiles]); a row comes up once per piece, never twice in one call.
     """
     if not len(listed):
         return
@@ -186,21 +188,16 @@ def _batches(tiles: _Tiles, listed: Tensor, count: Tensor, values: bool) -> Iter
             if size:
                 together = max(2 * torch.get_num_threads(), _CALL_BYTES // (size * tile_bytes))
                 ids = listed[start[rows, None] + turn * piece + torch.arange(size)]
-                for part_rows, part_ids in zip(tiles.row[rows].split(together), ids.split(together), strict=True):
-                    yield part_rows, part_ids, turn
+                yield from zip(tiles.row[rows].split(together), ids.split(together), strict=True)
 
 
-def _load(flat: Tensor, output: Tensor | None, lse: Tensor) -> tuple[Tensor | None, Tensor]:
-    """What some rows have this far."""
-    return None if output is None else output.index_select(0, flat), lse.index_select(0, flat)
-
-
-def _store(flat: Tensor, part: tuple[Tensor | None, Tensor], output: Tensor | None, lse: Tensor) -> None:
-    """Write what some rows have now."""
-    part_output, part_lse = part
-    lse.index_copy_(0, flat, part_lse)
-    if output is not None and part_output is not None:
-        output.index_copy_(0, flat, part_output.to(output.dtype))
+def _accumulate(flat: Tensor, part: tuple[Tensor | None, Tensor], output: Tensor | None, lse: Tensor) -> None:
+    """Join a part of some rows into what they have this far."""
+    before = None if output is None else output.index_select(0, flat)
+    joined, joined_lse = _join((before, lse.index_select(0, flat)), part)
+    lse.index_copy_(0, flat, joined_lse)
+    if output is not None and joined is not None:
+        output.index_copy_(0, flat, joined)
 
 
 class _Workspace:
@@ -221,12 +218,29 @@ class _Workspace:
 
 
 def _flash(
-    query: Tensor, ids: Tensor, tiles: _Tiles, inputs: AttentionInputs, space: _Workspace, causal: bool = False
+    query: Tensor, ids: Tensor, tiles: _Tiles, inputs: AttentionInputs, space: _Workspace
 ) -> tuple[Tensor, Tensor]:
-    """Unmasked (or exactly diagonal) tiles, through the fused operator."""
+    """Unmasked tiles, through the fused operator."""
     key, value = space.gather("key", tiles.key, ids), space.gather("value", tiles.value, ids)
-    output, lse = _fused(query[:, None], key[:, None], value[:, None], causal, inputs.scale)
+    output, lse = _fused(query[:, None], key[:, None], value[:, None], False, inputs.scale)
     return output[:, 0], lse[:, 0]
+
+
+def _diagonal(tiles: _Tiles, inputs: AttentionInputs, rows: int) -> tuple[Tensor, Tensor]:
+    """Every row's queries against their own keys, straight from where they lie: float32 [rows, block_q, ...] of all."""
+    block = tiles.key.shape[1]
+    start = inputs.query_start // block
+    key, value = (
+        t.view(inputs.batch * inputs.kv_heads, -1, block, t.shape[-1])[:, start : start + rows]
+        for t in (tiles.key, tiles.value)
+    )
+    outputs, lses = [], []
+    for number, query in enumerate(tiles.query.split(rows)):  # a (batch row, query head) at a time
+        own = number // inputs.group_size
+        output, lse = _fused(query[:, None], key[own, :, None], value[own, :, None], True, inputs.scale)
+        outputs.append(output[:, 0].float())
+        lses.append(lse[:, 0])
+    return torch.cat(outputs), torch.cat(lses)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -308,7 +322,7 @@ def _join(a: tuple[Tensor | None, Tensor], b: tuple[Tensor | None, Tensor]) -> t
     lse = torch.logaddexp(lse_a, lse_b)
     if output_a is None or output_b is None:
         return None, lse
-    share_b = (lse_b - lse).exp_().nan_to_num_(0.0)[..., None]  # both empty: -inf - -inf
+    share_b = torch.sigmoid(lse_b - lse_a).nan_to_num_(0.0)[..., None]  # both empty: -inf - -inf
     return torch.lerp(output_a.float(), output_b.float(), share_b), lse
 
 
