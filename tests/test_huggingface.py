@@ -537,3 +537,47 @@ def test_deepcopy_of_a_config_is_not_bound() -> None:
         fresh = AutoModelForCausalLM.from_config(other).eval()
         # under our name without state: it runs, on the previous implementation
         assert logits(fresh, input_ids=tokens(1, LENGTH)).shape == (1, LENGTH, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_on_a_gpu(family: str) -> None:
+    model, ids = tiny_model(family).cuda(), tokens(2, LENGTH).cuda()
+    before = logits(model, input_ids=ids)
+    with patch_model(model, "dense", **BLOCKS) as patch:
+        close(logits(model, input_ids=ids), before)
+        report = patch.report()
+    assert report.sparse_calls == 3
+    for layer in report.layers:
+        assert layer.kernels == {"triton": 1}
+        assert layer.estimator_seconds > 0
+        assert layer.kernel_seconds > 0
+    assert torch.equal(logits(model, input_ids=ids), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", CAUSAL)
+def test_selection_on_a_gpu_is_that_of_the_cpu(method: str) -> None:
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+    densities = []
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        with patch_model(model, method, **CAUSAL[method], **BLOCKS) as patch:
+            logits(model, input_ids=ids.to(device))
+            densities.append(patch.report().density)
+    assert densities[0] == pytest.approx(densities[1], abs=1e-3)
+
+
+@pytest.mark.gpu
+def test_nan_on_a_gpu_is_raised_once_after_the_prefill() -> None:
+    model, ids = tiny_model("llama").cuda(), tokens(1, LENGTH).cuda()
+    weight = model.model.layers[1].self_attn.k_proj.weight
+    kept = weight.detach().clone()
+    with patch_model(model, "dense", **BLOCKS):
+        with torch.no_grad():
+            weight[0, 0] = torch.nan
+        with pytest.raises(FloatingPointError, match="layer 1 contain NaN"):
+            logits(model, input_ids=ids)
+        with torch.no_grad():
+            weight.copy_(kept)
+        assert not logits(model, input_ids=ids).isnan().any()
