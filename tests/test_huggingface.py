@@ -476,16 +476,13 @@ class TestRefusals:
         path.write_text("{")
         self.refused(ValueError, "not a JSON profile", "minference", profile=path)
 
-    def test_class_that_does_not_dispatch(self) -> None:
+    def test_class_that_does_not_dispatch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class OldAttention(nn.Module):
             pass
 
         model = tiny_model("llama")
-        type(model)._can_set_attn_implementation_cached_value = False
-        try:
-            self.refused(NotImplementedError, "does not dispatch through", "dense", model=model)
-        finally:
-            del type(model)._can_set_attn_implementation_cached_value
+        monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+        self.refused(NotImplementedError, "does not dispatch through", "dense", model=model)
         with pytest.raises(TypeError, match="PreTrainedModel, got OldAttention"):
             patch_model(OldAttention(), "dense")
 
