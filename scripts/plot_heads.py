@@ -2,8 +2,9 @@
 
     python scripts/plot_heads.py --out docs/heads.png
 
-Each is found by its score on one prompt, not named by hand; the picture shows the attention mass of 64-token tiles (for
-the previous-token head, of single tokens near the diagonal).
+Each is found by its score on one prompt, not named by hand: the share of its attention mass that goes to the last 128
+tokens but the previous one, to the previous token, to the digits of a needle being copied, to the first 4 tokens. The
+picture shows the mass of 64-token tiles (for the previous-token head, of single tokens near the diagonal).
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ LENGTH, BLOCK = 2048, 64
 
 
 class Captured:
-    """Dense attention that keeps its inputs."""
+    """Dense attention that keeps its inputs (but not the two blocks a pattern is tried on when a model is patched)."""
 
     def __init__(self) -> None:
         self.layers: list[AttentionInputs] = []
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
-        self.layers.append(inputs)
+        if inputs.queries == LENGTH:
+            self.layers.append(inputs)
         return BlockIndex.dense(inputs, grid)
 
 
@@ -69,10 +71,12 @@ def main() -> None:
     copied /= sum(answer.stop - answer.start for answer in prompt.answers)
 
     found: dict[str, int] = {}
+    scores: dict[str, float] = {}
     for name, score in (("previous token", past), ("retrieval", copied), ("sink", sink), ("local", near)):
         order = score.argsort(descending=True).tolist()
         found[name] = next(h for h in order if h not in found.values())
-        print(f"{name}: layer {names[found[name]][0]}, head {names[found[name]][1]}, score {score[found[name]]:.2f}")
+        scores[name] = score[found[name]].item()
+        print(f"{name}: layer {names[found[name]][0]}, head {names[found[name]][1]}, score {scores[name]:.2f}")
 
     figure = Figure(figsize=(11.5, 3.4), layout="constrained")
     for axis, (name, head) in zip(figure.subplots(1, 4), sorted(found.items()), strict=True):
@@ -85,9 +89,9 @@ def main() -> None:
             tiles = share[head].unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
             picture = (tiles.sum(3).mean(1) if name != "retrieval" else tiles.sum(3).amax(1)).numpy() + 1e-6
             axis.set_xlabel("key block (64 tokens)")
-            axis.set_ylabel("query block" + (" (its most certain row)" if name == "retrieval" else ""))
+            axis.set_ylabel("query block" + (" (its largest value)" if name == "retrieval" else ""))
         image = axis.imshow(picture, norm=LogNorm(1e-4, 1), cmap="magma")
-        axis.set_title(f"{name}: layer {layer}, head {number}")
+        axis.set_title(f"{name} ({scores[name]:.0%})\nlayer {layer}, head {number}", fontsize=11)
     figure.colorbar(image, ax=figure.axes, label="attention mass", shrink=0.85)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)

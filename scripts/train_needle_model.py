@@ -357,8 +357,8 @@ def main() -> None:
         if step % (20 if length < 8192 else 2) == 0 or ended:
             row = {
                 "step": step, "length": length, "text_loss": text_loss.item(), "answer_loss": answer_loss.item(),
-                "needle_loss": sum(recent) / max(1, len(recent)), "block_loss": standing.item(), "norm": norm.item(),
-                "rate": rate,
+                "needle_loss": sum(recent) / len(recent) if recent else None,
+                "block_loss": standing.item(), "norm": norm.item(), "rate": rate,
                 "seconds": time.time() - began,
             }  # fmt: skip
             if ended:
