@@ -234,13 +234,14 @@ def _diagonal(tiles: _Tiles, inputs: AttentionInputs, rows: int) -> tuple[Tensor
         t.view(inputs.batch * inputs.kv_heads, -1, block, t.shape[-1])[:, start : start + rows]
         for t in (tiles.key, tiles.value)
     )
-    outputs, lses = [], []
+    output = torch.empty(*tiles.query.shape[:2], inputs.value_dim)
+    lse = torch.empty(tiles.query.shape[:2])
     for number, query in enumerate(tiles.query.split(rows)):  # a (batch row, query head) at a time
         own = number // inputs.group_size
-        output, lse = _fused(query[:, None], key[own, :, None], value[own, :, None], True, inputs.scale)
-        outputs.append(output[:, 0].float())
-        lses.append(lse[:, 0])
-    return torch.cat(outputs), torch.cat(lses)
+        part, part_lse = _fused(query[:, None], key[own, :, None], value[own, :, None], True, inputs.scale)
+        output[number * rows : (number + 1) * rows] = part[:, 0]
+        lse[number * rows : (number + 1) * rows] = part_lse[:, 0]
+    return output, lse
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockIndex
 from sparseprefill.kernels.cpu import cpu_attention, why_not_cpu
 from sparseprefill.kernels.reference import reference_attention
@@ -100,4 +102,5 @@ def block_sparse_attention(
         reason = why_not(impl, inputs, index)
         if reason is not None:
             raise NotImplementedError(f"{impl} cannot compute this: {reason}")
-    return IMPLEMENTATIONS[impl].attend(inputs, index, values)
+    with torch.autocast(inputs.device.type, enabled=False):  # what is float32 inside a kernel stays it
+        return IMPLEMENTATIONS[impl].attend(inputs, index, values)

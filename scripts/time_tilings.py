@@ -25,7 +25,7 @@ from sparseprefill.kernels.triton_forward import Tiling, choose_tiling, device_l
 
 
 def neighbours(chosen: Tiling) -> Iterator[Tiling]:
-    """The chosen tiling, then those that differ from it in one field."""
+    """The chosen tiling, then those that differ from it in one field, and half as many queries on 4 warps."""
     yield chosen
     for field, values in {
         "block_q": (chosen.block_q // 2, chosen.block_q * 2),
@@ -36,6 +36,8 @@ def neighbours(chosen: Tiling) -> Iterator[Tiling]:
         for value in values:
             if value != getattr(chosen, field) and value >= (16 if field.startswith("block") else 1):
                 yield dataclasses.replace(chosen, **{field: value})
+    if chosen.block_q > 16 and chosen.warps != 4:
+        yield dataclasses.replace(chosen, block_q=chosen.block_q // 2, warps=4)
 
 
 def median_ms(run: Callable[[], object], repeats: int = 20) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -235,17 +236,21 @@ def sparse_prefill(
 
     `observe` also counts coverage and, on `sample_rows` evenly spaced queries, the share of attention mass kept.
     """
-    if inputs.device.type == "cuda" and inputs.device.index != torch.cuda.current_device():
-        with torch.cuda.device(inputs.device):  # events belong to the device they are recorded on
-            return sparse_prefill(
-                inputs, pattern, block_q=block_q, block_k=block_k, impl=impl, observe=observe, sample_rows=sample_rows
-            )
+    on_gpu = inputs.device.type == "cuda"
+    device = torch.cuda.device(inputs.device) if on_gpu else contextlib.nullcontext()  # events belong to a device
+    with device, torch.autocast(inputs.device.type, enabled=False):  # scores and kept mass are float32 in any model
+        return _prefill(inputs, pattern, BlockGrid.of(inputs, block_q, block_k), impl, observe, sample_rows)
+
+
+def _prefill(
+    inputs: AttentionInputs, pattern: Pattern, grid: BlockGrid, impl: str, observe: bool, sample_rows: int
+) -> Prefill:
     on_gpu = inputs.device.type == "cuda"
     events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(3)) if on_gpu and observe else None
     began = time.perf_counter()
     if events:
         events[0].record()
-    index = pattern.build_index(inputs, BlockGrid.of(inputs, block_q, block_k))
+    index = pattern.build_index(inputs, grid)
     built = time.perf_counter()
     if events:
         events[1].record()

@@ -19,6 +19,7 @@ from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.huggingface_masks import NAME
 from sparseprefill.kernels.dispatch import IMPLEMENTATIONS
 from sparseprefill.patterns import AShape, Dense, ModelPatterns, save_patterns
+from sparseprefill.prefill import resolve_method, sparse_prefill
 
 LENGTH = 200
 # methods whose selection does not look ahead, small enough that they really drop blocks
@@ -249,17 +250,37 @@ def test_a_static_cache_is_judged_by_what_it_holds() -> None:
         assert patch.report().previous_calls == {"fewer keys than min_length=201": 3}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_autocast_gives_what_sdpa_gives_under_it(family: str) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss"])
+def test_autocast_gives_what_the_model_gives_under_it(family: str) -> None:
     """Rotated queries and keys reach the seam in float32 then, the values in bfloat16."""
-    model, ids = tiny_model(family, implementation="sdpa"), tokens(1, LENGTH)
-    exact = logits(model, input_ids=ids)
+    model, ids = tiny_model(family), tokens(2, LENGTH)
+    batch = padded([ids[0], ids[1, :131]])
+    real = batch["attention_mask"].bool()
+    exact = logits(model, **batch)[real]
     with torch.autocast("cpu", torch.bfloat16):
-        expected = logits(model, input_ids=ids).float()
+        expected = logits(model, **batch).float()[real]
         with patch_model(model, "dense", **BLOCKS) as patch:
-            got = logits(model, input_ids=ids).float()
-            assert not patch.report().previous_calls
+            got = logits(model, **batch).float()[real]
+            report = patch.report()
+    assert not report.previous_calls
+    assert all(abs(x - 1) < 1e-3 for layer in report.layers for x in layer.kept_mass or [])
     assert (got - exact).abs().mean() <= 1.5 * (expected - exact).abs().mean()
+
+
+@pytest.mark.parametrize("method", CAUSAL)
+def test_what_is_float32_inside_stays_it_under_autocast(method: str) -> None:
+    """The same layer's bfloat16 inputs with autocast on and off: equal blocks, equal kept mass."""
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, LENGTH, 16, generator=draw).bfloat16() * 2 for heads in (4, 2, 2))
+    inputs = AttentionInputs(query, key, value, 0.25)
+    pattern = resolve_method(method, **CAUSAL[method])
+    plain = sparse_prefill(inputs, pattern, block_q=16, block_k=16, observe=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = sparse_prefill(inputs, pattern, block_q=16, block_k=16, observe=True)
+    assert torch.equal(mixed.index.to_mask(), plain.index.to_mask())
+    assert torch.equal(mixed.result.lse, plain.result.lse)
+    assert mixed.sampled_mass is not None
+    assert torch.equal(mixed.sampled_mass, plain.sampled_mass)
 
 
 def test_blocks_that_the_chosen_kernel_cannot_serve_are_refused_at_patch_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -553,16 +574,17 @@ def test_forward_on_a_gpu(family: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", CAUSAL)
+@pytest.mark.parametrize("method", [*CAUSAL, "vertical_slash"])
 def test_selection_on_a_gpu_is_that_of_the_cpu(method: str) -> None:
+    """Logits follow the selection: one block of a layer's hundreds that differs is more than rounding."""
     model, ids = tiny_model("llama"), tokens(1, LENGTH)
-    densities = []
+    options = CAUSAL.get(method, {"verticals": 32, "slashes": 64})
+    found = []
     for device in ("cpu", "cuda"):
         model.to(device)
-        with patch_model(model, method, **CAUSAL[method], **BLOCKS) as patch:
-            logits(model, input_ids=ids.to(device))
-            densities.append(patch.report().density)
-    assert densities[0] == pytest.approx(densities[1], abs=1e-3)
+        with patch_model(model, method, **options, **BLOCKS):
+            found.append(logits(model, input_ids=ids.to(device)).cpu())
+    close(found[1], found[0])
 
 
 @pytest.mark.gpu
