@@ -366,6 +366,8 @@ class BlockIndex:
     @staticmethod
     def stack(slabs: Sequence[BlockIndex]) -> BlockIndex:
         """Join indexes over consecutive slabs of rows of one grid, first rows first."""
+        if len(slabs) == 1:
+            return slabs[0]
         offset = itertools.accumulate((slab.columns.numel() for slab in slabs), initial=0)
         return BlockIndex(
             slabs[0].grid,

@@ -239,18 +239,18 @@ def sparse_prefill(
     on_gpu = inputs.device.type == "cuda"
     device = torch.cuda.device(inputs.device) if on_gpu else contextlib.nullcontext()  # events belong to a device
     with device, torch.autocast(inputs.device.type, enabled=False):  # scores and kept mass are float32 in any model
-        return _prefill(inputs, pattern, BlockGrid.of(inputs, block_q, block_k), impl, observe, sample_rows)
+        return _prefill(inputs, pattern, block_q, block_k, impl, observe, sample_rows)
 
 
 def _prefill(
-    inputs: AttentionInputs, pattern: Pattern, grid: BlockGrid, impl: str, observe: bool, sample_rows: int
+    inputs: AttentionInputs, pattern: Pattern, block_q: int, block_k: int, impl: str, observe: bool, sample_rows: int
 ) -> Prefill:
     on_gpu = inputs.device.type == "cuda"
     events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(3)) if on_gpu and observe else None
     began = time.perf_counter()
     if events:
         events[0].record()
-    index = pattern.build_index(inputs, grid)
+    index = pattern.build_index(inputs, BlockGrid.of(inputs, block_q, block_k))
     built = time.perf_counter()
     if events:
         events[1].record()
