@@ -11,7 +11,8 @@ import copy
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -22,10 +23,22 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparseprefill import huggingface_masks as masks
-from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.contracts import AttentionInputs, BlockGrid
 from sparseprefill.huggingface_masks import NAME, MaskInfo, MaskSettings
-from sparseprefill.kernels import IMPLEMENTATIONS, choose_implementation, why_not
-from sparseprefill.patterns import Dense, ModelPatterns, Pattern, PerHead
+from sparseprefill.huggingface_modules import (
+    STATE,
+    LayerShape,
+    attention_modules,
+    layer_shapes,
+    model_facts,
+    nested_configs,
+    tensor_parallel,
+    text_config,
+    unwrap,
+    why_not_served,
+)
+from sparseprefill.kernels import IMPLEMENTATIONS, choose_implementation
+from sparseprefill.patterns import Dense, LastRowsDense, ModelPatterns, Pattern, PerHead
 from sparseprefill.prefill import (
     COST_MODELS,
     CostModel,
@@ -34,11 +47,10 @@ from sparseprefill.prefill import (
     expected_density,
     resolve_method,
     sparse_prefill,
-    window_density,
 )
 from sparseprefill.reports import LayerReport, PatchReport
 
-_STATE = "_sparseprefill"  # attribute of a patched attention module
+_COUNTING = threading.Lock()  # a model may be called from several threads at once
 
 Method = str | Pattern | ModelPatterns
 
@@ -75,7 +87,8 @@ class _Layer:
     previous: str
     method: str
     registered: bool = False  # made by `register`, not by a patch
-    windowed: bool = False  # its mask has a sliding window: it runs exactly, as a window
+    local: str | None = None  # the mask's own window or chunks, in which the layer runs exactly
+    first_head: int = 0  # of the heads in this process
     sparse_calls: int = 0
     previous_calls: dict[str, int] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
@@ -89,26 +102,31 @@ class _Layer:
             return model, f"sparse from {self.settings.min_length} keys on (min_length)"
         return model, model.describe()
 
-    def pattern_under(self, window: int | None) -> Pattern:
-        """Selection is for layers that see everything; a local layer keeps its whole window."""
-        self.windowed = window is not None
-        return Dense() if self.windowed else self.pattern
+    def pattern_under(self, mask: MaskInfo) -> Pattern:
+        """Selection is for layers that see everything; a local layer keeps its whole window or chunk."""
+        self.local = None if mask.local is None else "in its chunks" if mask.chunk else "in its sliding window"
+        return self.pattern if self.local is None else Dense()
 
-    def why_dense(self, queries: int, keys: int, window: int | None, device: str) -> str | None:
+    def why_dense(self, queries: int, keys: int, mask: MaskInfo, device: str) -> str | None:
         """Why this call is better left to the dense kernel, or None."""
         if self.always_dense:
             return "dense layer"
         if self.settings.min_length is not None:
             below = keys < self.settings.min_length
             return f"fewer keys than min_length={self.settings.min_length}" if below else None
-        density = expected_density(self.pattern, keys) if window is None else window_density(window, keys)
+        density = expected_density(self.pattern, keys) if mask.local is None else mask.density(keys)
         cheaper = self.decision(device)[0].sparse_is_cheaper(queries, keys, density)
         return None if cheaper else "below break-even"
 
     def note_previous(self, reason: str) -> None:
-        self.previous_calls[reason] = self.previous_calls.get(reason, 0) + 1
+        with _COUNTING:
+            self.previous_calls[reason] = self.previous_calls.get(reason, 0) + 1
 
     def note(self, prefill: Prefill, impl: str) -> None:
+        with _COUNTING:
+            self._note(prefill, impl)
+
+    def _note(self, prefill: Prefill, impl: str) -> None:
         self.sparse_calls += 1
         self.kernels[impl] = self.kernels.get(impl, 0) + 1
         counted = prefill.coverage
@@ -139,6 +157,10 @@ class _Layer:
 
     def report(self) -> LayerReport:
         """The sums. The only place that reads observations back to the host."""
+        with _COUNTING:
+            return self._report()
+
+    def _report(self) -> LayerReport:
         while self.timings:
             self._read_timing(self.timings.pop())
         sums = self.sums
@@ -157,7 +179,7 @@ class _Layer:
     def _described(self) -> str:
         if self.always_dense:
             return "dense"
-        return "Dense() in its sliding window" if self.windowed else describe_pattern(self.pattern)
+        return describe_pattern(self.pattern) if self.local is None else f"Dense() {self.local}"
 
 
 class Patch:
@@ -188,7 +210,7 @@ class Patch:
 
     def report(self) -> PatchReport:
         """What every layer and head did since the patch (or `reset()`)."""
-        device = next(self.model.parameters()).device.type
+        device = self.model.device.type
         first = next(iter(self._layers.values()))
         return PatchReport(
             first.method, first.decision(device)[1], tuple(layer.report() for layer in self._layers.values())
@@ -259,10 +281,11 @@ def patch_model(
         NotImplementedError: the model, or its head_dim, cannot be served; the message says what to do.
         The model is then exactly as it was.
     """
+    model = unwrap(model)
     settings = Settings(block_q, block_k, impl, min_length, observe, sample_rows)
     pattern = resolve_method(method, last_rows_dense=last_rows_dense, **options)
-    config = _text_config(model)
-    modules = _attention_modules(model, config)
+    config = text_config(model)
+    modules = attention_modules(model, config)
     facts = model_facts(config)
     for entry in [pattern, *(layers or {}).values(), *(heads or {}).values()]:
         if isinstance(entry, ModelPatterns) and entry in (heads or {}).values():
@@ -270,45 +293,70 @@ def patch_model(
         mismatch = entry.mismatch(facts) if isinstance(entry, ModelPatterns) else None
         if mismatch:
             raise ValueError(f"this profile is of another model: {mismatch}")
-    for module in modules.values():
-        _check_served(model, module, config, settings)
+    part = tensor_parallel(model)
+    shapes = layer_shapes(modules, config, part)
+    for number, module in modules.items():
+        reason = why_not_served(module, shapes[number], model.dtype, impl, block_q, block_k)
+        if reason:
+            raise NotImplementedError(f"layer {number} of {type(model).__name__} cannot be served: {reason}")
     if getattr(config, "output_attentions", False):
         raise NotImplementedError(_NO_ATTENTIONS)
-    chosen = _patterns_of_layers(
-        pattern, sorted(modules), facts["query_heads"], dense_layers, layers, heads, last_rows_dense
-    )
-    _try_patterns(chosen.values(), facts, settings)
+    all_heads = {number: shape.query_heads * part.ranks for number, shape in shapes.items()}
+    chosen = _patterns_of_layers(pattern, all_heads, dense_layers, layers, heads, last_rows_dense)
+    chosen = {number: _own_heads(each, part.of(all_heads[number])) for number, each in chosen.items()}
+    _try_patterns(chosen, shapes, settings)
 
     previous = _previous_implementation(model, config)
     name = method if isinstance(method, str) else describe_pattern(method)
     last = max(modules) + 1
     stay_dense = {n % last for n in dense_layers} - {n % last for n, _ in heads or {}}
     states = {
-        number: _Layer(number, chosen[number], number in stay_dense, settings, previous, name)
+        number: _Layer(
+            number, chosen[number], number in stay_dense, settings, previous, name,
+            first_head=part.of(all_heads[number]).start,
+        )
         for number in sorted(modules)
-    }
+    }  # fmt: skip
 
     _register_functions()
     undo: list[Callable[[], None]] = []
     patch = Patch(model, states, undo)
     try:
         _use_private_config(model, undo)
-        private = _text_config(model)
+        private = text_config(model)
         masks.bind_config(private, MaskSettings(previous, block_q))
         undo.append(functools.partial(masks.unbind_config, private))
         _switch(model, private)
         for number, module in modules.items():
-            if hasattr(module, _STATE):  # loaded under our name: that method comes back
-                undo.append(functools.partial(setattr, module, _STATE, getattr(module, _STATE)))
+            if hasattr(module, STATE):  # loaded under our name: that method comes back
+                undo.append(functools.partial(setattr, module, STATE, getattr(module, STATE)))
             else:
-                undo.append(functools.partial(delattr, module, _STATE))
-            setattr(module, _STATE, states[number])
-        hook = model.register_forward_hook(patch._raise_on_nan)
+                undo.append(functools.partial(delattr, module, STATE))
+            setattr(module, STATE, states[number])
+        hook = model.base_model.register_forward_hook(patch._raise_on_nan)  # wrappers may go round the outer forward
         undo.append(hook.remove)
+        _refuse_continuous_batching(model, undo)
     except BaseException:
         patch.remove()
         raise
     return patch
+
+
+def _own_heads(pattern: Pattern, heads: range) -> Pattern:
+    """The part of a layer's pattern that the heads of this process follow."""
+    if isinstance(pattern, PerHead):
+        return PerHead(pattern.patterns[heads.start : heads.stop])
+    if isinstance(pattern, LastRowsDense):
+        return dataclasses.replace(pattern, pattern=_own_heads(pattern.pattern, heads))
+    return pattern
+
+
+def _refuse_continuous_batching(model: PreTrainedModel, undo: list[Callable[[], None]]) -> None:
+    """Its entry points raise in the caller's thread: later it would switch the model to flash attention, or log."""
+    for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
+        if hasattr(model, name):
+            setattr(model, name, _refuse_paged)
+            undo.append(functools.partial(delattr, model, name))
 
 
 _REGISTERED: dict[str, Any] = {}
@@ -363,7 +411,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function under our name: (output [batch, queries, heads, value_dim], None)."""
-    layer = getattr(module, _STATE, None) or _registered_layer(module)
+    layer = getattr(module, STATE, None) or _registered_layer(module)
     if kwargs.get("output_attentions"):
         raise NotImplementedError(_NO_ATTENTIONS)
     if layer is not None and layer.registered and layer.nan is not None:
@@ -377,7 +425,7 @@ def _attend(
     reason = _why_previous(layer, module, query, key, attention_mask, kwargs)
     if reason is None:
         keys = min(key.shape[2], attention_mask.query_start + queries)  # a static cache is longer than what it holds
-        reason = layer.why_dense(queries, keys, attention_mask.window, query.device.type)
+        reason = layer.why_dense(queries, keys, attention_mask, query.device.type)
     if reason is not None:
         layer.note_previous(reason)
         return back()
@@ -405,7 +453,7 @@ def _attend(
     settings = layer.settings
     impl = choose_implementation(inputs) if settings.impl == "auto" else settings.impl
     prefill = sparse_prefill(
-        inputs, layer.pattern_under(info.window), block_q=settings.block_q, block_k=settings.block_k, impl=impl,
+        inputs, layer.pattern_under(info), block_q=settings.block_q, block_k=settings.block_k, impl=impl,
         observe=settings.observe, sample_rows=settings.sample_rows,
     )  # fmt: skip
     layer.note(prefill, impl)
@@ -429,7 +477,11 @@ def _why_previous(
     if kwargs.get("position_bias") is not None:
         return "position bias"
     if attention_mask.keys != key.shape[2] or attention_mask.queries != query.shape[2]:
-        return f"a mask for {attention_mask.queries} queries and {attention_mask.keys} keys"
+        raise NotImplementedError(
+            f"layer {layer.number} has {query.shape[2]} queries and {key.shape[2]} keys, its mask was made for "
+            f"{attention_mask.queries} and {attention_mask.keys}: {type(module).__name__} changes them behind "
+            "transformers' attention interface, so it cannot be patched; run it without the patch"
+        )
     return None
 
 
@@ -485,7 +537,7 @@ def _registered_layer(module: nn.Module) -> _Layer | None:
         _REGISTERED["method"],
         registered=True,
     )
-    setattr(module, _STATE, layer)
+    setattr(module, STATE, layer)
     return layer
 
 
@@ -515,78 +567,6 @@ def _nan_error(layer: int) -> None:
     )
 
 
-def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"patch_model takes a transformers PreTrainedModel, got {type(model).__name__}")
-    config: PreTrainedConfig = model.config.get_text_config()
-    return config
-
-
-def _attention_modules(model: PreTrainedModel, config: PreTrainedConfig) -> dict[int, nn.Module]:
-    """The self-attention modules of the language model, by layer. Raises where there is nothing to patch."""
-    cls = type(model).__name__
-    states = [getattr(m, _STATE) for m in model.modules() if hasattr(m, _STATE)]
-    if any(not state.registered for state in states):
-        raise ValueError(f"this {cls} is patched already: remove the first patch, or give it all methods at once")
-    if not model._can_set_attn_implementation():
-        raise NotImplementedError(
-            f"{cls} does not dispatch through transformers' attention interface, so it cannot be patched: "
-            "use a class that does (see `AttentionInterface` in its documentation), or a newer transformers"
-        )
-    found: dict[int, nn.Module] = {}
-    for module in model.modules():
-        number = getattr(module, "layer_idx", None)
-        if not isinstance(number, int) or "Attention" not in type(module).__name__:
-            continue
-        if getattr(module, "is_causal", True) is False or getattr(module, "config", config) is not config:
-            continue
-        if not hasattr(module, "scaling") and not hasattr(module, "num_key_value_groups"):
-            continue
-        if number in found:
-            raise NotImplementedError(f"{cls} has two attention modules in layer {number}: it cannot be patched yet")
-        found[number] = module
-    if not found:
-        raise NotImplementedError(f"{cls} has no causal self-attention layer that sparseprefill knows how to patch")
-    return found
-
-
-def model_facts(config: PreTrainedConfig) -> dict[str, Any]:
-    """The hard keys of a model: a profile made for other values is refused."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {
-        "architecture": config.model_type,
-        "layers": config.num_hidden_layers,
-        "query_heads": config.num_attention_heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        "head_dim": head_dim,
-        "vocabulary": config.vocab_size,
-    }
-
-
-def _check_served(model: PreTrainedModel, module: nn.Module, config: PreTrainedConfig, settings: Settings) -> None:
-    """Ask the kernels about the shapes this module will send, before anything is changed."""
-    facts = model_facts(config)
-    head_dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None) or facts["head_dim"]
-    value_dim = getattr(module, "v_head_dim", None) or head_dim
-    parameter = next(module.parameters(), None)
-    if parameter is None or parameter.device.type == "meta":
-        return
-    dtype = model.dtype
-
-    def zeros(heads: int, dim: int) -> Tensor:
-        return torch.zeros(1, heads, 1, dim, device=parameter.device, dtype=dtype)
-
-    heads, kv_heads = facts["query_heads"], facts["kv_heads"]
-    inputs = AttentionInputs(zeros(heads, head_dim), zeros(kv_heads, head_dim), zeros(kv_heads, value_dim), 1.0)
-    index = BlockIndex.dense(inputs, BlockGrid.of(inputs, settings.block_q, settings.block_k))
-    if settings.impl == "auto":
-        choose_implementation(inputs, index)
-    else:
-        reason = why_not(settings.impl, inputs, index)
-        if reason:
-            raise NotImplementedError(f"{settings.impl} cannot compute {type(model).__name__}: {reason}")
-
-
 def _for_layer(pattern: Any, layer: int) -> Pattern:
     own = getattr(pattern, "for_layer", None)
     result: Pattern = own(layer) if callable(own) else pattern
@@ -595,16 +575,15 @@ def _for_layer(pattern: Any, layer: int) -> Pattern:
 
 def _patterns_of_layers(
     pattern: Pattern | ModelPatterns,
-    numbers: Sequence[int],
-    query_heads: int,
+    query_heads: Mapping[int, int],
     dense_layers: Sequence[int],
     layers: Mapping[int, Method] | None,
     heads: Mapping[tuple[int, int], Method] | None,
     last_rows_dense: int,
 ) -> dict[int, Pattern]:
     """The pattern of each layer, overrides applied. Raises ValueError for layers and heads that do not exist."""
-    last = max(numbers) + 1
-    chosen: dict[int, Pattern] = {number: _for_layer(pattern, number) for number in numbers}
+    last = max(query_heads) + 1
+    chosen: dict[int, Pattern] = {number: _for_layer(pattern, number) for number in sorted(query_heads)}
 
     def existing(number: int, what: str) -> int:
         real = number + last if number < 0 else number
@@ -618,24 +597,23 @@ def _patterns_of_layers(
         chosen[existing(number, "dense_layers")] = Dense()
     for (number, head), method in (heads or {}).items():
         real = existing(number, "heads")
-        if not 0 <= head < query_heads:
-            raise ValueError(f"heads: there is no query head {head} (heads are 0 to {query_heads - 1})")
+        if not 0 <= head < query_heads[real]:
+            raise ValueError(f"heads: there is no query head {head} (heads are 0 to {query_heads[real] - 1})")
         base = chosen[real]
-        each = list(base.patterns) if isinstance(base, PerHead) else [base] * query_heads
+        each = list(base.patterns) if isinstance(base, PerHead) else [base] * query_heads[real]
         each[head] = _for_layer(resolve_method(method, last_rows_dense=last_rows_dense), real)
         chosen[real] = PerHead(tuple(each))
     return chosen
 
 
-def _try_patterns(patterns: Iterable[Pattern], facts: dict[str, Any], settings: Settings) -> None:
+def _try_patterns(patterns: Mapping[int, Pattern], shapes: Mapping[int, LayerShape], settings: Settings) -> None:
     """Build each index once on two blocks of zeros: what a pattern refuses is refused before the model is changed."""
     tokens = 2 * max(settings.block_q, settings.block_k)
-    query = torch.zeros(1, facts["query_heads"], tokens, 8)
-    key = torch.zeros(1, facts["kv_heads"], tokens, 8)
-    inputs = AttentionInputs(query, key, key, scale=1.0)
-    grid = BlockGrid.of(inputs, settings.block_q, settings.block_k)
-    for pattern in patterns:
-        pattern.build_index(inputs, grid)
+    for number, pattern in patterns.items():
+        query = torch.zeros(1, shapes[number].query_heads, tokens, 8)
+        key = torch.zeros(1, shapes[number].kv_heads, tokens, 8)
+        inputs = AttentionInputs(query, key, key, scale=1.0)
+        pattern.build_index(inputs, BlockGrid.of(inputs, settings.block_q, settings.block_k))
 
 
 def _previous_implementation(model: PreTrainedModel, config: PreTrainedConfig) -> str:
@@ -652,21 +630,13 @@ def _use_private_config(model: PreTrainedModel, undo: list[Callable[[], None]]) 
     original = model.config
     memo: dict[int, Any] = {}
     private = copy.deepcopy(original, memo)
-    replaced = {id(config): memo.get(id(config)) for config in _configs(original)}
+    replaced = {id(config): memo.get(id(config)) for config in nested_configs(original)}
     replaced[id(original)] = private
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, PreTrainedConfig) and replaced.get(id(value)) is not None:
                 setattr(module, name, replaced[id(value)])
                 undo.append(functools.partial(setattr, module, name, value))
-
-
-def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    yield config
-    for name in getattr(config, "sub_configs", {}):
-        inner = getattr(config, name, None)
-        if isinstance(inner, PreTrainedConfig):
-            yield from _configs(inner)
 
 
 def _switch(model: PreTrainedModel, config: PreTrainedConfig) -> None:

@@ -47,6 +47,20 @@ def bound_settings(config: Any) -> MaskSettings | None:
     return entry[1] if entry is not None and entry[0]() is config else None
 
 
+class MaskIsNoTensor(NotImplementedError, AttributeError):
+    """Raised where a model computes with its attention mask, of which a patched model has only a description.
+
+    An AttributeError too, so that `hasattr(mask, name)` answers False.
+    """
+
+
+def _no_tensor(self: Any, *_: Any, **__: Any) -> Any:
+    raise MaskIsNoTensor(
+        "this model computes with its attention mask instead of handing it to the attention function, so it cannot be "
+        "patched: run it without the patch"
+    )
+
+
 @dataclass(eq=False)
 class MaskInfo:
     """The mask of one forward pass. It travels through a model in the place of a 4-D mask tensor."""
@@ -56,11 +70,33 @@ class MaskInfo:
     keys: int  # keys at hand; a sliding cache holds only the last ones
     key_valid: Tensor | None  # bool [batch, keys], None: all that are filled
     window: int | None
+    chunk: int | None  # tokens a chunk, where queries see their own chunk only; `segment` then numbers the chunks
     segment: Tensor | None  # int64 [batch, keys]
     opaque: str | None  # why no fast path can serve this mask, or None
     arguments: dict[str, Any]  # of the mask function, for the previous implementation
     batch: int
     _made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def local(self) -> int | None:
+        """Keys a query sees at most, in a layer that is local by design; None where it sees everything."""
+        return self.window if self.chunk is None else min(self.chunk, self.window or self.chunk)
+
+    def density(self, keys: int) -> float:
+        """Share of full causal attention that the mask leaves, at most, for a prompt of `keys` tokens."""
+        if self.chunk is not None:
+            return min(1.0, self.chunk / keys)
+        if self.window is None:
+            return 1.0
+        seen = min(self.window, keys)
+        return (seen * keys - seen * (seen - 1) / 2) / (keys * (keys + 1) / 2)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _no_tensor(self)
+
+    __getitem__ = __add__ = __radd__ = __sub__ = __mul__ = __rmul__ = __and__ = __or__ = __invert__ = _no_tensor
 
     @property
     def ndim(self) -> int:
@@ -111,13 +147,13 @@ def make_mask(**arguments: Any) -> Any:
     if given is not None:
         valid = _valid_keys(given, kv_offset, keys, min(keys, start + queries))
     batch = arguments.get("batch_size") or (given.shape[0] if given is not None else 1)
-    window, segment, opaque = _understand(arguments["mask_function"], batch, keys, kv_offset)
+    window, chunk, segment, opaque = _understand(arguments["mask_function"], batch, keys, kv_offset)
     reach = getattr(arguments.get("config"), "max_position_embeddings", None)
     if window is not None and reach is not None and window >= reach:
         window = None  # wider than the model itself
     if start < 0 or start + queries > keys:
         opaque = f"queries stand in slots {start} to {start + queries - 1} of {keys} keys"
-    return MaskInfo(start, queries, keys, valid, window, segment, opaque, arguments, batch)
+    return MaskInfo(start, queries, keys, valid, window, chunk, segment, opaque, arguments, batch)
 
 
 _DEFAULT: list[MaskSettings] = []
@@ -175,11 +211,16 @@ def _valid_keys(given: Tensor, kv_offset: int, keys: int, filled: int) -> Tensor
 
 def _understand(
     function: Callable[..., Any], batch: int, keys: int, kv_offset: int
-) -> tuple[int | None, Tensor | None, str | None]:
-    """(window, segment, None) of a mask function made of parts we know, else (None, None, why not)."""
+) -> tuple[int | None, int | None, Tensor | None, str | None]:
+    """(window, chunk, segment, None) of a mask function made of parts we know, else (None, None, None, why not)."""
     window: int | None = None
+    chunk: int | None = None
     segment: Tensor | None = None
     causal = False
+
+    def unknown(why: str) -> tuple[None, None, None, str]:
+        return None, None, None, why
+
     for part in _parts(function):
         kind, inside = _kind(part), _enclosed(part)
         if kind == "causal_mask_function":
@@ -187,23 +228,24 @@ def _understand(
         elif kind == "sliding_window_overlay.inner_mask":
             window = min(window or inside["sliding_window"], inside["sliding_window"])
         elif kind == "chunked_overlay.inner_mask" and segment is None:
+            chunk = int(inside["chunk_size"])
             slot = torch.arange(kv_offset, kv_offset + keys, device=inside["left_padding"].device)
-            segment = (slot - inside["left_padding"][:, None]).div(inside["chunk_size"], rounding_mode="floor")
+            segment = (slot - inside["left_padding"][:, None]).div(chunk, rounding_mode="floor")
         elif kind == "packed_sequence_mask_function.inner_mask" and segment is None:
             segment = inside["packed_sequence_mask"]
             if segment.shape[1] != keys:
-                return None, None, f"packed sequences of {segment.shape[1]} slots over {keys} keys"
+                return unknown(f"packed sequences of {segment.shape[1]} slots over {keys} keys")
         elif kind == "remap_positions_for_packed_sequence.inner_mask":
             # positions inside each packed sequence: the same distances and the same order as slots have there
             inner = _understand(inside["mask_function"], batch, keys, kv_offset)
-            if inner[2] is not None or inner[1] is not None:
-                return None, None, inner[2] or "chunks inside packed sequences"
+            if inner[3] is not None or inner[2] is not None:
+                return unknown(inner[3] or "chunks inside packed sequences")
             causal, window = True, inner[0] if window is None else min(window, inner[0] or window)
         else:
-            return None, None, f"its mask has a part of its own ({kind})"
+            return unknown(f"its mask has a part of its own ({kind})")
     if not causal:
-        return None, None, "it is not causal"
-    return window, None if segment is None else segment.expand(batch, -1), None
+        return unknown("it is not causal")
+    return window, chunk, None if segment is None else segment.expand(batch, -1), None
 
 
 def _parts(function: Callable[..., Any]) -> list[Callable[..., Any]]:

@@ -197,11 +197,6 @@ def expected_density(pattern: Any, keys: int) -> float:
     return float(own(keys)) if callable(own) else 0.5
 
 
-def window_density(window: int, keys: int) -> float:
-    """Against full causal attention, the share that a sliding window sees."""
-    return _kept_share(0, window, keys)
-
-
 def _kept_share(extra: int, budget: int | float, keys: int) -> float:
     """Share of causal pairs when every query keeps a budget (and `extra` tokens)."""
     if isinstance(budget, float):
