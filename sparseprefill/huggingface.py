@@ -29,6 +29,7 @@ from sparseprefill.huggingface_modules import (
     STATE,
     LayerShape,
     attention_modules,
+    device_of,
     layer_shapes,
     model_facts,
     nested_configs,
@@ -281,8 +282,58 @@ def patch_model(
         NotImplementedError: the model, or its head_dim, cannot be served; the message says what to do.
         The model is then exactly as it was.
     """
-    model = unwrap(model)
     settings = Settings(block_q, block_k, impl, min_length, observe, sample_rows)
+    plan = plan_patch(
+        model, method, dense_layers=dense_layers, layers=layers, heads=heads, last_rows_dense=last_rows_dense,
+        settings=settings, **options,
+    )  # fmt: skip
+    if getattr(plan.config, "output_attentions", False):
+        raise NotImplementedError(_NO_ATTENTIONS)
+    inner = plan.model
+    _register_functions()
+    undo: list[Callable[[], None]] = []
+    patch = Patch(inner, plan.layers, undo)
+    try:
+        _use_private_config(inner, undo)
+        private = text_config(inner)
+        masks.bind_config(private, MaskSettings(plan.previous, block_q))
+        undo.append(functools.partial(masks.unbind_config, private))
+        _switch(inner, private)
+        for number, module in plan.modules.items():
+            if hasattr(module, STATE):  # loaded under our name: that method comes back
+                undo.append(functools.partial(setattr, module, STATE, getattr(module, STATE)))
+            else:
+                undo.append(functools.partial(delattr, module, STATE))
+            setattr(module, STATE, plan.layers[number])
+        hook = inner.base_model.register_forward_hook(patch._raise_on_nan)  # wrappers may go round the outer forward
+        undo.append(hook.remove)
+        _refuse_continuous_batching(inner, undo)
+    except BaseException:
+        patch.remove()
+        raise
+    return patch
+
+
+@dataclass(frozen=True, slots=True)
+class PatchPlan:
+    """What `patch_model` would do to a model; making one changes nothing."""
+
+    model: PreTrainedModel  # without its wrappers
+    config: PreTrainedConfig  # of the language model
+    previous: str  # the attention implementation of before
+    modules: dict[int, nn.Module]
+    shapes: dict[int, LayerShape]
+    layers: dict[int, _Layer]
+
+
+def plan_patch(
+    model: Any, method: Method, *, dense_layers: Sequence[int] = (), layers: Mapping[int, Method] | None = None,
+    heads: Mapping[tuple[int, int], Method] | None = None, last_rows_dense: int = 0, settings: Settings | None = None,
+    **options: Any,
+) -> PatchPlan:  # fmt: skip
+    """Everything that can be checked and prepared before a model is touched. Raises what `patch_model` raises."""
+    settings = settings or Settings()
+    model = unwrap(model)
     pattern = resolve_method(method, last_rows_dense=last_rows_dense, **options)
     config = text_config(model)
     modules = attention_modules(model, config)
@@ -296,11 +347,12 @@ def patch_model(
     part = tensor_parallel(model)
     shapes = layer_shapes(modules, config, part)
     for number, module in modules.items():
-        reason = why_not_served(module, shapes[number], model.dtype, impl, block_q, block_k)
+        device = device_of(module)
+        reason = device and why_not_served(
+            shapes[number], device, model.dtype, settings.impl, settings.block_q, settings.block_k
+        )
         if reason:
             raise NotImplementedError(f"layer {number} of {type(model).__name__} cannot be served: {reason}")
-    if getattr(config, "output_attentions", False):
-        raise NotImplementedError(_NO_ATTENTIONS)
     all_heads = {number: shape.query_heads * part.ranks for number, shape in shapes.items()}
     chosen = _patterns_of_layers(pattern, all_heads, dense_layers, layers, heads, last_rows_dense)
     chosen = {number: _own_heads(each, part.of(all_heads[number])) for number, each in chosen.items()}
@@ -317,29 +369,7 @@ def patch_model(
         )
         for number in sorted(modules)
     }  # fmt: skip
-
-    _register_functions()
-    undo: list[Callable[[], None]] = []
-    patch = Patch(model, states, undo)
-    try:
-        _use_private_config(model, undo)
-        private = text_config(model)
-        masks.bind_config(private, MaskSettings(previous, block_q))
-        undo.append(functools.partial(masks.unbind_config, private))
-        _switch(model, private)
-        for number, module in modules.items():
-            if hasattr(module, STATE):  # loaded under our name: that method comes back
-                undo.append(functools.partial(setattr, module, STATE, getattr(module, STATE)))
-            else:
-                undo.append(functools.partial(delattr, module, STATE))
-            setattr(module, STATE, states[number])
-        hook = model.base_model.register_forward_hook(patch._raise_on_nan)  # wrappers may go round the outer forward
-        undo.append(hook.remove)
-        _refuse_continuous_batching(model, undo)
-    except BaseException:
-        patch.remove()
-        raise
-    return patch
+    return PatchPlan(model, config, previous, modules, shapes, states)
 
 
 def _own_heads(pattern: Pattern, heads: range) -> Pattern:

@@ -151,12 +151,9 @@ def layer_shapes(modules: dict[int, nn.Module], config: PreTrainedConfig, part: 
 
 
 def why_not_served(
-    module: nn.Module, shape: LayerShape, dtype: torch.dtype, impl: str, block_q: int, block_k: int
+    shape: LayerShape, device: torch.device, dtype: torch.dtype, impl: str, block_q: int, block_k: int
 ) -> str | None:
-    """Why no kernel serves what this module will send, or None. Raises ValueError for an unknown `impl`."""
-    device = device_of(module)
-    if device is None:
-        return None
+    """Why no kernel serves a layer of this shape on this device, or None. Raises ValueError for an unknown `impl`."""
 
     def zeros(heads: int, dim: int) -> Tensor:
         return torch.zeros(1, heads, 1, dim, device=device, dtype=dtype)
