@@ -14,6 +14,11 @@ MODEL_INSIDE = "needle_model"  # folder in this package
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
 
+def model_folder(name: str | None) -> str:
+    """What to give `from_pretrained`: the folder of the model inside for None, else the name itself."""
+    return str(resources.files("sparseprefill") / MODEL_INSIDE) if name is None else name
+
+
 def load_model(
     name: str | None = None, *, dtype: str = "auto", device: str | None = None
 ) -> tuple[PreTrainedModel, Any]:
@@ -24,7 +29,7 @@ def load_model(
     if dtype not in _DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    path = str(resources.files("sparseprefill") / MODEL_INSIDE) if name is None else name
+    path = model_folder(name)
     if name is None and dtype == "auto":  # it ships in bfloat16, which few CPUs compute faster than float32
         dtype = "float32" if device == "cpu" else "bfloat16"
     try:

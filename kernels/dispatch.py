@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockIndex
 from sparseprefill.kernels.cpu import cpu_attention, why_not_cpu
 from sparseprefill.kernels.reference import reference_attention
+
+if TYPE_CHECKING:
+    from sparseprefill.kernels.triton_forward import DeviceLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,13 @@ def _triton(inputs: AttentionInputs, index: BlockIndex, values: bool) -> Attenti
     from sparseprefill.kernels.triton_forward import triton_attention
 
     return triton_attention(inputs, index, values=values)
+
+
+def device_limits(device: torch.device) -> DeviceLimits:
+    """What a GPU says of itself, as far as it limits the Triton kernels. Raises ImportError without triton."""
+    from sparseprefill.kernels.triton_forward import device_limits as ask
+
+    return ask(device)
 
 
 # in the order in which `auto` asks

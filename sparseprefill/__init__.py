@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid, BlockIndex
+    from sparseprefill.doctor import Explanation, explain
     from sparseprefill.huggingface import Patch, patch_model, register
     from sparseprefill.kernels import block_sparse_attention
 
@@ -23,8 +24,10 @@ _HOMES = {
     "AttentionOutput": "sparseprefill.contracts",
     "BlockGrid": "sparseprefill.contracts",
     "BlockIndex": "sparseprefill.contracts",
+    "Explanation": "sparseprefill.doctor",
     "Patch": "sparseprefill.huggingface",
     "block_sparse_attention": "sparseprefill.kernels",
+    "explain": "sparseprefill.doctor",
     "patch_model": "sparseprefill.huggingface",
     "register": "sparseprefill.huggingface",
 }
@@ -34,8 +37,10 @@ __all__ = [
     "AttentionOutput",
     "BlockGrid",
     "BlockIndex",
+    "Explanation",
     "Patch",
     "block_sparse_attention",
+    "explain",
     "patch_model",
     "register",
 ]

@@ -150,6 +150,38 @@ def _run_needle(
 
 
 @main.command()
+@click.argument("model", required=False)
+@click.option(
+    "--method", "chosen", default="minference", metavar="NAME[:OPTION=VALUE,...]", help="The method to ask about."
+)
+@click.option("--impl", default="auto", help="auto, triton, cpu or reference.")
+@click.option("--device", help="Where the model would run; default: a GPU if there is one.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
+@click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the model.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a page.")
+@click.pass_context
+def doctor(
+    ctx: click.Context, model: str | None, chosen: str, impl: str, device: str | None, dtype: str,
+    trust_remote_code: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Say which kernel each layer of MODEL would run and why not another, from which length on, on this machine.
+
+    MODEL is a hub name or a folder (default: the model that ships inside); its weights are not read. The exit status
+    is 1 where the model cannot be patched.
+    """
+    from sparseprefill.doctor import explain, skeleton
+    from sparseprefill.prefill import parse_options
+
+    name, _, options = chosen.partition(":")
+    with _clear_errors():
+        bare = skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        found = explain(bare, name, device=device, impl=impl, **parse_options(options))
+    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
+    if found.refused:
+        ctx.exit(1)
+
+
+@main.command()
 @click.option("--device", help="cpu or cuda; default: what is there.")
 @click.option("--lengths", type=Numbers(), default="16k", help="Lengths of the kernel cells.")
 @click.option("--densities", default="0.1,0.25,0.5", help="Densities of the kernel cells.")

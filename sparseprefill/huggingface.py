@@ -30,13 +30,13 @@ from sparseprefill.huggingface_modules import (
     LayerShape,
     attention_modules,
     device_of,
+    kernel_for,
     layer_shapes,
     model_facts,
     nested_configs,
     tensor_parallel,
     text_config,
     unwrap,
-    why_not_served,
 )
 from sparseprefill.kernels import IMPLEMENTATIONS, choose_implementation
 from sparseprefill.patterns import Dense, LastRowsDense, ModelPatterns, Pattern, PerHead
@@ -71,6 +71,8 @@ class Settings:
         for name in ("block_q", "block_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.impl not in ("auto", *IMPLEMENTATIONS):
+            raise ValueError(f"unknown implementation {self.impl!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
         if self.min_length is not None and self.min_length < 0:
             raise ValueError(f"min_length must not be negative, got {self.min_length}")
         if self.sample_rows < 0:
@@ -118,6 +120,20 @@ class _Layer:
         density = expected_density(self.pattern, keys) if mask.local is None else mask.density(keys)
         cheaper = self.decision(device)[0].sparse_is_cheaper(queries, keys, density)
         return None if cheaper else "below break-even"
+
+    def break_even(self, mask: MaskInfo, device: str, limit: int) -> int | None:
+        """The shortest prompt, in one call, that runs sparsely; None where not even one of `limit` tokens does."""
+
+        def sparse(tokens: int) -> bool:
+            return tokens >= self.settings.block_q and self.why_dense(tokens, tokens, mask, device) is None
+
+        if not sparse(limit):
+            return None
+        low, high = 0, limit
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if sparse(middle) else (middle, high)
+        return high
 
     def note_previous(self, reason: str) -> None:
         with _COUNTING:
@@ -346,13 +362,22 @@ def plan_patch(
             raise ValueError(f"this profile is of another model: {mismatch}")
     part = tensor_parallel(model)
     shapes = layer_shapes(modules, config, part)
+    last = max(modules) + 1
+    stay_dense = {n % last for n in dense_layers} - {n % last for n, _ in heads or {}}
     for number, module in modules.items():
         device = device_of(module)
-        reason = device and why_not_served(
+        if number in stay_dense or device is None:
+            continue
+        kernel, reasons = kernel_for(
             shapes[number], device, model.dtype, settings.impl, settings.block_q, settings.block_k
         )
-        if reason:
-            raise NotImplementedError(f"layer {number} of {type(model).__name__} cannot be served: {reason}")
+        if kernel is None:
+            asked = {name: why for name, why in reasons.items() if settings.impl in ("auto", name)}
+            raise NotImplementedError(
+                f"layer {number} of {type(model).__name__} cannot be served: "
+                + "; ".join(f"{name}: {why}" for name, why in asked.items())
+                + f". dense_layers=[{number}] would leave it as it is"
+            )
     all_heads = {number: shape.query_heads * part.ranks for number, shape in shapes.items()}
     chosen = _patterns_of_layers(pattern, all_heads, dense_layers, layers, heads, last_rows_dense)
     chosen = {number: _own_heads(each, part.of(all_heads[number])) for number, each in chosen.items()}
@@ -360,8 +385,6 @@ def plan_patch(
 
     previous = _previous_implementation(model, config)
     name = method if isinstance(method, str) else describe_pattern(method)
-    last = max(modules) + 1
-    stay_dense = {n % last for n in dense_layers} - {n % last for n, _ in heads or {}}
     states = {
         number: _Layer(
             number, chosen[number], number in stay_dense, settings, previous, name,
@@ -370,6 +393,12 @@ def plan_patch(
         for number in sorted(modules)
     }  # fmt: skip
     return PatchPlan(model, config, previous, modules, shapes, states)
+
+
+def patched_layers(model: nn.Module) -> dict[int, _Layer] | None:
+    """What the layers of a patched model do, by number; None for a model that is not patched."""
+    states = [getattr(module, STATE) for module in model.modules() if hasattr(module, STATE)]
+    return {state.number: state for state in states} or None
 
 
 def _own_heads(pattern: Pattern, heads: range) -> Pattern:
@@ -404,8 +433,6 @@ def register(method: Method = "minference", *, previous: str = "sdpa", **options
     """
     shared = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
     settings = Settings(**{**shared, "observe": False})  # nobody would read it
-    if settings.impl != "auto" and settings.impl not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {settings.impl!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
     pattern = resolve_method(method, **options)
     if previous not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) or previous == NAME:
         raise ValueError(f"previous must be an attention implementation of transformers, got {previous!r}")

@@ -7,6 +7,8 @@ implementation the model had before, with that implementation's own mask, which 
 
 from __future__ import annotations
 
+import copy
+import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -154,6 +156,29 @@ def make_mask(**arguments: Any) -> Any:
     if start < 0 or start + queries > keys:
         opaque = f"queries stand in slots {start} to {start + queries - 1} of {keys} keys"
     return MaskInfo(start, queries, keys, valid, window, chunk, segment, opaque, arguments, batch)
+
+
+def masks_of(model: Any, tokens: int) -> dict[str, MaskInfo]:
+    """The masks that a patched model would make for one prompt, by layer type ("" where all layers share one).
+
+    Asks transformers with a copy of the model's configuration; the model is not touched.
+    """
+    config = copy.deepcopy(model.config.get_text_config())
+    config._attn_implementation = NAME
+    register_mask()
+    bind_config(config, MaskSettings("sdpa", 1))
+    make = masking_utils.create_masks_for_generate
+    embeddings = torch.zeros(1, tokens, 1)
+    arguments = {"config": config, "attention_mask": None, "past_key_values": None, "position_ids": None}
+    names = inspect.signature(make).parameters
+    arguments["inputs_embeds" if "inputs_embeds" in names else "input_embeds"] = embeddings
+    if "cache_position" in names:
+        arguments["cache_position"] = torch.arange(tokens)
+    try:
+        made = make(**arguments)
+    finally:
+        unbind_config(config)
+    return made if isinstance(made, dict) else {"": made}
 
 
 _DEFAULT: list[MaskSettings] = []

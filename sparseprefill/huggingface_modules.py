@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
-from sparseprefill.kernels import choose_implementation, why_not
+from sparseprefill.kernels import IMPLEMENTATIONS, why_not
 
 STATE = "_sparseprefill"  # attribute of a patched attention module
 
@@ -150,10 +150,10 @@ def layer_shapes(modules: dict[int, nn.Module], config: PreTrainedConfig, part: 
     return shapes
 
 
-def why_not_served(
+def kernel_for(
     shape: LayerShape, device: torch.device, dtype: torch.dtype, impl: str, block_q: int, block_k: int
-) -> str | None:
-    """Why no kernel serves a layer of this shape on this device, or None. Raises ValueError for an unknown `impl`."""
+) -> tuple[str | None, dict[str, str]]:
+    """(the implementation that serves a layer of this shape or None, why not each of the others)."""
 
     def zeros(heads: int, dim: int) -> Tensor:
         return torch.zeros(1, heads, 1, dim, device=device, dtype=dtype)
@@ -161,14 +161,19 @@ def why_not_served(
     key, value = zeros(shape.kv_heads, shape.head_dim), zeros(shape.kv_heads, shape.value_dim)
     inputs = AttentionInputs(zeros(shape.query_heads, shape.head_dim), key, value, 1.0)
     index = BlockIndex.dense(inputs, BlockGrid.of(inputs, block_q, block_k))
-    if impl != "auto":
-        reason = why_not(impl, inputs, index)
-        return f"{impl} cannot compute it: {reason}" if reason else None
-    try:
-        choose_implementation(inputs, index)
-    except NotImplementedError as error:
-        return str(error)
-    return None
+    chosen, reasons = None, {}
+    for name, implementation in IMPLEMENTATIONS.items():
+        if impl not in ("auto", name):
+            reasons[name] = f"impl={impl!r} was asked for"
+        elif (reason := why_not(name, inputs, index)) is not None:
+            reasons[name] = reason
+        elif impl == "auto" and not implementation.automatic(inputs):
+            reasons[name] = f"it is never chosen by itself, impl={name!r} asks for it"
+        elif chosen is not None:
+            reasons[name] = f"{chosen} comes first"
+        else:
+            chosen = name
+    return chosen, reasons
 
 
 def device_of(module: nn.Module) -> torch.device | None:

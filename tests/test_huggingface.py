@@ -509,9 +509,7 @@ class TestRefusals:
 
     def test_kernel_that_cannot(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        self.refused(
-            NotImplementedError, "layer 0 of LlamaForCausalLM cannot be served", "dense", impl="triton"
-        )
+        self.refused(NotImplementedError, "layer 0 of LlamaForCausalLM cannot be served", "dense", impl="triton")
         self.refused(ValueError, "unknown implementation", "dense", impl="gpu")
         double = tiny_model("llama").double()
         self.refused(NotImplementedError, "float64", "dense", model=double)
