@@ -190,7 +190,7 @@ class _Layer:
         return LayerReport(
             self.number, self._described(), self.sparse_calls,
             dict(self.previous_calls), dict(self.kernels), density, tile_work, mass,
-            sums.get("estimator", 0.0), sums.get("kernel", 0.0),
+            sums.get("estimator", 0.0), sums.get("kernel", 0.0), self.first_head,
         )  # fmt: skip
 
     def _described(self) -> str:

@@ -277,7 +277,18 @@ def _parts(function: Callable[..., Any]) -> list[Callable[..., Any]]:
     """The functions whose intersection this is."""
     if _kind(function) == "and_masks.and_mask":
         return [part for each in _enclosed(function)["mask_functions"] for part in _parts(each)]
+    if _kind(function) == "or_masks.or_mask":
+        some = [each for each in _enclosed(function)["mask_functions"] if not _adds_nothing(each)]
+        if len(some) == 1:
+            return _parts(some[0])
     return [function]
+
+
+def _adds_nothing(function: Callable[..., Any]) -> bool:
+    """An overlay for image tokens over a text without any. Read back once a forward pass, in models that see images."""
+    return _kind(function) == "blockwise_overlay.inner_mask" and not bool(
+        (_enclosed(function)["block_sequence_ids"] >= 0).any()
+    )
 
 
 def _kind(function: Callable[..., Any]) -> str:

@@ -22,6 +22,7 @@ class LayerReport:
     kept_mass: list[float] | None  # on sampled query rows; None where none was sampled
     estimator_seconds: float
     kernel_seconds: float
+    first_head: int = 0  # which query head the lists begin with: under tensor parallelism a process has some of them
 
 
 @dataclass(frozen=True, slots=True)
