@@ -253,10 +253,6 @@ def _version_notes() -> Iterator[str]:
     release = Version(transformers.__version__)
     if not Version(TESTED[0]) <= release <= Version(TESTED[1]):
         yield f"transformers {release} is outside of what was tested ({TESTED[0]} to {TESTED[1]})"
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        yield f"triton cannot be imported ({error}): GPUs will not be served"
 
 
 def _profile(method: Method, options: dict[str, Any], patched: bool) -> str:

@@ -97,10 +97,16 @@ def attention_modules(model: PreTrainedModel, config: PreTrainedConfig) -> dict[
 
 
 def tensor_parallel(model: PreTrainedModel) -> HeadSlice:
-    """Which heads this process holds of a model that was loaded with `tp_plan`."""
+    """Which heads this process holds of a model that was loaded with `tp_plan`.
+
+    Some plans leave attention whole (GPT-OSS), or gather its projections again (Phi3): then that is all heads.
+    """
     mesh = getattr(model, "_device_mesh", None)
     size = getattr(model, "_tp_size", None) or 1
     if mesh is None or size == 1:
+        return HeadSlice()
+    plan = getattr(model, "_tp_plan", None) or {}
+    if not any("attn" in name and style in ("colwise", "local_colwise") for name, style in plan.items()):
         return HeadSlice()
     names = getattr(mesh, "mesh_dim_names", None) or ()
     own = mesh["tp"] if mesh.ndim > 1 and "tp" in names else mesh

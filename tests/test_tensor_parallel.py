@@ -35,8 +35,11 @@ PROFILE = ModelPatterns(
 HEADS = [[(0, 3), "a_shape"], [(1, 0), "random"]]
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "gpt_oss", "phi3"))]
+)
 def test_two_processes_give_what_one_gives(family: str, tmp_path: Path) -> None:
+    """The plans of gpt_oss and phi3 leave every process all heads."""
     model, ids = tiny_model(family), tokens(2, 200)
     model.save_pretrained(tmp_path / "model")
     save_patterns(PROFILE, tmp_path / "profile.json")
@@ -66,9 +69,11 @@ def test_two_processes_give_what_one_gives(family: str, tmp_path: Path) -> None:
         reports.append(read["report"]["layers"])
     assert not torch.allclose(expected, overridden, rtol=0.1), "the two ways of patching must differ to mean something"
     for layer, halves in zip(whole.layers, zip(*reports, strict=True), strict=True):
-        assert [half["first_head"] for half in halves] == [0, 2]
+        split = family in ("llama", "qwen3")
+        assert [half["first_head"] for half in halves] == ([0, 2] if split else [0, 0])
         for name in ("density", "kept_mass"):
-            assert halves[0][name] + halves[1][name] == pytest.approx(getattr(layer, name), abs=1e-3)
+            both = halves[0][name] + halves[1][name] if split else halves[1][name]
+            assert both == pytest.approx(getattr(layer, name), abs=1e-3)
 
 
 def close(got: Tensor, expected: Tensor) -> None:
