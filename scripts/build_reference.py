@@ -10,7 +10,9 @@ import dataclasses
 import importlib
 import inspect
 import io
+import itertools
 import pkgutil
+import re
 import shutil
 import sys
 import tokenize
@@ -26,7 +28,7 @@ ROOMS = ("patterns", "estimators", "kernels", "evals")
 # a room's page shows what its `__all__` names; these two hold more that people call
 BESIDE = ("kernels.reference", "evals.bench")
 # the spine shows itself module by module, but for those whose public names stand on the first page, and the commands
-HIDDEN = {"contracts", "huggingface", "huggingface_masks", "cli", "__main__"}
+HIDDEN = re.compile("contracts|huggingface.*|cli|__main__")
 
 
 MADE_BY_A_FUNCTION = {"Patch"}  # nobody calls their constructors
@@ -34,8 +36,8 @@ MADE_BY_A_FUNCTION = {"Patch"}  # nobody calls their constructors
 
 def page_names() -> list[str]:
     """Dotted names of the modules that get a page, the package itself first."""
-    spine = {module.name for module in pkgutil.iter_modules(sparseprefill.__path__)} - HIDDEN
-    below = [*sorted(spine - set(ROOMS)), *ROOMS, *BESIDE]
+    spine = {module.name for module in pkgutil.iter_modules(sparseprefill.__path__)} - set(ROOMS)
+    below = [*sorted(name for name in spine if not HIDDEN.fullmatch(name)), *ROOMS, *BESIDE]
     public = [name for name in below if not any(part.startswith("_") for part in name.split("."))]
     return ["sparseprefill", *(f"sparseprefill.{name}" for name in public)]
 
@@ -70,7 +72,7 @@ def load_pages() -> dict[str, pdoc.doc.Module]:
             if isinstance(member, pdoc.doc.Class):
                 complete_class(member)
             elif isinstance(member, pdoc.doc.Variable) and not member.docstring:
-                member.docstring = docstring_at_home(page.fullname, member.name)
+                member.docstring = said_of_constant(page.fullname, member.name)
     return pages
 
 
@@ -86,11 +88,19 @@ def complete_class(cls: pdoc.doc.Class) -> None:
             member.docstring = "See `sparseprefill.patterns.Pattern.build_index`."
 
 
-def docstring_at_home(package: str, name: str) -> str:
-    """Of a constant that a package exports from one of its modules: pdoc finds it only there."""
-    inside = [pdoc.doc.Module(module) for home, module in list(sys.modules.items()) if home.startswith(f"{package}.")]
-    found = (module.members[name].docstring for module in inside if name in module.members)
-    return next(filter(None, found), "")
+def said_of_constant(package: str, name: str) -> str:
+    """Of a constant: the docstring in the module it comes from, where alone pdoc finds it, or the comment above it."""
+    homes = [module for home, module in list(sys.modules.items()) if f"{home}.".startswith(f"{package}.")]
+    for home in homes:
+        member = pdoc.doc.Module(home).members.get(name)
+        if member is not None and member.docstring:
+            return member.docstring
+        lines = inspect.getsource(home).splitlines()
+        at = next((n for n, line in enumerate(lines) if re.match(rf"(\w+, )*{name}\b.* = ", line)), 0)
+        above = list(itertools.takewhile(lambda line: line.startswith("#"), reversed(lines[:at])))
+        if above:
+            return " ".join(line.lstrip("# ") for line in reversed(above))
+    return ""
 
 
 def build(out: Path) -> list[Path]:
