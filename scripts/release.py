@@ -77,7 +77,8 @@ def contents(archive: Path) -> dict[str, bytes]:
 
 def build(work: Path) -> list[Path]:
     """Sdist and wheel of the last commit, the wheel made from the sdist and held against one made from the tree."""
-    with tarfile.open(fileobj=_archive_of_head()) as archive:
+    run("git", "archive", "--format=tar", "-o", work / "tree.tar", "HEAD")
+    with tarfile.open(work / "tree.tar") as archive:
         archive.extractall(work / "tree", filter="data")
     os.environ["SOURCE_DATE_EPOCH"] = run("git", "log", "-1", "--format=%ct").strip()  # the same bytes each time
     builder = (sys.executable, "-m", "build", "--no-isolation")
@@ -98,10 +99,6 @@ def build(work: Path) -> list[Path]:
     run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel)
     print(f"built {sdist.name} ({len(packed)} files) and {wheel.name} ({len(from_tree)} files)", flush=True)
     return [sdist, wheel]
-
-
-def _archive_of_head() -> object:
-    return subprocess.Popen(["git", "archive", "--format=tar", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE).stdout
 
 
 def try_out(wheel: Path, work: Path) -> None:
