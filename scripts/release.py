@@ -80,7 +80,8 @@ def build(work: Path) -> list[Path]:
     run("git", "archive", "--format=tar", "-o", work / "tree.tar", "HEAD")
     with tarfile.open(work / "tree.tar") as archive:
         archive.extractall(work / "tree", filter="data")
-    os.environ["SOURCE_DATE_EPOCH"] = run("git", "log", "-1", "--format=%ct").strip()  # times of the commit, not of the build
+    # times of the commit, not of the build
+    os.environ["SOURCE_DATE_EPOCH"] = run("git", "log", "-1", "--format=%ct").strip()
     builder = (sys.executable, "-m", "build", "--no-isolation")
     run(*builder, "--outdir", work / "dist", cwd=work / "tree")
     run(*builder, "--wheel", "--outdir", work / "direct", cwd=work / "tree")
