@@ -115,7 +115,8 @@ def check_click_command(words: list[str]) -> None:
             rest.append("1")  # an option named without its value
         rest = [str(ROOT / "README.md") if word == "FILE" else word for word in rest]
         values = command.make_context(name, rest).params
-        for method in values.get("chosen", ()):
+        chosen = values.get("chosen", ())
+        for method in (chosen,) if isinstance(chosen, str) else chosen:
             spec = MethodSpec.parse(method)
             resolve_method(spec.name, **(spec.options or MethodSpec.at_density(spec.name, 0.2).options))
 
@@ -134,7 +135,7 @@ def test_the_check_finds_wrong_commands() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_examples_name_what_exists(page: str) -> None:
-    """They parse; what they import is there; what they pass to `patch_model` and `register` is known."""
+    """They parse; what they import is there; what they pass to our functions is known."""
     for language, code in blocks(PAGES[page]):
         if language != "python":
             continue
@@ -148,11 +149,12 @@ def test_python_examples_name_what_exists(page: str) -> None:
 
 def check_call(call: ast.Call) -> None:
     name = ast.unparse(call.func).removeprefix("sparseprefill.")
-    if name not in ("patch_model", "register"):
+    if name not in ("explain", "patch_model", "register"):
         return
-    own = set(inspect.signature(patch_model).parameters) | set(Settings.__dataclass_fields__) | {"previous"}
+    own = set(inspect.signature(patch_model).parameters) | set(Settings.__dataclass_fields__) | {"previous", "device"}
     given = {str(word.arg): word.value for word in call.keywords}
-    method = given.get("method") or call.args[1 if name == "patch_model" else 0]
+    place = 0 if name == "register" else 1
+    method = given.get("method") or (call.args[place] if len(call.args) > place else None)
     if not isinstance(method, ast.Constant):
         return
     options = {key: ast.literal_eval(value) for key, value in given.items() if key not in own}
