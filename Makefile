@@ -6,12 +6,13 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
+RELEASE := .venv-release/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-full test-oldest lint format types unit clean
+.PHONY: help install demo test test-full test-oldest lint format types unit reference release clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -47,8 +48,14 @@ types: .venv/installed ## mypy, strict, on the package as it installs
 unit: .venv/installed ## the quick tests alone
 	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
 
+reference: .venv/installed ## the API reference from docstrings, in build/reference
+	$(BIN)/python scripts/build_reference.py --out build/reference
+
+release: .venv-release/installed ## build sdist and wheel of the last commit into dist/ and try them out; uploads nothing
+	$(RELEASE)/python scripts/release.py
+
 clean: ## remove environments, caches and build products
-	rm -rf .venv .venv-oldest build/typed build/lib build/bdist.* dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-release build/typed build/reference build/lib build/bdist.* dist *.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -66,4 +73,10 @@ clean: ## remove environments, caches and build products
 	test -x $(OLDEST)/python || $(PYTHON) -m venv .venv-oldest
 	$(OLDEST)/python -m pip install -q -c constraints-oldest.txt setuptools
 	$(OLDEST)/python -m pip install -q -c constraints-oldest.txt --no-build-isolation -e '.[test]'
+	@touch $@
+
+.venv-release/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed for the pinned versions: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	test -x $(RELEASE)/python || $(PYTHON) -m venv .venv-release
+	$(RELEASE)/python -m pip install -q -c constraints.txt build setuptools twine
 	@touch $@

@@ -16,7 +16,10 @@ from sparseprefill.contracts import AttentionInputs, BlockGrid
 
 @dataclass(frozen=True, slots=True)
 class MeanPooled:
-    """Scores are scaled logits of block means; their cost is keys / block_k / block_q of a dense product."""
+    """Scores are scaled logits of block means; beside the means, a head costs rows * key_blocks products.
+
+    The mean is over real tokens only. MInference, arXiv:2407.02490, section 3.2.
+    """
 
     def scores(self, inputs: AttentionInputs, grid: BlockGrid, start: int, stop: int) -> Tensor:
         """[batch, query_heads, stop - start, key_blocks] for a slab of rows, in float32 (float64 for such inputs)."""

@@ -25,9 +25,12 @@ class ProbeMass:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The last `rows` queries, exactly: rows * keys products a head, a share rows / keys of dense attention."""
+    """The last `rows` queries, exactly: rows * keys products a head, 2 * rows / keys of dense causal attention.
 
-    rows: int = 64
+    MInference, arXiv:2407.02490, section 3.2. Raises ValueError for fewer than one row.
+    """
+
+    rows: int = 64  # queries
 
     def __post_init__(self) -> None:
         if self.rows < 1:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# An int is tokens; a float in (0, 1] is a share of the keys that a row of the grid can see, so it scales with length.
 Budget = int | float
+"""An int is tokens; a float in (0, 1] is a share of the keys a row of the grid can see, so it scales with length."""
 
 
 def check_budget(name: str, budget: Budget, *, least: int = 1) -> None:
@@ -42,10 +42,10 @@ def most_blocks(budget: Budget, key_blocks: int, block_k: int) -> int:
 class TopK:
     """Keep the blocks with the highest scores; of equal scores the lower id. Forced blocks count first.
 
-    `keep` = 1.0 keeps all blocks: dense attention.
+    `keep` = 1.0 keeps all blocks: dense attention. Raises ValueError or TypeError for a budget that is none.
     """
 
-    keep: Budget
+    keep: Budget  # tokens, or a share of the visible keys
 
     def __post_init__(self) -> None:
         check_budget("keep", self.keep)

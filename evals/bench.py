@@ -31,15 +31,15 @@ _BLOCK = 64  # granularity of the masks
 class KernelCell:
     """One shape and density; seconds are medians."""
 
-    dtype: str
-    head_dim: int
-    length: int
-    density: float
-    kernel: str
-    ours: float
-    dense: float
-    flex: float | None
-    flex_block: int | None
+    dtype: str  # of queries, keys and values
+    head_dim: int  # of keys and values
+    length: int  # tokens
+    density: float  # pairs computed over visible pairs
+    kernel: str  # implementation that computed ours
+    ours: float  # seconds
+    dense: float  # seconds of torch's dense causal attention
+    flex: float | None  # seconds of FlexAttention on the same mask; None where it cannot be compiled
+    flex_block: int | None  # its better block size
     error: float  # largest difference to the float64 oracle on sampled rows
 
     @property
@@ -252,9 +252,9 @@ def kernel_table(cells: Sequence[KernelCell], *, markdown: bool = False) -> str:
 class FirstToken:
     """Time to first token of one method at one length, medians, and dense on the same prompt in the same run."""
 
-    method: str
-    length: int
-    seconds: float
+    method: str  # its label
+    length: int  # tokens
+    seconds: float  # median
     speed_up: float  # median of the ratios of interleaved pairs
 
 

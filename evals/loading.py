@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-MODEL_INSIDE = "needle_model"  # folder in this package
+MODEL_INSIDE = "needle_model"
+"""Folder in this package that holds the small model which ships with it."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
 

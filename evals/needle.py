@@ -31,18 +31,21 @@ from sparseprefill.reports import number, table
 class MethodSpec:
     """A method with its options; "dense" without options is the stock model, unpatched."""
 
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
+    name: str  # in `METHODS`
+    options: dict[str, Any] = field(default_factory=dict)  # of the method
 
     @staticmethod
     def parse(text: str) -> MethodSpec:
-        """`block_sparse:keep=0.2,sink=64` or just `a_shape`."""
+        """`block_sparse:keep=0.2,sink=64` or just `a_shape`. Raises ValueError where an option is not name=value."""
         name, _, options = text.partition(":")
         return MethodSpec(name, parse_options(options))
 
     @staticmethod
     def at_density(name: str, density: float) -> MethodSpec:
-        """One of the built-in methods with the budget that keeps this share of the visible pairs."""
+        """One of the built-in methods with the budget that keeps this share of the visible pairs.
+
+        Raises ValueError for a name that is none of them.
+        """
         budgets: dict[str, dict[str, Any]] = {
             "dense": {},
             "a_shape": {"sink": 64, "window": density},
@@ -75,18 +78,18 @@ class MethodSpec:
 class NeedleScore:
     """One method at one length."""
 
-    method: str
-    length: int
-    right: list[int]  # by depth, shallow first
-    asked: list[int]
-    generated_right: int
-    generated_asked: int
+    method: str  # its label, see `MethodSpec`
+    length: int  # tokens
+    right: list[int]  # questions answered right, by depth, shallow first
+    asked: list[int]  # questions, by depth
+    generated_right: int  # closing questions that `generate` answered right
+    generated_asked: int  # closing questions that it was asked
     seconds: list[float]  # time to first token, of all prompts but the first
-    density: float | None
-    tile_work: float | None
-    kept_mass: float | None
-    kernels: dict[str, int]
-    previous_calls: dict[str, int]
+    density: float | None  # on the first prompt, as all that follows; None for the stock model
+    tile_work: float | None  # None for the stock model
+    kept_mass: float | None  # None for the stock model
+    kernels: dict[str, int]  # implementation: attention calls
+    previous_calls: dict[str, int]  # reason: attention calls that did not run sparsely
 
     @property
     def rate(self) -> float:
@@ -98,9 +101,9 @@ class NeedleScore:
 class NeedleResult:
     """Every cell of a run, and what it depends on."""
 
-    settings: dict[str, Any]
-    provenance: dict[str, Any]
-    scores: list[NeedleScore]
+    settings: dict[str, Any]  # the arguments of the run
+    provenance: dict[str, Any]  # versions, processor, threads, model
+    scores: list[NeedleScore]  # one a method and length
 
     def score(self, method: str, length: int) -> NeedleScore:
         """The score of one method (its label) at one length."""
@@ -157,7 +160,7 @@ def run_needle(
     """Score every method on the same prompts.
 
     The first prompt of a length warms up, and on it density and kept mass are observed; time to first token is taken on
-    the others (with one prompt, no time is taken). `progress` is called with the number of forward passes done.
+    the others (with one prompt, no time is taken).
 
     Args:
         methods: "dense" first, if speed-ups are wanted.
@@ -167,7 +170,12 @@ def run_needle(
         generated: of these, how many also answer their closing question by `generate`; None: all.
         seed: of the prompts; prompt i of a length is the same whatever else is run.
         haystack: sentences; None: seeded prose.
-        last_rows_dense, min_length: see `patch_model`; with 0, methods run sparsely at every length.
+        last_rows_dense, min_length: see `patch_model`; with `min_length` 0, methods run sparsely at every length.
+        progress: called with the number of forward passes done.
+
+    Raises:
+        ValueError: a length beyond the model's window, an unknown method, no samples, or a prompt too
+            short for its needles.
     """
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for length in lengths:

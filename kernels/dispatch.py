@@ -55,13 +55,13 @@ def device_limits(device: torch.device) -> DeviceLimits:
     return ask(device)
 
 
-# in the order in which `auto` asks
 IMPLEMENTATIONS: dict[str, Implementation] = {
     # on the CPU triton is only ever an interpreter, for those who ask for it
     "triton": Implementation(_why_not_triton, _triton, automatic=lambda inputs: inputs.device.type != "cpu"),
     "cpu": Implementation(why_not_cpu, _cpu, automatic=lambda inputs: True),
     "reference": Implementation(lambda inputs, index: None, _reference, automatic=lambda inputs: False),
 }
+"""By name, in the order in which `auto` asks them."""
 
 
 def why_not(impl: str, inputs: AttentionInputs, index: BlockIndex | None = None) -> str | None:

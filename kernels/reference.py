@@ -13,7 +13,7 @@ def reference_attention(
     """Dense where `index` is None. Output and lse come in `dtype`; `slab` queries are computed at a time.
 
     With `dtype` set to the dtype of the inputs this is the plain low-precision attention that error budgets are
-    derived from.
+    derived from. Where `index` lists every visible block, the result is the dense one.
     """
     batch, heads, queries = inputs.query.shape[:3]
     query = inputs.query.to(dtype).unflatten(1, (inputs.kv_heads, inputs.group_size))

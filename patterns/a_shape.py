@@ -21,10 +21,13 @@ class AShape:
 
     Blocks that hold any such pair are computed whole. `window` = all keys is dense. As a share, `window` is what a row
     keeps of the blocks it sees, the sink included. Defaults are MInference's.
+
+    StreamingLLM, arXiv:2309.17453; as a prefill pattern MInference, arXiv:2407.02490. Raises ValueError or TypeError
+    for budgets that are none.
     """
 
-    sink: int = 128
-    window: Budget = 3968
+    sink: int = 128  # tokens
+    window: Budget = 3968  # tokens, or a share of the visible keys
 
     def __post_init__(self) -> None:
         check_budget("sink", self.sink, least=0)

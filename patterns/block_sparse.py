@@ -21,11 +21,13 @@ class BlockSparse:
 
     The sink's and the window's blocks count in `keep`, and are kept even where `keep` is smaller. MInference forces
     neither: `sink=0, local=0` is its rule (there, 100 blocks of 64). `keep` = 1.0 is dense.
+
+    MInference, arXiv:2407.02490, section 3.2. Raises ValueError or TypeError for budgets that are none.
     """
 
-    keep: Budget = 6400
-    sink: int = 64
-    local: int = 128
+    keep: Budget = 6400  # tokens, or a share of the visible keys
+    sink: int = 64  # first tokens kept always
+    local: int = 128  # tokens before the end of a row kept always
 
     def __post_init__(self) -> None:
         check_budget("keep", self.keep)

@@ -9,7 +9,7 @@ from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """Keeps everything a query may see."""
+    """Keeps everything a query may see: exact attention, by the same kernel."""
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         return BlockIndex.dense(inputs, grid)

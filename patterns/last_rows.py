@@ -18,7 +18,11 @@ class Pattern(Protocol):
     """Anything that names blocks: the verb of this room."""
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
-        """The blocks each row of the grid attends to."""
+        """The blocks each row of the grid attends to.
+
+        The index must stand on this grid and keep the promises of `BlockIndex`. A pattern that cannot serve the grid or
+        the number of heads raises ValueError; `patch_model` asks each once, so that this shows before a model changes.
+        """
         ...
 
 
@@ -29,8 +33,8 @@ class LastRowsDense:
     In a chunked prefill each chunk has last queries of its own.
     """
 
-    pattern: Pattern
-    rows: int
+    pattern: Pattern  # for all other rows
+    rows: int  # queries, at least 1
 
     def __post_init__(self) -> None:
         if self.rows < 1:

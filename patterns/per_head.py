@@ -10,9 +10,12 @@ from sparseprefill.patterns.last_rows import Pattern
 
 @dataclass(frozen=True, slots=True)
 class PerHead:
-    """Head h follows patterns[h]. Heads with equal patterns are estimated together."""
+    """Head h follows patterns[h]. Heads with equal patterns are estimated together.
 
-    patterns: tuple[Pattern, ...]
+    `build_index` raises ValueError where there are not as many patterns as query heads.
+    """
+
+    patterns: tuple[Pattern, ...]  # [query_heads]
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         if len(self.patterns) != inputs.query_heads:

@@ -19,12 +19,13 @@ class RandomBlocks:
     """`keep` of the visible blocks, drawn by (seed, head, row, block) alone, after those of the sink and the window.
 
     A row draws the same blocks whatever the batch, the padding or the chunk it stands in. `keep` = 1.0 is dense.
+    The control for all other methods: it has no source. Raises ValueError or TypeError for budgets that are none.
     """
 
-    keep: Budget = 0.2
-    sink: int = 64
-    local: int = 128
-    seed: int = 0
+    keep: Budget = 0.2  # tokens, or a share of the visible keys
+    sink: int = 64  # first tokens kept always
+    local: int = 128  # tokens before the end of a row kept always
+    seed: int = 0  # of the draw; each layer makes another of it
 
     def __post_init__(self) -> None:
         check_budget("keep", self.keep)

@@ -15,11 +15,14 @@ from sparseprefill.patterns.last_rows import LastRowsDense
 
 @dataclass(frozen=True, slots=True)
 class TriShape:
-    """`AShape(sink, window)` with the last `last` queries dense. Defaults are MInference's."""
+    """`AShape(sink, window)` with the last `last` queries dense. Defaults are MInference's.
 
-    sink: int = 128
-    window: Budget = 3968
-    last: int = 100
+    SCBench, arXiv:2412.10319. Raises ValueError or TypeError for budgets that are none.
+    """
+
+    sink: int = 128  # tokens
+    window: Budget = 3968  # tokens, or a share of the visible keys
+    last: int = 100  # queries, at least 1
 
     def __post_init__(self) -> None:
         self._composed()

@@ -33,12 +33,15 @@ class VerticalSlash:
 
     The rankings come from the last `probe` queries, so the blocks of early rows depend on later tokens: it looks ahead.
     Slashes need square tiles. A head with a window or with packed segments sees fewer tiles, never others.
+
+    MInference, arXiv:2407.02490, section 3.2, with blocks for tokens as in FlexPrefill, arXiv:2502.20766. Raises
+    ValueError for both or neither of the two budgets, and in `build_index` for tiles that are not square.
     """
 
-    verticals: int | None = None
-    slashes: int | None = None
-    density: float | None = None
-    probe: int = 64
+    verticals: int | None = None  # tokens, rounded up to blocks
+    slashes: int | None = None  # tokens, rounded up to blocks
+    density: float | None = None  # share of the visible tiles, in (0, 1]
+    probe: int = 64  # last queries that are looked at
 
     def __post_init__(self) -> None:
         tokens = self.verticals is not None and self.slashes is not None

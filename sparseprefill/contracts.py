@@ -1,12 +1,4 @@
-"""The nouns: what attention receives, which blocks it computes, what it returns. Imports torch only.
-
-Who sees whom: key j is visible to query i (which stands in cache slot p = query_start + i) iff
-
-    j <= p,   j < key_length,   key_valid[j],   segment[j] == segment[p],   p - j < window.
-
-Segments are contiguous, so without `key_valid` the visible keys of a query are one interval; every implementation
-relies on that, and only `key_valid` may punch holes into it.
-"""
+"""The nouns: what attention receives, which blocks it computes, what it returns. Imports torch only."""
 
 from __future__ import annotations
 
@@ -26,7 +18,14 @@ _SLAB_ENTRIES = 1 << 25  # scores or mask entries that a pattern holds at one ti
 class AttentionInputs:
     """One layer's projections: rotated, cache-complete, grouped heads not repeated. Nothing of the model survives here.
 
-    Query head h reads KV head h // group_size. A second turn in a left-padded batch has holes in `key_valid`.
+    Query head h reads KV head h // group_size. Key j is visible to query i (which stands in cache slot
+    p = query_start + i) iff
+
+        j <= p,   j < key_length,   key_valid[j],   segment[j] == segment[p],   p - j < window.
+
+    Segments are contiguous, so without `key_valid` the visible keys of a query are one interval; every implementation
+    relies on that, and only `key_valid` may punch holes into it. A second turn in a left-padded batch has such holes.
+
     Raises TypeError or ValueError at construction where shapes, dtypes or devices do not fit together.
     """
 
@@ -221,18 +220,21 @@ class BlockGrid:
     Example: anchor 3, block_q 4, slots 5 to 12 asked: first = 0, row 0 holds slots 5-6, row 1 slots 7-10, row 2 11-12.
     """
 
-    block_q: int
-    block_k: int
-    anchor: Tensor  # int64 [batch]
-    first: Tensor  # int64 [batch]
-    rows: int
+    block_q: int  # tokens of a query block
+    block_k: int  # tokens of a key block
+    anchor: Tensor  # int64 [batch], the slot where each batch row's grid begins
+    first: Tensor  # int64 [batch], the grid's query block that is row 0
+    rows: int  # rows of an index on this grid
     key_blocks: int  # no list names a block at or above this
-    query_start: int
-    queries: int
+    query_start: int  # cache slot of query 0
+    queries: int  # of the inputs this grid was made for
 
     @staticmethod
     def of(inputs: AttentionInputs, block_q: int, block_k: int) -> BlockGrid:
-        """The grid of these inputs. Reads nothing back to the host: with padding, `rows` may be one too many."""
+        """The grid of these inputs. Reads nothing back to the host: with padding, `rows` may be one too many.
+
+        Raises ValueError for block sizes below 1.
+        """
         for name, size in (("block_q", block_q), ("block_k", block_k)):
             if size < 1:
                 raise ValueError(f"{name} must be positive, got {size}")
@@ -321,10 +323,10 @@ class BlockIndex:
     Example, 3 rows, causal, one sink block and the diagonal: columns [0, 0, 1, 0, 2], start [0, 1, 3], count [1, 2, 2].
     """
 
-    grid: BlockGrid
-    columns: Tensor  # int32 [capacity]
-    start: Tensor  # int64 [batch, query_heads, rows]
-    count: Tensor  # int32 [batch, query_heads, rows]
+    grid: BlockGrid  # the tiles that rows and key blocks are numbered by
+    columns: Tensor  # int32 [capacity], key blocks
+    start: Tensor  # int64 [batch, query_heads, rows], where each list begins in `columns`
+    count: Tensor  # int32 [batch, query_heads, rows], how long it is
 
     @property
     def query_heads(self) -> int:

@@ -35,7 +35,10 @@ class Coverage:
 
 
 def coverage(inputs: AttentionInputs, index: BlockIndex, *, slab: int = 256) -> Coverage:
-    """Count what an index computes. No host sync, but for packed prompts; `slab` rows are looked at together."""
+    """Count what an index computes. No host sync, but for packed prompts; `slab` rows are looked at together.
+
+    A dense index has density and tile work 1. The index must stand on the grid of these inputs.
+    """
     grid = index.grid
     kept = torch.zeros(index.query_heads, dtype=torch.int64, device=inputs.device)
     visible = torch.zeros((), dtype=torch.int64, device=inputs.device)

@@ -62,15 +62,15 @@ class LayerExplanation:
 class Explanation:
     """See `explain`. `str()` gives a page to read, `to_dict()` what JSON can hold."""
 
-    model: dict[str, Any]
-    environment: dict[str, Any]
-    device: dict[str, Any]
+    model: dict[str, Any]  # its class and hard keys
+    environment: dict[str, Any]  # versions, processor, threads
+    device: dict[str, Any]  # where it would run
     state: str  # patched or not, and by what
     refused: str | None  # why `patch_model` would refuse, or None
     decision: str  # what chooses between sparse and dense
-    profile: str
-    layers: tuple[LayerExplanation, ...]
-    notes: tuple[str, ...]
+    profile: str  # where patterns of single heads come from
+    layers: tuple[LayerExplanation, ...]  # in order; empty where the model is refused
+    notes: tuple[str, ...]  # what else is worth knowing
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only."""

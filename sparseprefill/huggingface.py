@@ -200,7 +200,10 @@ class _Layer:
 
 
 class Patch:
-    """A patched model. Leaving the `with` block, or `remove()`, puts everything back as it was."""
+    """A patched model, made by `patch_model`. Leaving the `with` block, or `remove()`, puts everything back as it was.
+
+    `model` is the patched model itself.
+    """
 
     def __init__(self, model: PreTrainedModel, layers: dict[int, _Layer], undo: list[Callable[[], None]]) -> None:
         self.model = model
@@ -296,7 +299,10 @@ def patch_model(
     Raises:
         TypeError, ValueError: unknown method or option, layers or heads that do not exist, a profile of another model.
         NotImplementedError: the model, or its head_dim, cannot be served; the message says what to do.
-        The model is then exactly as it was.
+
+    A model that was refused is exactly as it was. While patched, a forward pass raises NotImplementedError for what
+    sparse attention has not (`output_attentions`, dropout, gradients), FloatingPointError where queries or keys are
+    NaN, and ValueError for a batch row that is padding only.
     """
     settings = Settings(block_q, block_k, impl, min_length, observe, sample_rows)
     plan = plan_patch(
@@ -430,6 +436,7 @@ def register(method: Method = "minference", *, previous: str = "sdpa", **options
     `previous` is the implementation that decoding and short prompts run on; models that transformers itself runs on
     eager (GPT-OSS) need "eager". Takes the method's options, `last_rows_dense`, `block_q`, `block_k`, `impl` and
     `min_length` of `patch_model`. There is no handle, so nothing is observed; for a report, patch the model instead.
+    Raises ValueError and TypeError as `patch_model` does; what a model cannot serve shows in its first forward pass.
     """
     shared = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
     settings = Settings(**{**shared, "observe": False})  # nobody would read it

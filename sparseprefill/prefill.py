@@ -62,11 +62,11 @@ def _vertical_slash(**options: Any) -> VerticalSlash:
 class MethodRow:
     """One line of the methods table."""
 
-    make: Callable[..., Pattern | ModelPatterns]
-    options: tuple[str, ...]
+    make: Callable[..., Pattern | ModelPatterns]  # called with the options
+    options: tuple[str, ...]  # their names
     kind: str  # selector: looks at this prompt; static: does not
-    summary: str
-    paper: str
+    summary: str  # what it keeps
+    paper: str  # where it was published, or ""
     looks_ahead: bool  # may the blocks of a row depend on later tokens?
     chunked: str  # "identical": the index of a chunk is that part of the one-shot index;
     # "own": it is the method applied to the chunk's own queries and all earlier keys
@@ -101,6 +101,7 @@ METHODS: dict[str, MethodRow] = {
         "a pattern for each head from a profile, else vertical-slash", "arXiv:2407.02490", True, "own",
     ),
 }  # fmt: skip
+"""The methods by name, in the order in which they are listed; an explicit table, nothing registers itself."""
 
 
 def resolve_method(
@@ -149,8 +150,8 @@ class CostModel:
     `fixed` those of a dense causal prefill of `fixed_tokens`. It is an assumption until a machine has been calibrated.
     """
 
-    tile_factor: float
-    fixed_tokens: int
+    tile_factor: float  # time of a computed tile over that of a tile of dense attention
+    fixed_tokens: int  # what a sparse call costs at any density, as the length of a dense causal prefill
 
     def sparse_is_cheaper(self, queries: int, keys: int, density: float) -> bool:
         """For `queries` that are the last of `keys`, at an expected density."""
@@ -165,8 +166,10 @@ class CostModel:
         )
 
 
-# measured once per kind of device with `sparseprefill bench`, rounded towards caution
 COST_MODELS = {"cpu": CostModel(2.5, 512), "cuda": CostModel(1.6, 4096)}
+"""By kind of device. The CPU's is what `sparseprefill bench` measured once, rounded towards caution; the GPU's is an
+assumption.
+"""
 
 
 def expected_density(pattern: Any, keys: int) -> float:
@@ -209,12 +212,12 @@ def _kept_share(extra: int, budget: int | float, keys: int) -> float:
 class Prefill:
     """One attention call and what was seen of it; tensors stay on their device until someone reads them."""
 
-    result: AttentionOutput
-    index: BlockIndex
-    coverage: Coverage | None
+    result: AttentionOutput  # output and lse
+    index: BlockIndex  # the blocks that were computed
+    coverage: Coverage | None  # None unless observed, as all that follows
     sampled_mass: Tensor | None  # float64 [query_heads, 2]: sum of kept mass over sampled rows, and their number
-    seconds: tuple[float, float] | None  # estimator, kernel; on the CPU
-    events: tuple[torch.cuda.Event, ...] | None  # before, between, after; on a GPU
+    seconds: tuple[float, float] | None  # estimator, kernel; on the CPU, None on a GPU
+    events: tuple[torch.cuda.Event, ...] | None  # before, between, after; on a GPU, None on the CPU
 
 
 def sparse_prefill(
@@ -229,7 +232,17 @@ def sparse_prefill(
 ) -> Prefill:
     """Build the index once and use it once.
 
-    `observe` also counts coverage and, on `sample_rows` evenly spaced queries, the share of attention mass kept.
+    Args:
+        inputs: see `AttentionInputs`.
+        pattern: anything with `build_index(inputs, grid) -> BlockIndex`.
+        block_q, block_k: tokens a tile.
+        impl: see `block_sparse_attention`.
+        observe: also count coverage, times and kept mass.
+        sample_rows: evenly spaced queries on which the kept share of attention mass is measured; 0 for none.
+
+    Raises:
+        ValueError: what the pattern or `block_sparse_attention` refuses.
+        NotImplementedError: no kernel serves these inputs; the message says why.
     """
     on_gpu = inputs.device.type == "cuda"
     device = torch.cuda.device(inputs.device) if on_gpu else contextlib.nullcontext()  # events belong to a device

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 Encode = Callable[[str], list[int]]
+"""Token ids of a text, without special tokens."""
 
 KEY_ADJECTIVES = (
     "amber", "ancient", "blue", "bold", "bright", "brown", "calm", "clever", "cold", "copper", "dark", "deep",
@@ -21,6 +22,8 @@ KEY_ADJECTIVES = (
     "plain", "proud", "purple", "quiet", "red", "rough", "round", "silent", "silver", "simple", "slow", "small",
     "smooth", "southern", "steep", "strange", "tall", "thin", "warm", "white", "wide", "wild", "wooden", "young",
 )  # fmt: skip
+"""First words of a needle's key."""
+
 KEY_NOUNS = (
     "anchor", "apple", "arrow", "badger", "barrel", "basket", "bell", "boat", "bridge", "bucket", "button", "candle",
     "castle", "chair", "cherry", "clock", "cloud", "coat", "crow", "desk", "door", "dragon", "drum", "eagle", "engine",
@@ -30,6 +33,7 @@ KEY_NOUNS = (
     "road", "robin", "rose", "saddle", "sail", "shell", "ship", "spoon", "stone", "table", "tower", "train", "tree",
     "trumpet", "tunnel", "valley", "violin", "wagon", "wheel", "whistle", "willow", "window", "wolf",
 )  # fmt: skip
+"""Second words of a needle's key."""
 
 _PEOPLE = (
     "Ada", "Bruno", "Clara", "Daniel", "Edith", "Felix", "Greta", "Henry", "Ines", "Jonas", "Karin", "Leo", "Marta",
@@ -153,8 +157,8 @@ def text_sentences(text: str) -> list[str]:
 class Needle:
     """One fact: the secret code of a named key."""
 
-    key: str
-    number: str
+    key: str  # two words
+    number: str  # its code, 5 to 7 digits
 
     @property
     def statement(self) -> str:
@@ -196,19 +200,19 @@ def draw_needles(count: int, draw: random.Random) -> list[Needle]:
 class Answer:
     """Where one answer stands in a prompt: tokens [start, stop) must be predicted from those before them."""
 
-    needle: Needle
+    needle: Needle  # the fact that is asked for
     part: int  # of the haystack's equal parts, which one the needle stands in
     depth: float  # of the needle, 0 = start of the prompt, 1 = its end
     asked: float  # where the question stands, on the same scale
-    start: int
-    stop: int
+    start: int  # first token of the answer
+    stop: int  # one past its last
 
 
 @dataclass(frozen=True, slots=True)
 class NeedlePrompt:
     """A prompt with needles, with questions placed all along it and their answers written behind them."""
 
-    token_ids: list[int]
+    token_ids: list[int]  # prompt and answers
     answers: list[Answer]  # by position; the last one ends the prompt
 
 

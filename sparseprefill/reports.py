@@ -12,16 +12,16 @@ from typing import Any
 class LayerReport:
     """One layer, summed over all calls since it was patched. Lists have one entry a query head."""
 
-    layer: int
-    pattern: str
-    sparse_calls: int
+    layer: int  # its number
+    pattern: str  # in words
+    sparse_calls: int  # attention calls that ran sparsely
     previous_calls: dict[str, int]  # reason: how many calls ran on the previous implementation for it
     kernels: dict[str, int]  # implementation: calls
     density: list[float] | None  # of the sparse calls; None where there was none
-    tile_work: list[float] | None
+    tile_work: list[float] | None  # as density, in whole tiles; both are defined in `sparseprefill.coverage`
     kept_mass: list[float] | None  # on sampled query rows; None where none was sampled
-    estimator_seconds: float
-    kernel_seconds: float
+    estimator_seconds: float  # finding the blocks
+    kernel_seconds: float  # attention over them
     first_head: int = 0  # which query head the lists begin with: under tensor parallelism a process has some of them
 
 
@@ -29,9 +29,9 @@ class LayerReport:
 class PatchReport:
     """All layers of a patched model. `str()` gives a table, `to_dict()` what JSON can hold."""
 
-    method: str
+    method: str  # its name, or its pattern in words
     decision: str  # what chooses between sparse and dense
-    layers: tuple[LayerReport, ...]
+    layers: tuple[LayerReport, ...]  # patched layers, in order
 
     @property
     def density(self) -> float | None:

@@ -1,0 +1,344 @@
+"""What the pages say is held to the code: links, commands, options, examples, figures, reasons, limits."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from html import unescape
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import pytest
+
+import sparseprefill
+from sparseprefill import cli
+from sparseprefill.evals.bench import first_token_times
+from sparseprefill.evals.needle import MethodSpec
+from sparseprefill.huggingface import Settings, patch_model
+from sparseprefill.prefill import COST_MODELS, METHODS, expected_density, resolve_method
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("*.md")}
+PAGES |= {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("docs/**/*.md")}
+WHICH, WHY_NOT = PAGES["docs/which-method.md"], PAGES["docs/why-not-faster.md"]
+
+
+def script(name: str) -> ModuleType:
+    """A module from scripts/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(language, code) of the fenced blocks, indentation taken off."""
+    for found in re.finditer(r"^( *)```(\w*)\n(.*?)^ *```$", text, flags=re.DOTALL | re.MULTILINE):
+        yield found[2], re.sub(rf"^{found[1]}", "", found[3], flags=re.MULTILINE)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Words of every command line that a page names, in a block or between backticks."""
+    fenced = re.compile(r"^ *```.*?^ *```$", flags=re.DOTALL | re.MULTILINE)
+    lines = [line for language, code in blocks(text) if language != "python" for line in code.split("\n")]
+    lines += re.findall(r"^    (\S.*)$", fenced.sub("", text), flags=re.MULTILINE)
+    lines += [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", fenced.sub("", text))]
+    joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
+    for line in joined.split("\n"):
+        for part in re.split(r"&&|; done|; do ", line):
+            words = re.sub(r"^(\w+=\S+ )+", "", part.strip()).split(" #")[0]
+            if re.match(r"(sparseprefill|make|pytest|python) ", words):
+                yield shlex.split(words)
+
+
+def anchors(text: str) -> set[str]:
+    """As GitHub makes them from headings."""
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    lost = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if re.match(r"https?://", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / name).resolve() if name else ROOT / page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            lost.append(link)
+    assert not lost
+
+
+def test_every_page_is_listed_in_the_readme() -> None:
+    assert [name for name in PAGES if name != "README.md" and f"]({name})" not in PAGES["README.md"]] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_exist_with_their_options(page: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    for words in commands(PAGES[page]):
+        program, *rest = words
+        if program == "sparseprefill":
+            check_click_command(rest)
+        elif program == "make":
+            unknown = [word for word in rest if "=" not in word and word not in targets]
+            assert not unknown, f"make knows no {unknown}"
+        elif program == "pytest":
+            files = [word for word in rest if word.endswith(".py")]
+            assert all((ROOT / name).is_file() for name in files), words
+        elif rest[0].startswith("scripts/"):
+            source = (ROOT / rest[0]).read_text(encoding="utf-8")
+            options = [word for word in rest if word.startswith("--")]
+            assert all(f'"{option}"' in source for option in options), words
+        else:
+            assert rest[0] in ("-c", "-I", "-m"), words
+
+
+def check_click_command(words: list[str]) -> None:
+    """Parse as click would, but for a trailing `...` or nothing at all, which name the command alone."""
+    name, *rest = words
+    command = cli.main.commands.get(name)
+    assert command is not None, f"there is no command `sparseprefill {name}`"
+    if rest and rest != ["..."]:
+        if rest[-1].startswith("--") and not is_flag(command, rest[-1]):
+            rest.append("1")  # an option named without its value
+        rest = [str(ROOT / "README.md") if word == "FILE" else word for word in rest]
+        values = command.make_context(name, rest).params
+        chosen = values.get("chosen", ())
+        for method in (chosen,) if isinstance(chosen, str) else chosen:
+            spec = MethodSpec.parse(method)
+            resolve_method(spec.name, **(spec.options or MethodSpec.at_density(spec.name, 0.2).options))
+
+
+def is_flag(command: click.Command, option: str) -> bool:
+    return any(option in each.opts and getattr(each, "is_flag", False) for each in command.params)
+
+
+def test_the_check_finds_wrong_commands() -> None:
+    for wrong in ("no_such", "needle --no-such", "needle --method no_such", "bench --lengths long"):
+        with pytest.raises((AssertionError, click.UsageError, ValueError)):
+            check_click_command(wrong.split())
+    found = sorted(commands("`sparseprefill needle\n--seed 2`\n\n    make test  # all\n"))
+    assert found == [["make", "test"], ["sparseprefill", "needle", "--seed", "2"]]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_examples_name_what_exists(page: str) -> None:
+    """They parse; what they import is there; what they pass to our functions is known."""
+    for language, code in blocks(PAGES[page]):
+        if language != "python":
+            continue
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparseprefill"):
+                module = importlib.import_module(str(node.module))
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+            if isinstance(node, ast.Call):
+                check_call(node)
+
+
+def check_call(call: ast.Call) -> None:
+    name = ast.unparse(call.func).removeprefix("sparseprefill.")
+    if name not in ("explain", "patch_model", "register"):
+        return
+    own = set(inspect.signature(patch_model).parameters) | set(Settings.__dataclass_fields__) | {"previous", "device"}
+    given = {str(word.arg): word.value for word in call.keywords}
+    place = 0 if name == "register" else 1
+    method = given.get("method") or (call.args[place] if len(call.args) > place else None)
+    if not isinstance(method, ast.Constant):
+        return
+    options = {key: ast.literal_eval(value) for key, value in given.items() if key not in own}
+    if "profile" in options:  # a file that the reader has
+        assert set(options) <= set(METHODS[method.value].options)
+    else:
+        resolve_method(method.value, **options)
+
+
+def test_every_method_is_explained() -> None:
+    """One row in each table and a section of its own, with what METHODS says of it."""
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \| (yes|no) \| (\w+) \| [^|]* \| ([^|]*) \|$", WHICH, flags=re.MULTILINE)
+    assert [row[0] for row in rows] == list(METHODS)
+    for name, _, looks_ahead, chunked, options in rows:
+        row = METHODS[name]
+        assert (looks_ahead == "yes", chunked) == (row.looks_ahead, row.chunked), name
+        assert tuple(re.findall(r"`(\w+)`", options)) == row.options, name
+    assert re.findall(r"^### `(\w+)`$", WHICH, flags=re.MULTILINE) == list(METHODS)
+
+
+def test_figures_on_which_method_are_those_of_the_results() -> None:
+    cells = json.loads((ROOT / "docs/results/needle_cpu.json").read_text(encoding="utf-8"))["scores"]
+    by_name = {(cell["method"].partition(":")[0], cell["length"]): cell for cell in cells}
+    section = WHICH.partition("## What was measured")[2]
+    rows = re.findall(r"^\| `(\w+)`[^|]*((?:\| [\d.]+[%x]? )+)\|$", section, flags=re.MULTILINE)[:6]
+    assert len(rows) == 6
+    for name, figures in rows:
+        found = {n: by_name[name, n] for n in (4096, 8192, 16384, 32768)}
+        dense = {n: by_name["dense", n]["seconds"][0] for n in found}
+        expected = [f"{100 * sum(c['right']) / sum(c['asked']):.0f}%" for c in found.values()]
+        expected += [f"{dense[n] / found[n]['seconds'][0]:.2f}x" for n in (16384, 32768)]
+        expected.append(f"{found[16384]['kept_mass'] or 1:.3f}")
+        assert figures.strip("| ").split(" | ") == expected, name
+
+
+def reasons_in_the_source() -> set[str]:
+    """What a call can be counted under in `previous_calls`, numbers and names in it as N.
+
+    Found where they are made: the returns of the functions that decide, and whatever becomes a mask's `opaque`.
+    """
+    found: set[str] = set()
+    for name in ("huggingface.py", "huggingface_masks.py"):
+        for node in ast.walk(ast.parse((ROOT / "sparseprefill" / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name in ("_why_previous", "why_dense"):
+                returned = [each.value for each in ast.walk(node) if isinstance(each, ast.Return) and each.value]
+                found |= {text for value in returned for text in texts(value)}
+            elif isinstance(node, ast.FunctionDef) and node.name == "_understand":
+                for value in (each.value for each in ast.walk(node) if isinstance(each, ast.Return)):
+                    parts = value.elts if isinstance(value, ast.Tuple) else getattr(value, "args", [])
+                    found |= {text for part in parts for text in texts(part)}
+            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "opaque":
+                found |= set(texts(node.value))
+    return found
+
+
+def texts(value: ast.expr) -> Iterator[str]:
+    """The strings an expression can be; what is filled into one becomes N."""
+    if isinstance(value, ast.Constant) and isinstance(value.value, str):
+        yield value.value
+    elif isinstance(value, ast.JoinedStr):
+        yield "".join(part.value if isinstance(part, ast.Constant) else "N" for part in value.values)
+    elif isinstance(value, ast.IfExp):
+        yield from (*texts(value.body), *texts(value.orelse))
+    elif isinstance(value, ast.BoolOp):
+        yield from (text for part in value.values for text in texts(part))
+
+
+def test_every_reason_of_a_report_is_explained() -> None:
+    explained = set(re.findall(r"^\| `([^`]+)` \| [^|]+ \| [^|]+ \|$", WHY_NOT, flags=re.MULTILINE))
+    explained = {re.sub(r"\bNAME\b", "N", reason) for reason in explained}
+    in_source = reasons_in_the_source()
+    assert {"below break-even", "fewer keys than min_length=N", "it is not causal"} <= in_source
+    assert in_source - explained == set(), "docs/why-not-faster.md does not explain these"
+    assert explained - in_source == set(), "docs/why-not-faster.md explains what no report says"
+
+
+def test_break_even_table_follows_from_the_cost_model() -> None:
+    section = WHY_NOT.partition("| budget | CPU | GPU |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.split("\n")[2:]]
+    assert len(rows) >= 8
+    for budget, cpu, gpu in rows:
+        share = re.fullmatch(r"a share of ([\d.]+)", budget)
+        name = re.match(r"`(\w+)`", budget)
+        if share:
+            pattern = resolve_method("block_sparse", keep=float(share[1]))
+        else:
+            assert name is not None, budget
+            pattern = resolve_method(name[1], **({"budget": "paper"} if "paper" in budget else {}))
+        assert [shortest_sparse("cpu", pattern), shortest_sparse("cuda", pattern)] == [cpu, gpu], budget
+
+
+def shortest_sparse(device: str, pattern: Any) -> str:
+    """The first multiple of 64 tokens at which one prefill is expected to be cheaper sparsely."""
+    model = COST_MODELS[device]
+    lengths = range(64, 1 << 16, 64)
+    cheap = (n for n in lengths if model.sparse_is_cheaper(n, n, expected_density(pattern, n)))
+    return str(next(cheap, "never"))
+
+
+def test_bench_runs_sparsely_as_the_page_says() -> None:
+    assert "min_length=0, observe=False" in inspect.getsource(first_token_times)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """HTML of each page of the reference by module."""
+    out = tmp_path_factory.mktemp("reference")
+    made = [path for path in script("build_reference").build(out) if path.suffix == ".html"]
+    return {
+        path.relative_to(out).with_suffix("").as_posix().replace("/", "."): path.read_text(encoding="utf-8")
+        for path in made
+    }
+
+
+class TestReference:
+    """Built once, for real, and read back."""
+
+    def test_every_public_name_is_there_and_documented(self, pages: dict[str, str]) -> None:
+        reference = script("build_reference")
+        loaded = reference.load_pages()
+        for name, page in loaded.items():
+            public = [member for member in page.members.values() if not member.name.startswith("_")]
+            assert public, name
+            for member in public:
+                assert f'id="{member.name}"' in pages[name], f"{name}.{member.name} is not on its page"
+                text = member.docstring.strip()
+                assert text, f"{name}.{member.name} has no docstring"
+                assert not text.startswith(f"{member.name}("), f"{name}.{member.name} has only what dataclass writes"
+        for package in ("sparseprefill", *(f"sparseprefill.{room}" for room in reference.ROOMS)):
+            exported = loaded[package].members
+            assert set(exported) == set(importlib.import_module(package).__all__), package
+            for cls in exported.values():
+                for field in getattr(getattr(cls, "obj", None), "__dataclass_fields__", ()):
+                    assert cls.members[field].docstring, f"{package}.{cls.name}.{field}: no comment after the field"
+
+    def test_shapes_come_out_as_written(self, pages: dict[str, str]) -> None:
+        text = " ".join(unescape(re.sub(r"<[^>]+>", "", pages["sparseprefill"])).split())
+        for shape in (
+            "[batch, query_heads, queries, head_dim]", "bool [batch, keys]", "[batch, rows, key_blocks]",
+            "p - j < window", "columns[start[r] : start[r] + count[r]]",
+            "[anchor + m * block_q, anchor + (m + 1) * block_q)",
+        ):  # fmt: skip
+            assert shape in text, shape
+
+    def test_nothing_private_shows(self, pages: dict[str, str]) -> None:
+        for name, page in pages.items():
+            assert not re.findall(r'id="(?:\w+\.)?_(?!_)\w+"', page), name
+            assert "_Layer" not in page, name
+            assert "huggingface" not in name, "what is public of the seam stands on the first page"
+
+
+class TestRelease:
+    """What `make release` refuses; the whole of it takes minutes and a package index."""
+
+    PROJECT = '[project]\nversion = "1.2.0"\n'
+    PACKAGE = '__version__ = "1.2.0"\n'
+    CHANGELOG = "# Changelog\n\n## [Unreleased]\n\n## [1.2.0] - 2026-01-01\n\n- A line.\n"
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({}, None),
+            ({"PACKAGE": '__version__ = "1.1.0"\n'}, r"__init__.py 1\.1\.0"),
+            ({"CHANGELOG": "## [Unreleased]\n\n## [1.1.0]\n"}, r"newest release in CHANGELOG.md is 1\.1\.0"),
+            ({"CHANGELOG": "## [Unreleased]\n\n- New.\n\n## [1.2.0]\n"}, "entries under"),
+            ({"CHANGELOG": "nothing\n"}, "is none"),
+        ],
+    )
+    def test_versions_must_agree(self, changes: dict[str, str], reason: str | None) -> None:
+        texts = {"PROJECT": self.PROJECT, "PACKAGE": self.PACKAGE, "CHANGELOG": self.CHANGELOG, **changes}
+        said = script("release").why_versions_disagree(texts["PROJECT"], texts["PACKAGE"], texts["CHANGELOG"])
+        assert said is None if reason is None else re.search(reason, said)
+
+    def test_a_tree_with_changes_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        release = script("release")
+        real = release.run
+        monkeypatch.setattr(release, "run", lambda *command: real(*command, cwd=tmp_path))
+        subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+        assert release.why_not_clean() is None
+        (tmp_path / "new.py").touch()
+        assert "new.py" in release.why_not_clean()
+
+
+def test_public_names_are_documented_in_the_package_itself() -> None:
+    """Also for those who read `help(...)` and not the reference."""
+    for name in sparseprefill.__all__:
+        assert (inspect.getdoc(getattr(sparseprefill, name)) or "").strip(), name
