@@ -28,7 +28,7 @@ test-full: lint types ## the same with the slow sweeps
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 test-oldest: .venv-oldest/installed ## the tests of the Hugging Face seam on the oldest supported releases
-	$(OLDEST)/pytest tests/test_huggingface*.py tests/test_ways.py tests/test_tensor_parallel.py tests/test_doctor.py $(PYTEST_ARGS)
+	$(OLDEST)/pytest tests/test_huggingface*.py tests/test_ways.py tests/test_tensor_parallel.py tests/test_doctor.py tests/test_refusals.py $(PYTEST_ARGS)
 
 lint: .venv/installed ## style and format, changing nothing
 	$(BIN)/ruff check .

@@ -148,10 +148,12 @@ def layer_shapes(modules: dict[int, nn.Module], config: PreTrainedConfig, part: 
     shapes = {}
     for number, module in modules.items():
         facts = _layer_facts(config, number)
-        groups = getattr(module, "num_key_value_groups", None) or facts["query_heads"] // facts["kv_heads"]
+        heads = (
+            getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None) or facts["query_heads"]
+        )
+        groups = getattr(module, "num_key_value_groups", None) or heads // facts["kv_heads"]
         head_dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None) or facts["head_dim"]
-        own = len(part.of(facts["query_heads"]))
-        kv_heads = len(part.of(facts["query_heads"] // groups, "KV heads"))
+        own, kv_heads = len(part.of(heads)), len(part.of(heads // groups, "KV heads"))
         shapes[number] = LayerShape(own, kv_heads, head_dim, getattr(module, "v_head_dim", None) or head_dim)
     return shapes
 
