@@ -53,7 +53,7 @@ class SoakResult:
     counts: dict[str, int]  # what was run, by name
     held: list[Held]
     warm: int  # samples [warm:] count: before, libraries still fill caches of their own
-    cache_bytes: int  # keys and values that one mean prefill leaves in the model's cache
+    cache_bytes: int  # keys and values of one prefill of the longest length
 
     def slope(self, name: str) -> float:
         """Least-squares slope of a field of `Held` a prefill, over the samples that count."""
@@ -65,20 +65,22 @@ class SoakResult:
 
         Tensors and their bytes must be what they were, exactly. Objects may come and go by a few where libraries
         memoise, but not by one every ten prefills, which any object kept by a patch or a call would exceed. Resident
-        memory may drift by a tenth of what the smallest likely leak would cost: one prefill's keys and values.
+        memory moves with what the allocator keeps for itself, about as much as one prefill holds while it runs; its
+        fitted growth over all prefills that count must stay below the keys and values of one of the longest.
         """
         first, last = self.held[self.warm], self.held[-1]
         if (last.tensors, last.tensor_bytes) != (first.tensors, first.tensor_bytes):
             return (
-                f"{last.tensors - first.tensors} tensors and {last.tensor_bytes - first.tensor_bytes} bytes of them are "
-                f"left over from {last.prefills - first.prefills} prefills"
+                f"{last.tensors - first.tensors} tensors and {last.tensor_bytes - first.tensor_bytes} bytes in tensors "
+                f"are left over from {last.prefills - first.prefills} prefills"
             )
         if self.slope("objects") > 0.1:
             return f"{self.slope('objects'):.2f} Python objects a prefill are left over"
-        if self.slope("resident") > self.cache_bytes / 10:
+        growth = self.slope("resident") * (last.prefills - first.prefills)
+        if growth > self.cache_bytes:
             return (
-                f"resident memory grows by {self.slope('resident'):.0f} bytes a prefill, "
-                f"a tenth of its keys and values is {self.cache_bytes // 10}"
+                f"resident memory grows by {growth:.0f} bytes in {last.prefills - first.prefills} prefills, "
+                f"the keys and values of one of the longest are {self.cache_bytes}"
             )
         return None
 
@@ -140,7 +142,7 @@ def soak(
     settings = {"prefills": prefills, "shortest": shortest, "longest": longest, "seed": seed, "samples": samples}
     return SoakResult(
         settings, provenance(model), time.perf_counter() - began, walk.tokens, dict(sorted(walk.counts.items())), held,
-        len(held) // 5, walk.cached // prefills,
+        len(held) // 5, walk.token_bytes * longest,
     )  # fmt: skip
 
 
@@ -154,7 +156,7 @@ class _Walk:
         self.patch: Patch | None = None
         self.name = ""
         self.left = 0  # prefills until the method changes
-        self.tokens = self.cached = 0
+        self.tokens = self.token_bytes = 0
         self.counts: collections.Counter[str] = collections.Counter()
 
     def step(self, shortest: int, longest: int) -> None:
@@ -222,8 +224,8 @@ class _Walk:
             result = self.model(
                 input_ids=ids[:, cut:], **given, past_key_values=result.past_key_values, logits_to_keep=1
             )
-        cache = result.past_key_values.layers
-        self.cached += sum(layer.keys.nbytes + layer.values.nbytes for layer in cache)
+        kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in result.past_key_values.layers)
+        self.token_bytes = kept // ids.numel()
         if not bool(result.logits.isfinite().all()):
             raise FloatingPointError(f"logits are not finite: {kind}, batch {batch}, length {length}, {self.patch!r}")
 
