@@ -36,7 +36,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         _check_config(config, trust_remote_code)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=_DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code,
             output_loading_info=True, ignore_mismatched_sizes=True,  # refused below, with their names
         )  # fmt: skip
@@ -44,6 +44,8 @@ def load_model(
     except Exception as error:  # whatever a damaged file makes transformers raise
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{what} cannot be loaded: {reason}{_way_out(path, reason)}") from error
+    model: PreTrainedModel = loaded[0]
+    report: dict[str, Any] = loaded[1]
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
             first = min(str(key[0] if isinstance(key, tuple) else key) for key in report[kind])

@@ -3,12 +3,13 @@
 Each turn draws a method, a length, a batch, a padding and now and then a patch, chunks, a few generated tokens or a
 report, and looks afterwards at what the process holds. Two measures that find different leaks: living tensors and
 Python objects are counted exactly, so one kept tensor a prefill shows; resident memory also sees what lies outside of
-Python, through the noise of the allocator.
+Python, through the noise of the allocator, which is asked to give back what it holds for later before each look.
 """
 
 from __future__ import annotations
 
 import collections
+import ctypes
 import gc
 import os
 import random
@@ -65,8 +66,8 @@ class SoakResult:
 
         Tensors and their bytes must be what they were, exactly. Objects may come and go by a few where libraries
         memoise, but not by one every ten prefills, which any object kept by a patch or a call would exceed. Resident
-        memory moves with what the allocator keeps for itself, about as much as one prefill holds while it runs; its
-        fitted growth over all prefills that count must stay below the keys and values of one of the longest.
+        memory still moves with what the allocator cannot give back; its fitted growth over all prefills that count
+        must stay below the keys and values of one of the longest.
         """
         first, last = self.held[self.warm], self.held[-1]
         if (last.tensors, last.tensor_bytes) != (first.tensors, first.tensor_bytes):
@@ -230,8 +231,16 @@ class _Walk:
             raise FloatingPointError(f"logits are not finite: {kind}, batch {batch}, length {length}, {self.patch!r}")
 
 
+def _return_free_memory() -> None:
+    """Let glibc give back what nobody holds: what it keeps for later comes and goes by more than a leak would cost."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def _held(prefills: int) -> Held:
     gc.collect()
+    _return_free_memory()
     objects = gc.get_objects()
     sizes: dict[int, int] = {}
     tensors = others = 0
