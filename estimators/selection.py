@@ -21,7 +21,7 @@ def check_budget(name: str, budget: Budget, *, least: int = 1) -> None:
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise TypeError(f"{name} must be tokens (int) or a share of the visible keys (float), got {budget!r:.80}")
     if isinstance(budget, float):
-        check_share(name, budget)
+        check_share(f"{name} as a share", budget)
     else:
         check_tokens(name, budget, least=least)
 
@@ -38,9 +38,9 @@ def check_tokens(name: str, tokens: int, *, least: int = 1) -> None:
 def check_share(name: str, share: float) -> None:
     """Raise ValueError or TypeError unless `share` is a number in (0, 1]."""
     if isinstance(share, bool) or not isinstance(share, (int, float)):
-        raise TypeError(f"{name} must be a share in (0, 1], got {share!r:.80}")
+        raise TypeError(f"{name} must be a number in (0, 1], got {share!r:.80}")
     if not 0.0 < share <= 1.0:
-        raise ValueError(f"{name} as a share must be in (0, 1], got {share:.6g}; for tokens give an int")
+        raise ValueError(f"{name} must be in (0, 1], got {share!r:.80}")
 
 
 def keep_blocks(budget: Budget, visible: Tensor, block_k: int) -> Tensor:

@@ -58,9 +58,7 @@ class ModelPatterns:
         """Why these patterns are not for a model with these keys, or None. Keys only one side knows are passed over."""
         for name, value in self.model.items():
             if name in model and model[name] != value:
-                return (
-                    f"the profile was made for {files.shown(name)} {files.shown(value)}, this model has {model[name]!r}"
-                )
+                return f"the profile was made for {name:.80} {files.shown(value)}, this model has {model[name]!r}"
         if len(self.layers) != model.get("layers", len(self.layers)):
             return f"the profile has {len(self.layers)} layers, this model has {model['layers']}"
         heads = model.get("query_heads")

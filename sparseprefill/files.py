@@ -55,10 +55,10 @@ def read_text(path: str | Path, what: str, most_bytes: int = MOST_TEXT_BYTES) ->
 
 def read_json(path: str | Path, what: str, most_bytes: int = MOST_JSON_BYTES) -> Any:
     """What a JSON file holds: see `parse_json` and `read_text`."""
-    return parse_json(read_text(path, what, most_bytes), f"the {what} {path}")
+    return parse_json(read_text(path, what, most_bytes), f"the {what} {path}", what)
 
 
-def parse_json(text: str, name: str) -> Any:
+def parse_json(text: str, name: str, what: str = "text") -> Any:
     """What JSON text holds. ValueError, beginning with `name`, for anything that the standard leaves open.
 
     Those are numbers that are not finite, names that come twice in an object, and nesting below `MOST_NESTING`.
@@ -68,7 +68,7 @@ def parse_json(text: str, name: str) -> Any:
     except RecursionError:
         raise ValueError(f"{name} nests deeper than {MOST_NESTING}, the deepest that is read") from None
     except ValueError as error:  # numbers of thousands of digits are one too
-        raise ValueError(f"{name} is not JSON: {error}") from error
+        raise ValueError(f"{name} is not a JSON {what}: {error}") from error
     level = [data]
     for _ in range(MOST_NESTING):
         level = [

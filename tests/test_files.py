@@ -163,11 +163,11 @@ def _builds(pattern: Any) -> None:
         ('{"schema": 1, "x": 1e999}', "1e999 is too large"),
         ('{"schema": 1, "schema": 2}', "'schema' comes twice"),
         ('{"schema": 1, "layers": [[{"type": "a_shape", "sink": 1, "sink": 2}]]}', "'sink' comes twice"),
-        ("[" * 100000, "nests deeper than|is not JSON"),
+        ("[" * 100000, "nests deeper than|is not a JSON profile"),
         ("[" * 100000 + "]" * 100000, "nests deeper than"),
         ("[" * 20 + "]" * 20, "nests deeper than 16"),
         ('{"a":' * 5000 + "1" + "}" * 5000, "nests deeper than"),
-        ("9" * 5000, "is not JSON.*digits"),
+        ("9" * 5000, "is not a JSON profile.*digits"),
         ('{"schema": true}', "schema True"),
         ('{"schema": 1.0}', "schema 1.0"),
         ('{"schema": 1, "layers": [[{"type": "dense"}]], "then": 1}', "unknown entry 'then'"),
@@ -429,6 +429,7 @@ def test_code_in_a_folder_is_not_run(folder: Path, tmp_path: Path, model_type: s
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 def test_trusted_code_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other side: it was the flag that stopped it."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
@@ -555,5 +556,5 @@ def test_floating_point_weights_that_are_nan_are_named(folder: Path) -> None:
 
 def test_read_json_names_what_it_reads(tmp_path: Path) -> None:
     assert read_json(_written(tmp_path / "a.json", "[1]"), "calibration") == [1]
-    with pytest.raises(ValueError, match=r"the calibration .*a\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"the calibration .*a\.json is not a JSON calibration"):
         read_json(_written(tmp_path / "a.json", "[1"), "calibration")
