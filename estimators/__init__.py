@@ -2,6 +2,16 @@
 
 from sparseprefill.estimators.mean_pooled import MeanPooled
 from sparseprefill.estimators.probe import Probe, ProbeMass
-from sparseprefill.estimators.selection import Budget, TopK, check_budget, keep_blocks
+from sparseprefill.estimators.selection import Budget, TopK, check_budget, check_share, check_tokens, keep_blocks
 
-__all__ = ["Budget", "MeanPooled", "Probe", "ProbeMass", "TopK", "check_budget", "keep_blocks"]
+__all__ = [
+    "Budget",
+    "MeanPooled",
+    "Probe",
+    "ProbeMass",
+    "TopK",
+    "check_budget",
+    "check_share",
+    "check_tokens",
+    "keep_blocks",
+]

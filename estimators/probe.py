@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparseprefill.contracts import AttentionInputs
+from sparseprefill.estimators.selection import check_tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,8 +34,7 @@ class Probe:
     rows: int = 64  # queries
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise ValueError(f"probe rows must be at least 1, got {self.rows}")
+        check_tokens("probe", self.rows)
 
     def mass(self, inputs: AttentionInputs) -> ProbeMass:
         """Softmax of the probe rows over the keys they see, summed by column and by distance.

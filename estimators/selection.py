@@ -12,14 +12,35 @@ Budget = int | float
 """An int is tokens; a float in (0, 1] is a share of the keys a row of the grid can see, so it scales with length."""
 
 
+# far beyond any prompt, and sums and products with it still fit int64
+_MOST_TOKENS = 1 << 40
+
+
 def check_budget(name: str, budget: Budget, *, least: int = 1) -> None:
     """Raise ValueError or TypeError unless `budget` is at least `least` tokens or a share in (0, 1]."""
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        raise TypeError(f"{name} must be tokens (int) or a share of the visible keys (float), got {budget!r}")
-    if isinstance(budget, int) and budget < least:
-        raise ValueError(f"{name} must be at least {least} tokens, got {budget}")
-    if isinstance(budget, float) and not 0.0 < budget <= 1.0:
-        raise ValueError(f"{name} as a share must be in (0, 1], got {budget}; for tokens give an int")
+        raise TypeError(f"{name} must be tokens (int) or a share of the visible keys (float), got {budget!r:.80}")
+    if isinstance(budget, float):
+        check_share(f"{name} as a share", budget)
+    else:
+        check_tokens(name, budget, least=least)
+
+
+def check_tokens(name: str, tokens: int, *, least: int = 1) -> None:
+    """Raise ValueError or TypeError unless `tokens` is an int of at least `least`."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int):
+        raise TypeError(f"{name} must be a number of tokens (int), got {tokens!r:.80}")
+    if not least <= tokens <= _MOST_TOKENS:
+        shown = tokens if abs(tokens) <= _MOST_TOKENS else f"a number of {tokens.bit_length()} bits"
+        raise ValueError(f"{name} must be at least {least} tokens and at most {_MOST_TOKENS}, got {shown}")
+
+
+def check_share(name: str, share: float) -> None:
+    """Raise ValueError or TypeError unless `share` is a number in (0, 1]."""
+    if isinstance(share, bool) or not isinstance(share, (int, float)):
+        raise TypeError(f"{name} must be a number in (0, 1], got {share!r:.80}")
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1], got {share!r:.80}")
 
 
 def keep_blocks(budget: Budget, visible: Tensor, block_k: int) -> Tensor:

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from sparseprefill.files import shown
+from sparseprefill.patterns.store import MOST_HEADS, MOST_LAYERS
 
 MODEL_INSIDE = "needle_model"
 """Folder in this package that holds the small model which ships with it."""
@@ -22,11 +25,13 @@ def model_folder(name: str | None) -> str:
 
 
 def load_model(
-    name: str | None = None, *, dtype: str = "auto", device: str | None = None
+    name: str | None = None, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer) of a hub name or a local folder; None: the model inside.
 
-    Raises ValueError with the folder and the reason where it cannot be loaded.
+    Weights are read from safetensors alone, never from pickles, and no code of the model's own is run unless
+    `trust_remote_code` says so. Raises ValueError with the folder, the reason and the way out where it cannot be
+    loaded whole: weights that are missing or of another shape are not made up.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
@@ -34,14 +39,58 @@ def load_model(
     path = model_folder(name)
     if name is None and dtype == "auto":  # it ships in bfloat16, which few CPUs compute faster than float32
         dtype = "float32" if device == "cpu" else "bfloat16"
+    what = f"the model {'folder' if Path(path).is_dir() else 'name'} {path!r}"
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=_DTYPES[dtype])
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        here = "folder" if Path(path).is_dir() else "name"
-        raise ValueError(f"the model {here} {path!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        _check_config(config, trust_remote_code)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=_DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code,
+            output_loading_info=True, ignore_mismatched_sizes=True,  # refused below, with their names
+        )  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a damaged file makes transformers raise
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{what} cannot be loaded: {reason}{_way_out(path, reason)}") from error
+    model: PreTrainedModel = loaded[0]
+    report: dict[str, Any] = loaded[1]
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report[kind]:
+            first = min(str(key[0] if isinstance(key, tuple) else key) for key in report[kind])
+            raise ValueError(
+                f"{what} cannot be loaded: {len(report[kind])} weights are {kind.removesuffix('_keys')}, {first} among "
+                "them, and would be random: fetch or save the model again"
+            )
     model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps Module.to without its overloads
     return model.train(False), tokenizer
+
+
+def _check_config(config: PreTrainedConfig, trusted: bool) -> None:
+    """Refuse what would run code that is not transformers' own, and sizes that no model has."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
+        if not isinstance(part, PreTrainedConfig):
+            continue
+        kernel = str(part._attn_implementation or "")
+        if not trusted and ("/" in kernel or ":" in kernel):
+            raise ValueError(f"its config.json wants the attention kernel {kernel!r}, which is code from elsewhere")
+        for field, most in (("num_hidden_layers", MOST_LAYERS), ("num_attention_heads", MOST_HEADS)):
+            count = getattr(part, field, None)
+            if isinstance(count, int) and not 1 <= count <= most:
+                raise ValueError(f"its config.json claims {field} {shown(count)}; 1 to {most} are believed")
+
+
+def _way_out(path: str, reason: str) -> str:
+    """What to do about the refusals that are a policy and not a damage, or nothing."""
+    if "trust_remote_code" in reason:
+        return ". Read that code; then trust_remote_code=True (--trust-remote-code) runs it"
+    if "attention kernel" in reason:
+        return ". Take the entry out, or trust it with trust_remote_code=True (--trust-remote-code)"
+    folder = Path(path)
+    if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        return (
+            ". It holds pickled weights (.bin), which can run code when they are read: convert them to safetensors, "
+            "with save_pretrained on a machine that may run them"
+        )
+    return ""
 
 
 def provenance(model: PreTrainedModel | None = None) -> dict[str, Any]:

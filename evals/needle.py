@@ -9,6 +9,7 @@ answered by the model's own `generate` from a prompt without the answer.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import statistics
 import time
@@ -21,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sparseprefill.evals.loading import provenance
+from sparseprefill.files import write_bytes, write_text
 from sparseprefill.huggingface import Patch, patch_model
 from sparseprefill.prefill import METHODS, parse_options
 from sparseprefill.prompts import NeedlePrompt, needle_prompt
@@ -135,10 +137,8 @@ class NeedleResult:
         return table(head, rows, markdown=markdown)
 
     def save(self, path: Path) -> None:
-        """JSON with every cell; an unfinished file never stands at `path`."""
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+        """JSON with every cell, written whole or not at all."""
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 @torch.no_grad()
@@ -308,4 +308,6 @@ def plot_heat_map(result: NeedleResult, path: Path) -> None:
         for axis in axes[len(methods) :]:
             axis.set_visible(False)
         figure.colorbar(image, ax=axes.tolist(), label="questions answered right", shrink=0.8)
-        figure.savefig(path, dpi=130)
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=130, format=path.suffix.removeprefix(".") or "png")
+    write_bytes(path, picture.getvalue())

@@ -252,6 +252,8 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
         value = functional.pad(value, (0, head_dim - value_dim))
     elif value_dim > head_dim:
         query, key = (functional.pad(t, (0, value_dim - head_dim)) for t in (query, key))
+    # the operator reads the elements of a token as neighbours and never asks for their stride
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=None, scale=scale
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
-from sparseprefill.estimators.selection import Budget, check_budget, keep_blocks
+from sparseprefill.estimators.selection import Budget, check_budget, check_tokens, keep_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class AShape:
     window: Budget = 3968  # tokens, or a share of the visible keys
 
     def __post_init__(self) -> None:
-        check_budget("sink", self.sink, least=0)
+        check_tokens("sink", self.sink, least=0)
         check_budget("window", self.window)
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.mean_pooled import MeanPooled
-from sparseprefill.estimators.selection import Budget, TopK, check_budget
+from sparseprefill.estimators.selection import Budget, TopK, check_budget, check_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class BlockSparse:
 
     def __post_init__(self) -> None:
         check_budget("keep", self.keep)
-        check_budget("sink", self.sink, least=0)
-        check_budget("local", self.local, least=0)
+        check_tokens("sink", self.sink, least=0)
+        check_tokens("local", self.local, least=0)
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         visible = grid.visible_block_mask(inputs)

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.estimators.selection import check_tokens
 
 
 class Pattern(Protocol):
@@ -37,8 +38,7 @@ class LastRowsDense:
     rows: int  # queries, at least 1
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise ValueError(f"last rows must be at least 1, got {self.rows}")
+        check_tokens("last rows", self.rows)
 
     def for_layer(self, layer: int) -> LastRowsDense:
         """What the wrapped pattern is in this layer."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
-from sparseprefill.estimators.selection import Budget, TopK, check_budget
+from sparseprefill.estimators.selection import Budget, TopK, check_budget, check_tokens
 from sparseprefill.patterns.block_sparse import forced_blocks
 
 _PRIME = (1 << 31) - 1
@@ -29,8 +29,10 @@ class RandomBlocks:
 
     def __post_init__(self) -> None:
         check_budget("keep", self.keep)
-        check_budget("sink", self.sink, least=0)
-        check_budget("local", self.local, least=0)
+        check_tokens("sink", self.sink, least=0)
+        check_tokens("local", self.local, least=0)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an int, got {self.seed!r:.80}")
 
     def for_layer(self, layer: int) -> RandomBlocks:
         """Each layer draws its own blocks."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparseprefill import files
 from sparseprefill.patterns.a_shape import AShape
 from sparseprefill.patterns.block_sparse import BlockSparse
 from sparseprefill.patterns.dense import Dense
@@ -21,6 +20,8 @@ from sparseprefill.patterns.tri_shape import TriShape
 from sparseprefill.patterns.vertical_slash import VerticalSlash
 
 SCHEMA = 1
+# the largest models have 128 layers of 128 heads; a file that claims many times that would only cost memory
+MOST_LAYERS, MOST_HEADS = 1024, 1024
 # the names that patterns have in a file
 PATTERNS: dict[str, type[Any]] = {
     "dense": Dense,
@@ -57,7 +58,7 @@ class ModelPatterns:
         """Why these patterns are not for a model with these keys, or None. Keys only one side knows are passed over."""
         for name, value in self.model.items():
             if name in model and model[name] != value:
-                return f"the profile was made for {name} {value!r}, this model has {model[name]!r}"
+                return f"the profile was made for {name:.80} {files.shown(value)}, this model has {model[name]!r}"
         if len(self.layers) != model.get("layers", len(self.layers)):
             return f"the profile has {len(self.layers)} layers, this model has {model['layers']}"
         heads = model.get("query_heads")
@@ -68,57 +69,81 @@ class ModelPatterns:
 
 
 def save_patterns(patterns: ModelPatterns, path: str | Path) -> None:
-    """Write a profile; an unfinished file never stands at `path`."""
-    names = {cls: name for name, cls in PATTERNS.items()}
-    layers = [[{"type": names[type(p)], **_given(p)} for p in heads] for heads in patterns.layers]
-    path = Path(path)
-    text = json.dumps({"schema": SCHEMA, "model": patterns.model, "layers": layers}, indent=1)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    """Write a profile whole or not at all.
+
+    Raises ValueError for what a profile cannot hold (a pattern of your own, say), FileNotFoundError where the folder
+    is missing and OSError where the disk refuses; what stood at `path` is then unchanged.
+    """
+    layers = [
+        [_entry(pattern, f"layer {layer}, head {head}") for head, pattern in enumerate(heads)]
+        for layer, heads in enumerate(patterns.layers)
+    ]
+    data = {"schema": SCHEMA, "model": patterns.model, "layers": layers}
+    name = f"the profile for {path}"
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        Path(part).replace(path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+        text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name} holds what JSON cannot: {error}") from error
+    if len(text) > files.MOST_JSON_BYTES:
+        raise ValueError(f"{name} is larger than {files.MOST_JSON_BYTES} bytes, the most that is read")
+    if _profile(files.parse_json(text, name), name) != patterns:
+        raise ValueError(f"{name} would not be read back as it is: keys and values of `model` must be plain")
+    files.write_text(path, text)
 
 
-def _given(pattern: Any) -> dict[str, Any]:
+def _entry(pattern: Any, place: str) -> dict[str, Any]:
+    names = {cls: name for name, cls in PATTERNS.items()}
+    if type(pattern) not in names:
+        raise ValueError(f"{place}: a profile holds {', '.join(PATTERNS)}, and no {type(pattern).__name__}")
     values = {f.name: getattr(pattern, f.name) for f in dataclasses.fields(pattern)}
-    return {name: value for name, value in values.items() if value is not None}
+    return {"type": names[type(pattern)], **{name: value for name, value in values.items() if value is not None}}
 
 
 def load_patterns(path: str | Path) -> ModelPatterns:
-    """Read a profile. Raises FileNotFoundError, or ValueError that names the file and the place that is wrong."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no profile at {path}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a JSON profile: {error}") from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        found = data.get("schema") if isinstance(data, dict) else None
-        raise ValueError(f"{path} has schema {found!r}; this version reads schema {SCHEMA}")
+    """Read a profile, which is data: nothing in it is ever executed.
+
+    Raises FileNotFoundError or PermissionError with the path, and ValueError that names the file and the place that is
+    wrong: no JSON, another schema, an unknown pattern, or more than a model has (see `MOST_LAYERS`).
+    """
+    return _profile(files.read_json(path, "profile"), f"the profile {path}")
+
+
+def _profile(data: Any, name: str) -> ModelPatterns:
+    if not isinstance(data, dict) or type(data.get("schema")) is not int or data["schema"] != SCHEMA:
+        found = files.shown(data.get("schema")) if isinstance(data, dict) else None
+        raise ValueError(f"{name} has schema {found}; this version reads schema {SCHEMA}")
+    strangers = data.keys() - {"schema", "model", "layers"}
+    if strangers:
+        raise ValueError(f"{name} has an unknown entry {files.shown(min(strangers))}: is it of a later version?")
     layers = data.get("layers")
     if not isinstance(layers, list) or not layers or not all(isinstance(h, list) and h for h in layers):
-        raise ValueError(f"{path}: `layers` must be a list of layers, each a list of heads")
+        raise ValueError(f"{name}: `layers` must be a list of layers, each a list of heads")
+    if len(layers) > MOST_LAYERS or max(map(len, layers)) > MOST_HEADS:
+        raise ValueError(
+            f"{name} has {len(layers)} layers of up to {max(map(len, layers))} heads; "
+            f"at most {MOST_LAYERS} of {MOST_HEADS} are read"
+        )
     made = tuple(
-        tuple(_pattern(entry, f"{path}: layer {layer}, head {head}") for head, entry in enumerate(heads))
+        tuple(_pattern(entry, f"{name}: layer {layer}, head {head}") for head, entry in enumerate(heads))
         for layer, heads in enumerate(layers)
     )
     model = data.get("model", {})
     if not isinstance(model, dict):
-        raise ValueError(f"{path}: `model` must be an object, got {type(model).__name__}")
+        raise ValueError(f"{name}: `model` must be an object, got {files.shown(model)}")
     return ModelPatterns(made, model)
 
 
 def _pattern(entry: Any, place: str) -> Pattern:
-    if not isinstance(entry, dict) or entry.get("type") not in PATTERNS:
-        raise ValueError(f"{place}: a pattern needs a `type` of {', '.join(PATTERNS)}, got {entry!r}")
+    kind = entry.get("type") if isinstance(entry, dict) else None
+    if not isinstance(kind, str) or kind not in PATTERNS:
+        raise ValueError(f"{place}: a pattern needs a `type` of {', '.join(PATTERNS)}, got {files.shown(entry)}")
     options = {name: value for name, value in entry.items() if name != "type"}
+    known = [field.name for field in dataclasses.fields(PATTERNS[kind])]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{place}: {kind} has no option {files.shown(name)}; its options: {', '.join(known)}")
     try:
-        pattern: Pattern = PATTERNS[entry["type"]](**options)
+        pattern: Pattern = PATTERNS[kind](**options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{place}: {error}") from error
     return pattern

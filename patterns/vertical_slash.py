@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.probe import Probe
+from sparseprefill.estimators.selection import check_share, check_tokens
 
 PUBLISHED = (1000, 6096)  # MInference's default (verticals, slashes), in tokens
 _SINK, _BAND = 30, 100  # columns and distances MInference always keeps, in tokens
@@ -52,10 +53,10 @@ class VerticalSlash:
             )
         for name in ("verticals", "slashes"):
             budget = getattr(self, name)
-            if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
-                raise ValueError(f"{name} must be a positive number of tokens, got {budget!r}")
-        if self.density is not None and not 0.0 < self.density <= 1.0:
-            raise ValueError(f"density must be in (0, 1], got {self.density}")
+            if budget is not None:
+                check_tokens(name, budget)
+        if self.density is not None:
+            check_share("density", self.density)
         Probe(self.probe)
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:

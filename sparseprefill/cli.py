@@ -41,7 +41,7 @@ def _clear_errors() -> Iterator[None]:
     """What the library refuses becomes a message without a traceback."""
     try:
         yield
-    except (ValueError, TypeError, NotImplementedError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, TypeError, NotImplementedError, OSError, FloatingPointError) as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -89,6 +89,7 @@ def methods(as_json: bool, markdown: bool) -> None:
 @click.option("--seed", default=1, help="Of the prompts.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
 @click.option("--device", help="cpu or cuda; default: what is there.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("needle"), help="Folder of the results."
 )
@@ -96,7 +97,7 @@ def methods(as_json: bool, markdown: bool) -> None:
 def needle(
     model: str | None, chosen: tuple[str, ...], density: float, lengths: tuple[int, ...], depths: int, samples: int,
     generated: int | None, haystack: Path | None, last_rows_dense: int, seed: int, dtype: str, device: str | None,
-    out: Path, markdown: bool,
+    trust_remote_code: bool, out: Path, markdown: bool,
 ) -> None:  # fmt: skip
     """Find needles all along long prompts, with dense attention and with the chosen methods.
 
@@ -105,7 +106,7 @@ def needle(
     from sparseprefill.evals.loading import load_model
 
     with _clear_errors():
-        loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+        loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         _run_needle(
             loaded, tokenizer, _specs(chosen, density), lengths, depths, samples, generated, haystack, last_rows_dense,
             seed, out, "needle", markdown,
@@ -133,9 +134,10 @@ def _run_needle(
     generated: int | None, haystack: Path | None, last_rows_dense: int, seed: int, out: Path, name: str, markdown: bool,
 ) -> None:  # fmt: skip
     from sparseprefill.evals.needle import passes, plot_heat_map, run_needle
+    from sparseprefill.files import read_text
     from sparseprefill.prompts import text_sentences
 
-    sentences = None if haystack is None else text_sentences(haystack.read_text(encoding="utf-8"))
+    sentences = None if haystack is None else text_sentences(read_text(haystack, "haystack"))
     out.mkdir(parents=True, exist_ok=True)
     total = passes(len(specs), len(lengths), samples, samples if generated is None else generated)
     with _progress(total, name) as progress:
@@ -187,13 +189,14 @@ def doctor(
 @click.option("--densities", default="0.1,0.25,0.5", help="Densities of the kernel cells.")
 @click.option("--ttft", type=Numbers(), default=None, help="Also time the model inside at these lengths.")
 @click.option("--model", help="For --ttft: hub name or folder.")
+@click.option("--trust-remote-code", is_flag=True, help="For --ttft: run code that comes with the model.")
 @click.option("--density", default=0.2, help="For --ttft: budget of the methods.")
 @click.option("--repeats", default=5, help="Timed runs; medians are reported.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the cells as JSON.")
 @click.option("--markdown", is_flag=True, help="Print Markdown tables.")
 def bench(
     device: str | None, lengths: tuple[int, ...], densities: str, ttft: tuple[int, ...] | None, model: str | None,
-    density: float, repeats: int, out: Path | None, markdown: bool,
+    trust_remote_code: bool, density: float, repeats: int, out: Path | None, markdown: bool,
 ) -> None:  # fmt: skip
     """Time the kernel against dense attention and FlexAttention on the same masks, correctness first."""
     from dataclasses import asdict
@@ -202,9 +205,12 @@ def bench(
 
     from sparseprefill.evals import bench as benches
     from sparseprefill.evals.loading import load_model, provenance
+    from sparseprefill.files import check_folder, write_text
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _clear_errors():
+        if out is not None:
+            check_folder(out)  # before minutes of measuring
         reason = benches.why_no_flex(device)
         if reason:
             click.echo(f"without FlexAttention: {reason}")
@@ -216,16 +222,16 @@ def bench(
         click.echo(benches.kernel_table(cells, markdown=markdown))
         written: dict[str, Any] = {"provenance": provenance(), "kernel": [asdict(cell) for cell in cells]}
         if ttft:
-            loaded, _ = load_model(model, device=device)
+            loaded, _ = load_model(model, device=device, trust_remote_code=trust_remote_code)
             specs = _specs((), density)
             with _progress(len(ttft) * len(specs), "ttft") as progress:
                 times = benches.first_token_times(loaded, specs, ttft, repeats=repeats, progress=progress)
             click.echo(benches.first_token_table(times, markdown=markdown))
             written["ttft"] = [asdict(each) for each in times]
             written["provenance"] = provenance(loaded)
-    if out is not None:
-        out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-        click.echo(f"wrote {out}")
+        if out is not None:
+            write_text(out, json.dumps(written, indent=1) + "\n")
+            click.echo(f"wrote {out}")
 
 
 @main.command()

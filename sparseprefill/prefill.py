@@ -339,6 +339,6 @@ def parse_options(text: str) -> dict[str, Any]:
             raise ValueError(f"an option is written name=value, got {part!r}")
         try:
             options[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, or numbers of thousands of digits
             options[name.strip()] = value.strip()
     return options

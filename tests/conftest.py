@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:
-    """The same allocation, but floating memory that the package asked for arrives full of NaN.
+    """The same allocation, but memory that the package asked for arrives full of NaN, or of indices out of any range.
 
     Fresh memory is often zero by luck, and a kernel that forgets its tail then passes.
     """
@@ -52,8 +52,9 @@ def poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return tensor
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.partition(".")[0] == "sparseprefill" and tensor.is_floating_point() and not tensor.is_meta:
-            tensor.fill_(float("nan"))
+        if caller.partition(".")[0] == "sparseprefill" and not tensor.is_meta and tensor.dtype != torch.bool:
+            wild = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
+            tensor.fill_(wild)
         return tensor
 
     return wrapper
@@ -67,7 +68,9 @@ def _poison_fresh_memory() -> Iterator[None]:
             (torch, "empty"),
             (torch, "empty_like"),
             (torch, "empty_strided"),
+            (torch, "empty_permuted"),
             (torch.Tensor, "new_empty"),
+            (torch.Tensor, "new_empty_strided"),
         ):
             patch.setattr(owner, name, poisoned(getattr(owner, name)))
         yield

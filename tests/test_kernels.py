@@ -231,6 +231,20 @@ def test_lists_may_share_storage_and_have_slack() -> None:
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("queries", [128, 100], ids=["aligned", "partial"])
+@pytest.mark.parametrize("density", [0.4, 1.0], ids=["sparse", "dense"])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_any_strides(name: str, density: float, queries: int) -> None:
+    """torch's fused operator takes the elements of a token for neighbours, whatever the last stride says."""
+    inputs = make_inputs(query_heads=1, kv_heads=1, queries=queries)
+    index = random_index(inputs, 64, 64, density)
+    strided = dataclasses.replace(inputs, **{name: getattr(inputs, name).mT.contiguous().mT})
+    assert getattr(strided, name).stride(-1) != 1
+    a, b = (block_sparse_attention(i, index, impl="cpu") for i in (inputs, strided))
+    assert torch.equal(a.output, b.output)
+    assert torch.equal(a.lse, b.lse)
+
+
 def test_merge_puts_heads_where_they_belong() -> None:
     inputs = make_inputs(queries=200)
     index = random_index(inputs, 64, 64, 0.4)

@@ -23,7 +23,7 @@ ROOMS = ("patterns", "estimators", "kernels", "evals")
 # A module may import what stands before its own place, and its own room. Names on one line do not see each other.
 # A new module of the spine gets its place here.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("contracts",),
+    ("contracts", "files"),
     ("coverage",),
     ("kernels",),
     ("estimators",),

@@ -383,6 +383,21 @@ class TestSelectorContract:
             changed |= not torch.equal(a[..., : m + 1], c)
         assert changed == case.looks_ahead
 
+    @pytest.mark.parametrize("sizes", [(16, 32), (32, 48), (48, 20), (16, 16)], ids=str)
+    def test_block_means_hold_nothing_of_the_future(self, sizes: tuple[int, int]) -> None:
+        """Where a row ends inside a key block, the keys behind its end do not enter the block's mean."""
+        before = make_inputs(queries=250, head_dim=8, seed=1)
+        pattern = BlockSparse(keep=1, sink=0, local=0)
+        rows = -(-250 // sizes[0])
+        for m in range(rows - 1):
+            edge = (m + 1) * sizes[0]
+            later = {n: getattr(before, n).clone() for n in ("query", "key", "value")}
+            for tensor in later.values():
+                tensor[:, :, edge:] = 3.0 - 7.0 * tensor[:, :, edge:]
+            after = dataclasses.replace(before, **later)
+            a, b = (index_of(pattern, i, *sizes).to_mask()[:, :, : m + 1] for i in (before, after))
+            assert torch.equal(a, b), f"row {m}"
+
     def test_the_table_says_the_same(self) -> None:
         for name, case in CASES.items():
             row = METHODS[name.partition("-")[0]]
