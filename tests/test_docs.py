@@ -342,3 +342,14 @@ def test_public_names_are_documented_in_the_package_itself() -> None:
     """Also for those who read `help(...)` and not the reference."""
     for name in sparseprefill.__all__:
         assert (inspect.getdoc(getattr(sparseprefill, name)) or "").strip(), name
+
+
+def test_limits_in_security_are_those_of_the_code() -> None:
+    rows = re.findall(
+        r"^\| [^|]+ \| (\d+)( MiB)? \| `(\w+)` in `([\w/]+)\.py` \|$", PAGES["SECURITY.md"], flags=re.MULTILINE
+    )
+    assert len(rows) == 5
+    for value, unit, name, home in rows:
+        module = home.replace("/", ".")
+        limits = importlib.import_module(module if module.startswith("sparseprefill.") else f"sparseprefill.{module}")
+        assert getattr(limits, name) == int(value) * (2**20 if unit else 1), name
