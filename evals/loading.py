@@ -64,6 +64,18 @@ def load_model(
     return model.train(False), tokenizer
 
 
+def load_config(name: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a model, as `load_model` would believe it. Raises ValueError with the reason."""
+    path = model_folder(name)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        _check_config(config, trust_remote_code)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"no model can be made of {path!r}: {reason}{_way_out(path, reason)}") from error
+    return config
+
+
 def _check_config(config: PreTrainedConfig, trusted: bool) -> None:
     """Refuse what would run code that is not transformers' own, and sizes that no model has."""
     for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):

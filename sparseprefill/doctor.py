@@ -12,7 +12,6 @@ import transformers
 from packaging.version import Version
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
@@ -20,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from sparseprefill.evals.loading import model_folder, processor, provenance
+from sparseprefill.evals.loading import load_config, processor, provenance
 from sparseprefill.huggingface import Method, Settings, patched_layers, plan_patch
 from sparseprefill.huggingface_masks import NAME, MaskInfo, masks_of
 from sparseprefill.huggingface_modules import (
@@ -181,17 +180,16 @@ def explain(model: Any, method: Method = "minference", *, device: str | None = N
 
 def skeleton(name: str | None = None, *, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
     """A model without its weights, for `explain`; `name` as for `load_model`. Reads config.json alone."""
-    path = model_folder(name)
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    kind: Any = AutoModelForCausalLM
+    if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and config.get_text_config() is not config:
+        kind = AutoModelForImageTextToText
+    chosen = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        kind: Any = AutoModelForCausalLM
-        if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and config.get_text_config() is not config:
-            kind = AutoModelForImageTextToText
-        chosen = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
         with torch.device("meta"):
             model: PreTrainedModel = kind.from_config(config, trust_remote_code=trust_remote_code, **chosen)
-    except Exception as error:
-        raise ValueError(f"no model can be made of {path!r}: {type(error).__name__}: {error}") from error
+    except Exception as error:  # whatever a strange configuration makes transformers raise
+        raise ValueError(f"no model can be made of {name!r}: {type(error).__name__}: {error}") from error
     return model
 
 

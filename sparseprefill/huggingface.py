@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -92,12 +94,16 @@ class _Layer:
     registered: bool = False  # made by `register`, not by a patch
     local: str | None = None  # the mask's own window or chunks, in which the layer runs exactly
     first_head: int = 0  # of the heads in this process
+    key: int = field(default_factory=itertools.count().__next__)  # in _LAYERS
     sparse_calls: int = 0
     previous_calls: dict[str, int] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
     timings: list[tuple[Any, ...]] = field(default_factory=list)  # CUDA events, not yet summed
     sums: dict[str, Any] = field(default_factory=dict)
     nan: Tensor | None = None  # bool [] on the device: a query or key was NaN
+
+    def __post_init__(self) -> None:
+        _LAYERS[self.key] = self
 
     def decision(self, device: str) -> tuple[CostModel, str]:
         model = COST_MODELS.get(device, COST_MODELS["cuda"])
@@ -197,6 +203,9 @@ class _Layer:
         if self.always_dense:
             return "dense"
         return describe_pattern(self.pattern) if self.local is None else f"Dense() {self.local}"
+
+
+_LAYERS: weakref.WeakValueDictionary[int, _Layer] = weakref.WeakValueDictionary()
 
 
 class Patch:
@@ -474,7 +483,38 @@ def _attend(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function under our name: (output [batch, queries, heads, value_dim], None)."""
+    """The attention function under our name: (output [batch, queries, heads, value_dim], None).
+
+    In a compiled model, decoding stays inside the compiled graph; a prefill leaves it for our kernels.
+    """
+    if torch.compiler.is_compiling() and not isinstance(attention_mask, MaskInfo):
+        layer = getattr(module, STATE, None)
+        if layer is not None:
+            _note_compiled(layer.key)
+        return _run_previous(layer, module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    return _attend_eagerly(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_compiled(key: int) -> bool:
+    """Runs while a graph is made, not when it runs: it takes a number because the compiler takes no objects here."""
+    layer = _LAYERS.get(key)
+    if layer is not None:
+        layer.note_previous("compiled decoding (counted once a graph)")
+    return True
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_eagerly(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     layer = getattr(module, STATE, None) or _registered_layer(module)
     if kwargs.get("output_attentions"):
         raise NotImplementedError(_NO_ATTENTIONS)

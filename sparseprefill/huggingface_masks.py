@@ -142,6 +142,12 @@ def make_mask(**arguments: Any) -> Any:
     queries = arguments["cache_position"].shape[0] if "cache_position" in arguments else int(arguments["q_length"])
     if queries < settings.least_queries:  # before anything is read back: decoding stays as it was
         return masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[settings.previous](**arguments)
+    return _describe(settings, queries, arguments)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _describe(settings: MaskSettings, queries: int, arguments: dict[str, Any]) -> MaskInfo:
+    given = arguments.get("attention_mask")
     query_offset, arguments = _query_offset(arguments)
     kv_offset, keys = int(arguments.get("kv_offset", 0)), int(arguments["kv_length"])
     start = query_offset - kv_offset

@@ -28,7 +28,8 @@ SMALL: dict[str, Any] = {
     "shared_expert_intermediate_size": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
     "first_k_dense_replace": 1, "moe_layer_start_index": 1, "mamba_n_heads": 4, "mamba_d_head": 32,
     "mamba_d_ssm": 128, "mamba_d_state": 16, "n_mamba_heads": 2, "mamba_num_heads": 4, "mamba_head_dim": 16,
-    "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16, "ssm_state_size": 16, "n_groups": 1, "attention_dropout": 0.0, "resid_pdrop": 0.0, "is_decoder": True,
+    "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16, "ssm_state_size": 16,
+    "n_groups": 1, "attention_dropout": 0.0, "resid_pdrop": 0.0, "is_decoder": True,
 }  # fmt: skip
 LATENT = {
     "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,

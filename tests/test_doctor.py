@@ -144,6 +144,9 @@ class TestCommand:
             done = CliRunner().invoke(main, ["doctor", *arguments])
             assert done.exit_code == 1
             assert message in done.output
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 10**9}))
+        done = CliRunner().invoke(main, ["doctor", str(tmp_path)])
+        assert "claims num_hidden_layers" in done.output
         (tmp_path / "config.json").write_text(
             json.dumps({"model_type": "bloom", "n_layer": 1, "hidden_size": 8, "n_head": 2})
         )

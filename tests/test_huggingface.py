@@ -332,6 +332,22 @@ def test_a_users_own_object_with_the_verb() -> None:
         assert 0.4 < patch.report().density < 0.8
 
 
+@pytest.mark.slow
+def test_compiled_decoding_stays_in_one_graph_and_is_counted() -> None:
+    model = tiny_model("llama")
+    torch.compiler.reset()
+    with patch_model(model, "dense", **BLOCKS) as patch, torch.no_grad():
+        compiled = torch.compile(model, backend="eager", dynamic=True)
+        cache = compiled(input_ids=tokens(1, LENGTH), use_cache=True).past_key_values
+        assert patch.report().sparse_calls == 3
+        for n in range(3):
+            compiled(input_ids=tokens(1, 1, seed=n), past_key_values=cache)
+        assert patch.report().previous_calls == {"compiled decoding (counted once a graph)": 3}
+        torch.compiler.reset()
+        explained = torch._dynamo.explain(model)(input_ids=tokens(1, 1), past_key_values=cache)
+        assert explained.graph_break_count == 0, explained.break_reasons
+
+
 def test_deepcopy_of_a_config_is_not_bound() -> None:
     model = tiny_model("llama")
     with patch_model(model, "dense", **BLOCKS):

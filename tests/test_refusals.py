@@ -168,7 +168,7 @@ CASES: dict[str, Refusal] = {
     "no profile": Refusal(profiled, FileNotFoundError, "there is no profile at"),
     "a profile and a budget": Refusal(patching(profile="x", density=0.5), ValueError, "a profile brings its own"),
     "a profile cut short": Refusal(profiled, ValueError, "not a JSON profile", with_profile('{"schema": 1, "la')),
-    "a profile in bytes": Refusal(profiled, ValueError, "not a JSON profile", with_profile(b"\xff\xfe\x00profile")),
+    "a profile in bytes": Refusal(profiled, ValueError, "is not UTF-8 text", with_profile(b"\xff\xfe\x00profile")),
     "a profile of a later schema": Refusal(profiled, ValueError, "has schema 99", with_profile('{"schema": 99}')),
     "a profile without layers": Refusal(
         profiled, ValueError, "`layers` must be a list", with_profile('{"schema": 1, "layers": {}}')
@@ -198,7 +198,7 @@ CASES: dict[str, Refusal] = {
         "needs square tiles", with_profile(ModelPatterns(((VerticalSlash(density=0.5),) * 4,) * 3)),
     ),
     "a folder for a profile": Refusal(
-        lambda model, folder: load_patterns(folder), FileNotFoundError, "there is no profile at"
+        lambda model, folder: load_patterns(folder), ValueError, "is a folder: name the file in it"
     ),
     # the model
     "no model": Refusal(lambda model, folder: patch_model(nn.Linear(2, 2), "dense"), TypeError, "got Linear"),
