@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-full test-oldest lint format types unit reference release clean
+.PHONY: help install demo test test-full test-oldest support lint format types unit reference release clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,13 @@ test-full: lint types ## the same with the slow sweeps
 
 test-oldest: .venv-oldest/installed ## the tests of the Hugging Face seam on the oldest supported releases
 	$(OLDEST)/pytest tests/test_huggingface*.py tests/test_ways.py tests/test_tensor_parallel.py tests/test_doctor.py tests/test_refusals.py $(PYTEST_ARGS)
+
+SUPPORT := tests/test_ways.py tests/test_refusals.py tests/test_architectures.py
+support: .venv/installed .venv-oldest/installed ## write docs/support.md from tests on the newest and the oldest release
+	mkdir -p build
+	$(BIN)/pytest $(SUPPORT) --junitxml build/support_newest.xml
+	$(OLDEST)/pytest $(SUPPORT) --junitxml build/support_oldest.xml
+	$(BIN)/python scripts/support_table.py build/support_newest.xml build/support_oldest.xml --date $$(date +%F)
 
 lint: .venv/installed ## style and format, changing nothing
 	$(BIN)/ruff check .

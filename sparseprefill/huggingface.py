@@ -338,6 +338,8 @@ def patch_model(
             setattr(module, STATE, plan.layers[number])
         hook = inner.base_model.register_forward_hook(patch._raise_on_nan)  # wrappers may go round the outer forward
         undo.append(hook.remove)
+        for outer in {id(m): m for m in (inner, inner.base_model)}.values():
+            undo.append(outer.register_forward_pre_hook(_refuse_attentions, with_kwargs=True).remove)
         _refuse_continuous_batching(inner, undo)
     except BaseException:
         patch.remove()
@@ -423,6 +425,12 @@ def _own_heads(pattern: Pattern, heads: range) -> Pattern:
     if isinstance(pattern, LastRowsDense):
         return dataclasses.replace(pattern, pattern=_own_heads(pattern.pattern, heads))
     return pattern
+
+
+def _refuse_attentions(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Some models swallow the argument and would return nothing for it."""
+    if options.get("output_attentions"):
+        raise NotImplementedError(_NO_ATTENTIONS)
 
 
 def _refuse_continuous_batching(model: PreTrainedModel, undo: list[Callable[[], None]]) -> None:

@@ -205,6 +205,8 @@ def reasons_in_the_source() -> set[str]:
                 for value in (each.value for each in ast.walk(node) if isinstance(each, ast.Return)):
                     parts = value.elts if isinstance(value, ast.Tuple) else getattr(value, "args", [])
                     found |= {text for part in parts for text in texts(part)}
+            elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "note_previous":
+                found |= {text for value in node.args for text in texts(value)}
             elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "opaque":
                 found |= set(texts(node.value))
     return found

@@ -6,6 +6,7 @@ A way is run twice, without the patch and with it, and must give the same; `test
 from __future__ import annotations
 
 import copy
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +16,16 @@ import torch
 import transformers
 from tiny_models import FAMILIES, VISION, tiny_model, tokens, with_image
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache, pipeline
-from transformers.cache_utils import QuantizedLayer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+    pipeline,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer
 
 OLD = transformers.__version__.startswith("5.0.")
 LENGTH = 200
@@ -132,6 +141,9 @@ def _static_cache(model: PreTrainedModel, family: str) -> Tensor:
     return in_chunks(model, {"input_ids": tokens(1, LENGTH)}, [96, 104], cache)
 
 
+_ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
 class RoundedLayer(QuantizedLayer):
     """transformers' quantized cache with a quantizer of our own: four bits a number, a scale for each token."""
 
@@ -145,7 +157,11 @@ class RoundedLayer(QuantizedLayer):
 
 
 def _quantized_cache(model: PreTrainedModel, family: str) -> Tensor:
-    layers = [RoundedLayer(residual_length=32) for _ in range(model.config.get_text_config().num_hidden_layers)]
+    cache = DynamicCache(config=model.config)
+    if not cache.layers:  # made one by one
+        layers = [RoundedLayer(residual_length=32) for _ in range(model.config.get_text_config().num_hidden_layers)]
+    else:
+        layers = [RoundedLayer(residual_length=32) if type(old) in _ATTENTION else old for old in cache.layers]
     return in_chunks(model, {"input_ids": tokens(1, LENGTH)}, [96, 104], Cache(layers=layers))
 
 
@@ -301,34 +317,60 @@ def _lora(family: str) -> Any:
     return adapted.eval()
 
 
+def _layers(model: PreTrainedModel) -> tuple[str, Any]:
+    """Name and list of the layers of the language model."""
+    return next((n, m) for n, m in model.named_modules() if n.endswith("layers") and "vision" not in n)
+
+
+def _device_map(family: str) -> PreTrainedModel:
+    """Split over two places: one layer's weights lie on the disk and come only while it runs."""
+    kind = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM
+    folder = tempfile.TemporaryDirectory(prefix="sparseprefill-")
+    whole = tiny_model(family)
+    whole.save_pretrained(folder.name)
+    places = {f"{_layers(whole)[0]}.1": "disk"}
+    for name, _ in whole.named_modules():  # all the rest, by modules that do not hold the split one
+        if name and not any(name == p or name.startswith(f"{p}.") or p.startswith(f"{name}.") for p in places):
+            places[name] = "cpu"
+    model = kind.from_pretrained(
+        folder.name, device_map=places, offload_folder=f"{folder.name}/offload", attn_implementation="eager"
+    )
+    model.offload_folder = folder  # lives as long as the model
+    return model.eval()
+
+
 def _offloaded_weights(family: str) -> PreTrainedModel:
     """A device map that splits the model: some layers' weights come only while they run."""
     from accelerate import cpu_offload
 
     model = tiny_model(family)
-    layers = model.get_decoder().layers
-    cpu_offload(layers[1], execution_device="cpu")
+    cpu_offload(_layers(model)[1][1], execution_device="cpu")
     return model
 
 
-def _whole_blocks(family: str) -> dict[str, Any]:
-    """Four-bit weights come in blocks of 64: widths that are multiples of it."""
+# quantized weights come in blocks of 64: widths that are multiples of it
+_WIDE = {
+    "intermediate_size": 128, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "head_dim": 32,
+    "q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 32,
+    "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 4,
+}  # fmt: skip
+
+
+def _wide(family: str) -> dict[str, Any]:
     if family in VISION:
-        return {}
-    wide = {"intermediate_size": 128, "moe_intermediate_size": 64, "head_dim": 32}
-    return {name: value for name, value in wide.items() if name in FAMILIES[family] or name == "intermediate_size"}
+        return {"text_config": {**FAMILIES[family]["text_config"], "intermediate_size": 128}}
+    return {name: width for name, width in _WIDE.items() if name in FAMILIES[family] or name == "intermediate_size"}
 
 
 def _quantized_weights(bits: int) -> Callable[[str], PreTrainedModel]:
     def make(family: str) -> PreTrainedModel:
-        import tempfile
+        from transformers import BitsAndBytesConfig
 
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
-
-        quantization = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+        whole = ["lm_head", "visual", "vision_tower", "multi_modal_projector", "in_proj_ba", "shared_expert_gate"]
+        quantization = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, llm_int8_skip_modules=whole)
         kind = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM
         with tempfile.TemporaryDirectory() as folder:
-            tiny_model(family, **_whole_blocks(family)).save_pretrained(folder)
+            tiny_model(family, **_wide(family)).save_pretrained(folder)
             return kind.from_pretrained(
                 folder, quantization_config=quantization, attn_implementation="eager", dtype=torch.float32
             ).eval()
@@ -358,7 +400,7 @@ WAYS: dict[str, Way] = {
     "batch": Way(_batch),
     "batch, left padding": Way(_padded("left")),
     "batch, right padding": Way(_padded("right")),
-    "packed sequences": Way(_packed),
+    "packed sequences": Way(_packed, elsewhere=("llama4_text",)),  # its chunked layers
     "chunked prefill": Way(_chunked),
     "chunked prefill, left padding": Way(_chunked_left_padding),
     "cached prefix": Way(_cached_prefix),
@@ -388,10 +430,10 @@ WAYS: dict[str, Way] = {
     "over sdpa": Way(_over, make=_under("sdpa"), oracle=_eager),
     "over flex_attention": Way(_over, make=_under("flex_attention"), oracle=_eager),
     "PEFT adapter": Way(_batch, make=_lora),
+    "device_map split": Way(_generate(), make=_device_map),
     "offloaded weights": Way(_generate(), make=_offloaded_weights),
     "8-bit weights": Way(_generate(), make=_quantized_weights(8)),
     "4-bit weights": Way(_generate(), make=_quantized_weights(4)),
     "image in the prompt": Way(_image, only=VISION, elsewhere=("gemma3",)),  # its image tokens look ahead
-    # before blockwise overlays, transformers did not say whether an overlay adds anything
-    "image, then a turn of text": Way(_image_then_text, only=VISION, elsewhere=("gemma3",) if OLD else ()),
+    "image, then a turn of text": Way(_image_then_text, only=VISION),
 }  # fmt: skip
