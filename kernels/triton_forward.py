@@ -567,4 +567,4 @@ def triton_attention(
     programs = (inputs.batch * inputs.query_heads * grid.rows, triton.cdiv(grid.block_q, tiling.block_q))
     with torch.cuda.device_of(inputs.query):
         forward_kernel[programs](**arguments, num_warps=tiling.warps, num_stages=tiling.stages)
-    return AttentionOutput(output, lse)
+    return AttentionOutput(output, lse) if into is None else into

@@ -78,6 +78,7 @@ def compile_kernel(
     block_k: int = 64,
     values: bool = True,
     padded: bool = False,
+    some_heads: bool = False,
     float32_dots: str = "ieee",
     **fields: Any,
 ) -> CompiledKernel:
@@ -97,7 +98,8 @@ def compile_kernel(
         raise ValueError(f"no tiling fits {head_dim=}, {value_dim=}, {dtype} into {limit} bytes")
     output = torch.empty(1, _TOKENS, 8, value_dim, dtype=dtype).transpose(1, 2) if values else None
     lse = torch.empty(inputs.query.shape[:3], dtype=torch.float32)
-    arguments = kernel_arguments(inputs, index, output, lse, tiling, 32 << 20, float32_dots)
+    only = torch.ones(inputs.query.shape[:2], dtype=torch.bool) if some_heads else None
+    arguments = kernel_arguments(inputs, index, output, lse, tiling, 32 << 20, float32_dots, only)
     signature, constants, attributes = specialise(arguments)
     source = ASTSource(forward_kernel, signature, constants, attributes)
     with _cache():

@@ -60,11 +60,12 @@ def sampled_rows(inputs: AttentionInputs, guard: Guard, draw: str = "") -> tuple
     """int64 and bool [batch, rows + last]: queries to look at, and whether there is such a query.
 
     Both follow each batch row's own valid queries, so padding and neighbours do not matter. The draw depends on the
-    seed and on `draw` alone. With fewer valid queries than `rows`, some are drawn twice.
+    seed and on `draw` alone. Up to `rows` valid queries are all taken, some of them twice.
     """
     generator = random.Random(f"guard/{guard.seed}/{draw}")
-    share = [(stratum + generator.random()) / guard.rows for stratum in range(guard.rows)]
-    drawn = torch.tensor(share, dtype=torch.float64).to(inputs.device, non_blocking=True)
+    step = torch.tensor([generator.random() for _ in range(guard.rows)], dtype=torch.float64)
+    stratum = torch.arange(guard.rows, device=inputs.device)
+    drawn = stratum + step.to(inputs.device, non_blocking=True)
     before_end = torch.arange(-guard.last, 0, device=inputs.device)
     if inputs.key_valid is None:
         valid = torch.full((inputs.batch, 1), inputs.queries, device=inputs.device)
@@ -72,9 +73,10 @@ def sampled_rows(inputs: AttentionInputs, guard: Guard, draw: str = "") -> tuple
     else:
         until = inputs.key_valid[:, inputs.query_start : inputs.query_start + inputs.queries].cumsum(1)
         valid = until[:, -1:]
-    stratified = torch.minimum((drawn * valid).to(torch.int64), valid - 1)
+    drawn = (drawn * valid / guard.rows).to(torch.int64)
+    stratified = torch.where(valid > guard.rows, torch.minimum(drawn, valid - 1), stratum * valid // guard.rows)
     rank = torch.cat([stratified, valid + before_end], 1)
-    real = rank >= 0
+    real = (rank >= 0) & (valid > 0)
     place = rank.clamp(min=0)
     if until is not None:  # the query of a rank is the first with that many valid ones before it
         place = torch.searchsorted(until.contiguous(), place + 1).clamp(max=inputs.queries - 1)

@@ -28,7 +28,7 @@ Spec = tuple[int, int, str, dict[str, Any]]
 
 QUICK: list[Spec] = [
     *((architecture, head_dim, "bfloat16", {}) for architecture in (80, 90, 100) for head_dim in (64, 128)),
-    (90, 128, "float16", {"window": 300}),
+    (90, 128, "float16", {"window": 300, "some_heads": True}),
     (90, 128, "float32", {}),
 ]
 FULL: list[Spec] = [
@@ -38,6 +38,7 @@ FULL: list[Spec] = [
     *((architecture, 128, "bfloat16", {"block_q": 64, "window": 300}) for architecture in (80, 90, 100)),
     *((architecture, 128, "bfloat16", {"padded": True, "softcap": 30.0}) for architecture in (80, 90, 100)),
     *((architecture, 128, "bfloat16", {"values": False}) for architecture in (80, 90, 100)),
+    *((architecture, 128, "bfloat16", {"some_heads": True}) for architecture in (80, 90, 100)),
 ]
 
 
