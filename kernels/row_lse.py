@@ -6,17 +6,24 @@ import torch
 from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs
+from sparseprefill.kernels.dispatch import why_not
 
-# logits held at one time: on a CPU what stays in its cache (half or twice as many were no faster), on a GPU 128 MiB
+# logits that plain torch holds at one time: on a CPU what stays in its cache (half as many were slower), else 128 MiB
 _CPU_LOGITS, _GPU_LOGITS = 1 << 20, 1 << 25
 
 
-def row_lse(inputs: AttentionInputs, place: Tensor) -> Tensor:
+def row_lse(inputs: AttentionInputs, place: Tensor, impl: str = "auto") -> Tensor:
     """float32 [batch, query_heads, rows]: natural lse over all that the queries `place` (int64 [batch, rows]) may see.
 
     -inf where a query sees no key. Keys are taken a slab at a time, so memory does not grow with them; nothing is read
-    back from a GPU. On the CPU places in rising order are cheapest: a slab skips the queries that stand before it.
+    back from a GPU. `impl` as for `block_sparse_attention`: "triton" has a kernel for it, the others run plain torch
+    in float32, on any device, which "auto" takes where triton cannot. On the CPU places in rising order are cheapest: a
+    slab skips the queries that stand before it.
     """
+    if impl == "triton" or (impl == "auto" and inputs.device.type != "cpu" and why_not("triton", inputs) is None):
+        from sparseprefill.kernels.triton_rows import triton_row_lse
+
+        return triton_row_lse(inputs, place)
     group, rows = inputs.group_size, place.shape[1]
     low, high = (bound.gather(1, place) for bound in inputs.visible_range())
     picked = place[:, None, :, None].expand(-1, inputs.query_heads, -1, inputs.head_dim)

@@ -83,10 +83,10 @@ def sampled_rows(inputs: AttentionInputs, guard: Guard, draw: str = "") -> tuple
     return place, real
 
 
-def check(inputs: AttentionInputs, lse: Tensor, guard: Guard, draw: str = "") -> GuardCheck:
+def check(inputs: AttentionInputs, lse: Tensor, guard: Guard, draw: str = "", impl: str = "auto") -> GuardCheck:
     """Kept mass on the sampled rows of a sparse result with this lse [batch, query_heads, queries], and who failed."""
     place, exists = sampled_rows(inputs, guard, draw)
-    dense = row_lse(inputs, place)
+    dense = row_lse(inputs, place, impl)
     own = lse.gather(2, place[:, None].expand(-1, inputs.query_heads, -1))
     real = exists[:, None] & (dense > -torch.inf)
     mass = torch.where(real, (own - dense).exp().clamp(max=1.0), 1.0)  # rounding must not make up for another row
@@ -158,7 +158,7 @@ def guarded(
         times.append(time.perf_counter())
 
     mark(0)
-    found = check(inputs, result.lse, guard, draw)
+    found = check(inputs, result.lse, guard, draw, impl)
     mark(1)
     index = run_again(inputs, index, result, found.failed, impl)
     mark(2)

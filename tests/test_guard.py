@@ -16,6 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparseprefill import patch_model, register
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid, BlockIndex
+from sparseprefill.evals import guard as evals
+from sparseprefill.evals.loading import load_model
+from sparseprefill.evals.needle import MethodSpec, run_needle
 from sparseprefill.guard import Guard, check, fails, guarded, sampled_rows
 from sparseprefill.huggingface_masks import NAME
 from sparseprefill.kernels import block_sparse_attention
@@ -405,3 +408,63 @@ def test_flags_on_a_gpu_are_those_of_the_cpu(name: str) -> None:
     here, there = (run(each, Planted(((1, 2),)), Guard(0.6)).guarded.check for each in (inputs, on(inputs, "cpu")))
     assert torch.equal(here.place.cpu(), there.place)
     assert torch.equal(here.failed.cpu(), there.failed)
+
+
+class TestEvals:
+    def test_what_is_planted_is_found_or_missed_as_counted(self) -> None:
+        cases = evals.planted_failures(length=1024, bad_heads=(1, 8), shares=(0.001, 1.0), rows=(16, 64), seeds=1)
+        assert len(cases) == 2 * 2 * 2 * 2
+        for case in cases:
+            assert len(case.mass) == case.bad_heads
+            assert all(alarms == 0 for alarms in case.false_alarms.values())
+            if case.share == 1:
+                assert max(case.mass) < 0.95
+                assert set(case.found.values()) == {case.bad_heads}
+            else:
+                assert min(case.mass) > 0.95, "one row in a thousand does not move a mean: not the guard's business"
+        assert "100%" in evals.miss_table(cases, markdown=True)
+        assert len(evals.miss_table(cases, severity="lost").splitlines()) == 4
+
+    def test_rows_put_together_are_what_the_kernels_compute(self) -> None:
+        """The planted rows of a case, through the real guard, and picked from masses computed before."""
+        inputs, good, bad = evals._row_masses(1024, 0)
+        where = evals.bad_rows(1024, 3, 0.3, "together", torch.Generator().manual_seed(1))
+        worse = evals.worse_queries(inputs, 0, "lost")
+        mixed = dataclasses.replace(inputs, query=torch.where(where[None, :, :, None], worse, inputs.query))
+        seen = sparse_prefill(mixed, evals._SKIPPING, guard=Guard(0.95), draw="x").guarded.check
+        mass = torch.where(where, bad["lost"], good)
+        assert torch.equal(seen.failed[0], where.any(1))
+        picked = mass.gather(1, seen.place.expand(8, -1))
+        torch.testing.assert_close(seen.mass[0], picked, atol=1e-4, rtol=1e-4)
+
+    def test_false_alarms_are_counted_over_draws(self) -> None:
+        inputs = make_inputs(queries=1000)
+        mass = torch.full((3, 1000), 0.96)
+        mass[1, 100:300] = 0.0  # bad: 0.77
+        mass[2, 5:20] = 0.0  # good by its mean, 0.9456 + a hair: at this floor
+        results = evals.false_alarms(inputs, mass, floors=(0.9,), rows=(64,), draws=20)
+        rules = {each.rule: each for each in results}
+        plain = rules["means"]
+        assert (plain.good_heads, plain.bad_heads, plain.missed) == (2, 1, 0.0)
+        assert plain.flagged == 0.0
+        assert 0 < rules["means, or a row below a tenth of the floor"].flagged <= 0.5
+        assert "false alarms" in evals.false_alarm_table(results)
+        with pytest.raises(ValueError, match=r"no head keeps 0\.99"):
+            evals.false_alarms(inputs, mass, floors=(0.99,))
+
+    def test_masses_and_cost_of_the_model_inside(self) -> None:
+        model, tokenizer = load_model()
+        specs = [MethodSpec("a_shape", {"sink": 64, "window": 0.5}), MethodSpec("block_sparse", {"keep": 1.0})]
+        inputs, mass = evals.head_masses(model, tokenizer, length=512, prompts=1, profiles=specs)
+        assert (inputs.queries, mass.shape) == (512, (5 * 2 * 8, 512))
+        assert (mass.unflatten(0, (5, 2, 8))[:, 1] > 0.999).all()
+        (cost,) = evals.guard_cost(model, specs[:1], length=512, repeats=1, min_mass=1.0)
+        assert cost.reran == cost.checked == 32
+        assert min(cost.checks, cost.reruns, cost.attention, cost.first_token) > 0
+        assert "32/32" in evals.cost_table([cost])
+
+    def test_a_needle_run_takes_a_floor_as_an_option(self) -> None:
+        model, tokenizer = load_model()
+        spec = MethodSpec.parse("a_shape:sink=64,window=64,min_mass=1.0")
+        (score,) = run_needle(model, tokenizer, [spec], [600], needles=2, samples=1, generated=0).scores
+        assert score.density == pytest.approx(1.0)

@@ -18,7 +18,9 @@ if sys.platform != "linux":
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # conftest.py has switched the interpreter on where there is no GPU
-from sparseprefill.kernels import triton_forward  # noqa: E402  (after the skip above)
+from sparseprefill.kernels import triton_forward, triton_rows  # noqa: E402  (after the skip above)
+from sparseprefill.kernels.reference import reference_attention  # noqa: E402  (after the skip above)
+from sparseprefill.kernels.row_lse import row_lse  # noqa: E402  (after the skip above)
 from sparseprefill.kernels.triton_forward import (  # noqa: E402  (after the skip above)
     Tiling,
     choose_tiling,
@@ -167,6 +169,36 @@ def test_some_heads_into_an_earlier_result(fields: dict[str, Any], values: bool)
     if values:
         assert torch.equal(result.output[only], want.output[only])
         assert (result.output[~only] == 7).all()
+
+
+ROW_CASES = [
+    "length_65_fp32",
+    "dim_80_tall_columns",
+    "groups_of_7",
+    "row_of_padding",
+    "window_30",
+    "segments",
+    "everything",
+]
+
+
+@pytest.mark.parametrize("name", ROW_CASES)
+def test_lse_of_some_rows_matches_the_oracle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For places in any order, over several spans of keys."""
+    monkeypatch.setattr(triton_rows, "_SPAN", 64)
+    fields = next(each.values[2] for each in CASES if each.id == name)
+    moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
+    inputs = make_inputs(**moved, device=DEVICE)
+    place = torch.randint(inputs.queries, (inputs.batch, 20), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    everywhere = place[:, None].expand(-1, inputs.query_heads, -1)
+    got = row_lse(inputs, place, "triton")
+    exact = reference_attention(inputs).lse.gather(2, everywhere)
+    plain = reference_attention(inputs, dtype=inputs.query.dtype).lse.gather(2, everywhere).double()
+    empty = exact == -torch.inf
+    assert torch.equal(got == -torch.inf, empty)
+    got, exact, plain = (lse.double().masked_fill(empty, 0.0) for lse in (got, exact, plain))
+    eps = torch.finfo(inputs.query.dtype).eps
+    assert (got - exact).abs().max() <= 2 * ((plain - exact).abs().max() + eps * exact.abs().max())
 
 
 def test_a_dense_index_that_aliases_its_storage() -> None:
