@@ -40,7 +40,7 @@ SEVERITIES = {"lost": 4.0, "half": 0.0}
 
 @dataclass(frozen=True, slots=True)
 class Planted:
-    """One planted failure, and how many of its heads each number of drawn rows flagged."""
+    """One planted failure, and which of its heads each number of drawn rows flagged."""
 
     bad_heads: int
     share: float  # of a bad head's rows
@@ -48,7 +48,7 @@ class Planted:
     placed: str  # "scattered" or "together"
     seed: int
     mass: list[float]  # true mean kept mass of each bad head, over all rows
-    found: dict[int, int]  # drawn rows: bad heads flagged
+    found: dict[int, list[bool]]  # drawn rows: was it flagged, of each bad head
     false_alarms: dict[int, int]  # drawn rows: good heads flagged
 
 
@@ -80,11 +80,12 @@ def planted_failures(
             where = bad_rows(length, count, share, placed, draw)
             mass = torch.where(where, bad[severity], good)
             failing = where.any(1)
-            found, alarms = {}, {}
+            found: dict[int, list[bool]] = {}
+            alarms: dict[int, int] = {}
             for drawn in rows:
                 guard = Guard(min_mass, rows=drawn)
                 failed = _judged(inputs, mass[None], guard, name)[0]
-                found[drawn], alarms[drawn] = int(failed[failing].sum()), int(failed[~failing].sum())
+                found[drawn], alarms[drawn] = failed[failing].tolist(), int(failed[~failing].sum())
             own = mass[failing].double().mean(1).tolist()
             cases.append(Planted(count, share, severity, placed, seed, own, found, alarms))
             progress(1)
@@ -339,17 +340,30 @@ def _finish(model: PreTrainedModel) -> None:
         torch.cuda.synchronize()
 
 
-def miss_table(cases: Sequence[Planted], *, severity: str | None = None, markdown: bool = False) -> str:
-    """Share of bad heads not flagged, by bad row share and drawn rows."""
+def miss_table(
+    cases: Sequence[Planted], *, severity: str | None = None, below: float | None = None, markdown: bool = False
+) -> str:
+    """Share of bad heads not flagged, by bad row share and drawn rows.
+
+    `severity`: cases of one kind alone. `below`: heads alone whose true mean kept mass is below that.
+    """
     drawn = sorted(cases[0].found)
     body = []
     for share in sorted({case.share for case in cases}):
-        here = [c for c in cases if c.share == share and severity in (None, c.severity)]
-        heads = sum(c.bad_heads for c in here)
-        mean = statistics.fmean(m for c in here for m in c.mass)
-        missed = [1 - sum(c.found[n] for c in here) / heads for n in drawn]
-        body.append([f"{100 * share:g}%", str(len(here)), number(mean), *(f"{100 * m:.0f}%" for m in missed)])
-    head = ["bad rows", "cases", "mean kept mass", *(f"{n} rows" for n in drawn)]
+        here = [
+            (mass, [case.found[n][head] for n in drawn])
+            for case in cases
+            if case.share == share and severity in (None, case.severity)
+            for head, mass in enumerate(case.mass)
+            if below is None or mass < below
+        ]
+        if not here:
+            body.append([f"{100 * share:g}%", "0", "-", *("-" for _ in drawn)])
+            continue
+        missed = [1 - statistics.fmean(column) for column in zip(*(flags for _, flags in here), strict=True)]
+        mean = statistics.fmean(mass for mass, _ in here)
+        body.append([f"{100 * share:g}%", str(len(here)), number(mean), *(f"{100 * m:.1f}%" for m in missed)])
+    head = ["bad rows", "bad heads", "mean kept mass", *(f"{n} rows" for n in drawn)]
     return table(head, body, markdown=markdown)
 
 

@@ -42,6 +42,9 @@ def main() -> None:
             print(f"{len(cases)} planted failures, all and by what a bad row keeps")
             for severity in (None, *evals.SEVERITIES):
                 print(severity or "all", evals.miss_table(cases, severity=severity, markdown=True), sep="\n\n")
+            print("heads below the floor", evals.miss_table(cases, below=0.95, markdown=True), sep="\n\n")
+            alarms = {n: sum(case.false_alarms[n] for case in cases) for n in evals.ROWS}
+            print("good heads flagged, by drawn rows:", alarms, "of", sum(8 - case.bad_heads for case in cases))
             found = [asdict(case) for case in cases]
         elif part == "false_alarms":
             with tqdm(desc=part) as bar:
