@@ -60,7 +60,16 @@ def main() -> None:
             found = [asdict(each) for each in costs]
         about = provenance(model if part != "planted" else None) | {"load_before": round(load, 2)}
         written[part] = {"provenance": about, "results": found}
-        args.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(_one_line_a_result(written), encoding="utf-8")
+
+
+def _one_line_a_result(written: dict[str, Any]) -> str:
+    parts = []
+    for part, content in written.items():
+        results = ",\n".join(f"   {json.dumps(each)}" for each in content["results"])
+        about = json.dumps(content["provenance"])
+        parts.append(f' "{part}": {{\n  "provenance": {about},\n  "results": [\n{results}\n  ]\n }}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 if __name__ == "__main__":
