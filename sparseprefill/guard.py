@@ -88,7 +88,7 @@ def check(inputs: AttentionInputs, lse: Tensor, guard: Guard, draw: str = "", im
     place, exists = sampled_rows(inputs, guard, draw)
     dense = row_lse(inputs, place, impl)
     own = lse.gather(2, place[:, None].expand(-1, inputs.query_heads, -1))
-    real = exists[:, None] & (dense > -torch.inf)
+    real = exists[:, None] & (dense != -torch.inf)
     mass = torch.where(real, (own - dense).exp().clamp(max=1.0), 1.0)  # rounding must not make up for another row
     return GuardCheck(fails(mass, real, guard), real.any(2).any(1), mass, real, place)
 

@@ -178,6 +178,10 @@ class TestRunningAgain:
         guard = Guard(0.5, rows=2, last=1)
         mass = torch.tensor([[0.9, torch.nan, 0.9], [0.9, 0.9, torch.nan], [0.9, 0.9, 0.9]])
         assert fails(mass, torch.ones(3, 3, dtype=torch.bool), guard).tolist() == [True, True, False]
+        inputs = inputs_of("plain")
+        lse = block_sparse_attention(inputs, BlockIndex.dense(inputs, BlockGrid.of(inputs, 16, 16))).lse
+        inputs.key[1, 0, 3] = torch.nan
+        assert check(inputs, lse, guard).failed.tolist() == [[False] * 4, [True, True, False, False]]
 
     def test_the_last_rows_and_the_drawn_ones_are_judged_apart(self) -> None:
         guard = Guard(0.9, rows=4, last=2)
