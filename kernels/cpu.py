@@ -8,6 +8,7 @@ computed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,8 +35,20 @@ def why_not_cpu(inputs: AttentionInputs, index: BlockIndex | None) -> str | None
     return None
 
 
-def cpu_attention(inputs: AttentionInputs, index: BlockIndex, *, values: bool = True) -> AttentionOutput:
-    """Attention over the listed blocks; with `values=False` only lse is computed and no value is read."""
+def cpu_attention(
+    inputs: AttentionInputs,
+    index: BlockIndex,
+    *,
+    values: bool = True,
+    only: Tensor | None = None,
+    into: AttentionOutput | None = None,
+) -> AttentionOutput:
+    """Attention over the listed blocks; with `values=False` only lse is computed and no value is read.
+
+    `only`, `into`: see `block_sparse_attention`.
+    """
+    if only is not None and into is not None:
+        return _some_heads(inputs, index, values, only, into)
     if values and inputs.sinks is None and _is_plain_dense(inputs, index):
         return _dense(inputs)
     tiles = _Tiles.of(inputs, index)
@@ -61,6 +74,28 @@ def cpu_attention(inputs: AttentionInputs, index: BlockIndex, *, values: bool = 
             part = _masked(query, ids, tiles, inputs, space, values=values)
         _accumulate(flat, part, output, lse)
     return _scatter(inputs, index, output, lse)
+
+
+def _some_heads(
+    inputs: AttentionInputs, index: BlockIndex, values: bool, only: Tensor, into: AttentionOutput
+) -> AttentionOutput:
+    """One batch row after another: its marked heads as inputs of their own, written where they belong."""
+    grid = index.grid
+    for b in only.any(1).nonzero()[:, 0].tolist():
+        heads = only[b].nonzero()[:, 0].tolist()
+        row = slice(b, b + 1)
+        alone = dataclasses.replace(
+            inputs, query=inputs.query[row], key=inputs.key[row], value=inputs.value[row],
+            key_valid=None if inputs.key_valid is None else inputs.key_valid[row],
+            segment=None if inputs.segment is None else inputs.segment[row],
+        ).select_heads(heads)  # fmt: skip
+        own = dataclasses.replace(grid, anchor=grid.anchor[row], first=grid.first[row])
+        lists = BlockIndex(own, index.columns, index.start[row, heads], index.count[row, heads])
+        part = cpu_attention(alone, lists, values=values)
+        into.lse[b, heads] = part.lse[0]
+        if into.output is not None and part.output is not None:
+            into.output[b, heads] = part.output[0]
+    return into
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockIndex
 from sparseprefill.kernels.cpu import cpu_attention, why_not_cpu
@@ -21,17 +22,26 @@ class Implementation:
     """A way to compute block-sparse attention."""
 
     why_not: Callable[[AttentionInputs, BlockIndex | None], str | None]
-    attend: Callable[[AttentionInputs, BlockIndex, bool], AttentionOutput]  # (inputs, index, values)
+    attend: Callable[..., AttentionOutput]  # (inputs, index, values, only, into)
     automatic: Callable[[AttentionInputs], bool]  # may `auto` ask it?
 
 
-def _reference(inputs: AttentionInputs, index: BlockIndex, values: bool) -> AttentionOutput:
+def _reference(
+    inputs: AttentionInputs, index: BlockIndex, values: bool, only: Tensor | None, into: AttentionOutput | None
+) -> AttentionOutput:
     full = reference_attention(inputs, index)
-    return full if values else AttentionOutput(None, full.lse)
+    if only is None or into is None:
+        return full if values else AttentionOutput(None, full.lse)
+    into.lse.copy_(torch.where(only[..., None], full.lse, into.lse))
+    if values and into.output is not None and full.output is not None:
+        into.output.copy_(torch.where(only[..., None, None], full.output, into.output))
+    return into
 
 
-def _cpu(inputs: AttentionInputs, index: BlockIndex, values: bool) -> AttentionOutput:
-    return cpu_attention(inputs, index, values=values)
+def _cpu(
+    inputs: AttentionInputs, index: BlockIndex, values: bool, only: Tensor | None, into: AttentionOutput | None
+) -> AttentionOutput:
+    return cpu_attention(inputs, index, values=values, only=only, into=into)
 
 
 def _why_not_triton(inputs: AttentionInputs, index: BlockIndex | None) -> str | None:
@@ -42,10 +52,12 @@ def _why_not_triton(inputs: AttentionInputs, index: BlockIndex | None) -> str | 
     return why_not_triton(inputs, index)
 
 
-def _triton(inputs: AttentionInputs, index: BlockIndex, values: bool) -> AttentionOutput:
+def _triton(
+    inputs: AttentionInputs, index: BlockIndex, values: bool, only: Tensor | None, into: AttentionOutput | None
+) -> AttentionOutput:
     from sparseprefill.kernels.triton_forward import triton_attention
 
-    return triton_attention(inputs, index, values=values)
+    return triton_attention(inputs, index, values=values, only=only, into=into)
 
 
 def device_limits(device: torch.device) -> DeviceLimits:
@@ -85,7 +97,13 @@ def choose_implementation(inputs: AttentionInputs, index: BlockIndex | None = No
 
 
 def block_sparse_attention(
-    inputs: AttentionInputs, index: BlockIndex, impl: str = "auto", *, values: bool = True
+    inputs: AttentionInputs,
+    index: BlockIndex,
+    impl: str = "auto",
+    *,
+    values: bool = True,
+    only: Tensor | None = None,
+    into: AttentionOutput | None = None,
 ) -> AttentionOutput:
     """Attention of each query over the visible keys in the blocks listed for its row.
 
@@ -94,12 +112,16 @@ def block_sparse_attention(
         index: see `BlockIndex`; must stand on the grid of these inputs.
         impl: "triton", "cpu", "reference" (float64, slow) or "auto" (the first that can, never the reference).
         values: False computes lse alone and reads no values.
+        only: bool [batch, query_heads] on the device of the inputs: these heads alone are computed and written over
+            those in `into`, whose other heads keep their bits. Nothing is read back from a GPU.
+        into: an earlier result of the same implementation for these inputs; goes with `only`.
 
     Returns:
-        `AttentionOutput`: output in the dtype of the inputs (float64 from the reference) and lse in float32.
+        `AttentionOutput`: output in the dtype of the inputs (float64 from the reference) and lse in float32; `into`
+        where it was given.
 
     Raises:
-        ValueError: unknown `impl`, or an index made for other inputs.
+        ValueError: unknown `impl`, an index made for other inputs, or an `only` and `into` that do not fit them.
         NotImplementedError: the chosen implementation (or, for "auto", every one) cannot; the message says why.
     """
     misfit = index.grid.fits(inputs)
@@ -107,6 +129,9 @@ def block_sparse_attention(
         raise ValueError(f"the index does not belong to these inputs: {misfit}")
     if index.query_heads != inputs.query_heads:
         raise ValueError(f"the index lists blocks of {index.query_heads} heads, the query has {inputs.query_heads}")
+    misfit = _why_not_into(inputs, values, only, into)
+    if misfit is not None:
+        raise ValueError(misfit)
     if impl == "auto":
         impl = choose_implementation(inputs, index)
     else:
@@ -114,4 +139,24 @@ def block_sparse_attention(
         if reason is not None:
             raise NotImplementedError(f"{impl} cannot compute this: {reason}")
     with torch.autocast(inputs.device.type, enabled=False):  # what is float32 inside a kernel stays it
-        return IMPLEMENTATIONS[impl].attend(inputs, index, values)
+        return IMPLEMENTATIONS[impl].attend(inputs, index, values, only, into)
+
+
+def _why_not_into(
+    inputs: AttentionInputs, values: bool, only: Tensor | None, into: AttentionOutput | None
+) -> str | None:
+    """Why some heads cannot be computed into an earlier result, or None."""
+    if only is None and into is None:
+        return None
+    if only is None or into is None:
+        return "`only` names the heads to compute and `into` the result they go into: give both or neither"
+    if only.dtype != torch.bool or only.shape != inputs.query.shape[:2] or only.device != inputs.device:
+        return (
+            f"only must be bool [batch, query_heads] = {tuple(inputs.query.shape[:2])} on {inputs.device}, "
+            f"got {only.dtype} {tuple(only.shape)} on {only.device}"
+        )
+    if into.lse.shape != inputs.query.shape[:3] or into.lse.device != inputs.device:
+        return f"into is a result of other inputs: its lse is {tuple(into.lse.shape)} on {into.lse.device}"
+    if (into.output is not None) != values:
+        return "into must hold an output where values are computed, and none where lse alone is"
+    return None

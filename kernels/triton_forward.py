@@ -247,7 +247,7 @@ def _load(p_tile, m_row, o_column, N: tl.constexpr, MASK_ROWS: tl.constexpr, MAS
 )  # fmt: skip
 def forward_kernel(
     p_q, p_k, p_v, p_out, p_lse, p_sinks, p_valid, p_low,
-    p_columns, p_start, p_count, p_order, p_anchor, p_first, p_hole,
+    p_columns, p_start, p_count, p_order, p_anchor, p_first, p_hole, p_only,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
@@ -259,16 +259,21 @@ def forward_kernel(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     SPAN_Q: tl.constexpr, SPAN_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SEGMENT: tl.constexpr,
-    HAS_CAP: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_ONLY: tl.constexpr,
+    VALUES: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of queries over the listed key blocks.
 
-    program_id(0) walks p_order, program_id(1) the query tiles of a row where SPAN_Q > BLOCK_Q.
+    program_id(0) walks p_order, program_id(1) the query tiles of a row where SPAN_Q > BLOCK_Q. With p_only, programs of
+    heads that it does not mark write nothing at all.
     """
     HAS_LOW: tl.constexpr = HAS_WINDOW or HAS_SEGMENT
     TILES: tl.constexpr = (SPAN_K + BLOCK_K - 1) // BLOCK_K
     i_row = tl.load(p_order + tl.program_id(0))
     i_b, i_h, i_r = i_row // (query_heads * rows), i_row // rows % query_heads, i_row % rows
+    if HAS_ONLY:  # noqa: SIM102  (with `and` the load would be compiled where there is no pointer)
+        if tl.load(p_only + i_b * query_heads + i_h) == 0:
+            return
     n_anchor = tl.load(p_anchor + i_b).to(tl.int32)
     n_end = query_start + queries
 
@@ -488,6 +493,7 @@ def kernel_arguments(
     tiling: Tiling,
     cache: int,
     float32_dots: str = "ieee",
+    only: Tensor | None = None,
 ) -> dict[str, object]:
     """What `forward_kernel` is launched with, by name."""
     grid = index.grid
@@ -504,6 +510,7 @@ def kernel_arguments(
         "p_columns": index.columns.contiguous(), "p_start": index.start, "p_count": index.count,
         "p_order": longest_first(index.count, heads_that_share(inputs, cache)),
         "p_anchor": grid.anchor, "p_first": grid.first, "p_hole": first_hole(inputs, grid.anchor),
+        "p_only": None if only is None else only.contiguous().view(torch.uint8),
     }  # fmt: skip
     for letter, tensor in (("q", inputs.query), ("k", inputs.key), ("v", inputs.value), ("o", output)):
         strides = (0, 0, 0, 1) if tensor is None else tensor.stride()
@@ -517,7 +524,8 @@ def kernel_arguments(
         "D": inputs.head_dim, "D0": d0, "D1": d1, "V": inputs.value_dim, "V0": v0, "V1": v1,
         "SPAN_Q": grid.block_q, "SPAN_K": grid.block_k, "BLOCK_Q": tiling.block_q, "BLOCK_K": tiling.block_k,
         "HAS_SINKS": inputs.sinks is not None, "HAS_VALID": valid is not None, "HAS_WINDOW": inputs.window is not None,
-        "HAS_SEGMENT": low is not None, "HAS_CAP": inputs.softcap is not None, "VALUES": output is not None,
+        "HAS_SEGMENT": low is not None, "HAS_CAP": inputs.softcap is not None, "HAS_ONLY": only is not None,
+        "VALUES": output is not None,
         "PRECISION": float32_dots, "PRECISE": inputs.query.dtype == torch.float32, "WIDEN": interpreted(),
     }  # fmt: skip
 
@@ -529,11 +537,14 @@ def triton_attention(
     values: bool = True,
     tiling: Tiling | None = None,
     float32_dots: str = "ieee",
+    only: Tensor | None = None,
+    into: AttentionOutput | None = None,
 ) -> AttentionOutput:
     """Attention over the listed blocks; with `values=False` only lse is computed and no value is read.
 
     `float32_dots`: "ieee", or "tf32x3" for three tensor-core products at nearly the same accuracy. Nothing is read
-    back to the host. The output's tokens lie outside its heads in memory, as a model wants them next.
+    back to the host. The output's tokens lie outside its heads in memory, as a model wants them next. `only`, `into`:
+    see `block_sparse_attention`; programs of heads that are not marked end at once.
     """
     limits = device_limits(inputs.device)
     grid = index.grid
@@ -544,11 +555,16 @@ def triton_attention(
         )  # fmt: skip
     if tiling is None:
         raise NotImplementedError(f"triton cannot compute this: {why_not_triton(inputs, index)}")
-    shape = (inputs.batch, inputs.queries, inputs.query_heads, inputs.value_dim)
-    output = inputs.query.new_empty(shape).transpose(1, 2) if values else None
-    lse = torch.empty(inputs.query.shape[:3], dtype=torch.float32, device=inputs.device)
-    arguments = kernel_arguments(inputs, index, output, lse, tiling, limits.cache, float32_dots)
+    if into is None:
+        shape = (inputs.batch, inputs.queries, inputs.query_heads, inputs.value_dim)
+        output = inputs.query.new_empty(shape).transpose(1, 2) if values else None
+        lse = torch.empty(inputs.query.shape[:3], dtype=torch.float32, device=inputs.device)
+    else:
+        output, lse = into.output, into.lse
+        if lse.dtype != torch.float32 or not lse.is_contiguous():
+            raise ValueError("into must be an earlier result of this kernel: its lse is float32 and contiguous")
+    arguments = kernel_arguments(inputs, index, output, lse, tiling, limits.cache, float32_dots, only)
     programs = (inputs.batch * inputs.query_heads * grid.rows, triton.cdiv(grid.block_q, tiling.block_q))
     with torch.cuda.device_of(inputs.query):
         forward_kernel[programs](**arguments, num_warps=tiling.warps, num_stages=tiling.stages)
-    return AttentionOutput(output, lse)
+    return AttentionOutput(output, lse) if into is None else into

@@ -24,7 +24,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
-from sparseprefill.kernels.triton_forward import choose_tiling, forward_kernel, interpreted, kernel_arguments
+from sparseprefill.kernels.triton_forward import (
+    Tiling,
+    choose_tiling,
+    forward_kernel,
+    interpreted,
+    kernel_arguments,
+)
+from sparseprefill.kernels.triton_rows import rows_arguments, rows_kernel, rows_tiling
 
 # shared memory that a block may use, in bytes (CUDA programming guide, table of compute capabilities)
 SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -78,6 +85,7 @@ def compile_kernel(
     block_k: int = 64,
     values: bool = True,
     padded: bool = False,
+    some_heads: bool = False,
     float32_dots: str = "ieee",
     **fields: Any,
 ) -> CompiledKernel:
@@ -97,9 +105,37 @@ def compile_kernel(
         raise ValueError(f"no tiling fits {head_dim=}, {value_dim=}, {dtype} into {limit} bytes")
     output = torch.empty(1, _TOKENS, 8, value_dim, dtype=dtype).transpose(1, 2) if values else None
     lse = torch.empty(inputs.query.shape[:3], dtype=torch.float32)
-    arguments = kernel_arguments(inputs, index, output, lse, tiling, 32 << 20, float32_dots)
-    signature, constants, attributes = specialise(arguments)
-    source = ASTSource(forward_kernel, signature, constants, attributes)
+    only = torch.ones(inputs.query.shape[:2], dtype=torch.bool) if some_heads else None
+    arguments = kernel_arguments(inputs, index, output, lse, tiling, 32 << 20, float32_dots, only)
+    return _compiled(
+        forward_kernel, arguments, tiling, architecture, inputs, tiling.shared_bytes(head_dim, value_dim, dtype)
+    )
+
+
+def compile_rows(
+    architecture: int, head_dim: int, dtype: torch.dtype = torch.bfloat16, *, padded: bool = False, **fields: Any
+) -> CompiledKernel:
+    """As `compile_kernel`, for the kernel that computes the lse of some rows."""
+    if interpreted():
+        raise RuntimeError("nothing can be compiled under TRITON_INTERPRET=1")
+    if padded:
+        fields["key_valid"] = torch.ones(1, _TOKENS, dtype=torch.bool)
+    inputs, _ = _model_like(head_dim, head_dim, dtype, 64, 64, fields)
+    limit = SHARED_LIMITS[architecture]
+    tiling = rows_tiling(head_dim, dtype, limit, divmod(architecture, 10))
+    if tiling is None:
+        raise ValueError(f"no tiling fits {head_dim=}, {dtype} into {limit} bytes")
+    arguments, _ = rows_arguments(inputs, torch.arange(144)[None], tiling)
+    return _compiled(
+        rows_kernel, arguments, tiling, architecture, inputs, tiling.shared_bytes(head_dim, head_dim, dtype)
+    )
+
+
+def _compiled(
+    kernel: Any, arguments: dict[str, object], tiling: Tiling, architecture: int, inputs: AttentionInputs, estimate: int
+) -> CompiledKernel:
+    signature, constants, attributes = specialise(arguments, kernel)
+    source = ASTSource(kernel, signature, constants, attributes)
     with _cache():
         compiled = triton.compile(
             source,
@@ -108,15 +144,17 @@ def compile_kernel(
         )
     assembly = compiled.asm["ptx"]
     return CompiledKernel(
-        architecture, head_dim, value_dim, str(dtype).removeprefix("torch."),
+        architecture, inputs.head_dim, inputs.value_dim, str(inputs.query.dtype).removeprefix("torch."),
         tiling.block_q, tiling.block_k, tiling.warps, tiling.stages,
-        tiling.shared_bytes(head_dim, value_dim, dtype), compiled.metadata.shared, limit,
+        estimate, compiled.metadata.shared, SHARED_LIMITS[architecture],
         **_resources(compiled.asm["cubin"]),
         **{name: len(re.findall(pattern, assembly)) for name, pattern in _INSTRUCTIONS.items()},
     )  # fmt: skip
 
 
-def specialise(arguments: dict[str, object]) -> tuple[dict[str, str], dict[tuple[int], object], dict[tuple[int], Any]]:
+def specialise(
+    arguments: dict[str, object], kernel: Any = forward_kernel
+) -> tuple[dict[str, str], dict[tuple[int], object], dict[tuple[int], Any]]:
     """Signature, constants and attributes as Triton derives them from the arguments of a launch.
 
     Pointers and integers that 16 divides are marked so, the integer 1 and None become constants, except in the
@@ -125,7 +163,7 @@ def specialise(arguments: dict[str, object]) -> tuple[dict[str, str], dict[tuple
     signature: dict[str, str] = {}
     constants: dict[tuple[int], object] = {}
     attributes: dict[tuple[int], Any] = {}
-    for parameter in forward_kernel.params:
+    for parameter in kernel.params:
         value, place = arguments[parameter.name], (parameter.num,)
         free = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (free and type(value) is int and value == 1):

@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparseprefill import huggingface_masks as masks
 from sparseprefill.contracts import AttentionInputs, BlockGrid
+from sparseprefill.guard import Guard, GuardLog
 from sparseprefill.huggingface_masks import NAME, MaskInfo, MaskSettings
 from sparseprefill.huggingface_modules import (
     STATE,
@@ -68,8 +69,15 @@ class Settings:
     min_length: int | None = None
     observe: bool = True
     sample_rows: int = 16
+    min_mass: float | None = None
+
+    @property
+    def guard(self) -> Guard | None:
+        """What watches over the kept mass, if anything does."""
+        return None if self.min_mass is None else Guard(self.min_mass)
 
     def __post_init__(self) -> None:
+        _ = self.guard  # refuses a bad floor
         for name in ("block_q", "block_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -100,6 +108,7 @@ class _Layer:
     kernels: dict[str, int] = field(default_factory=dict)
     timings: list[tuple[Any, ...]] = field(default_factory=list)  # CUDA events, not yet summed
     sums: dict[str, Any] = field(default_factory=dict)
+    guard: GuardLog = field(default_factory=GuardLog)
     nan: Tensor | None = None  # bool [] on the device: a query or key was NaN
 
     def __post_init__(self) -> None:
@@ -152,6 +161,8 @@ class _Layer:
     def _note(self, prefill: Prefill, impl: str) -> None:
         self.sparse_calls += 1
         self.kernels[impl] = self.kernels.get(impl, 0) + 1
+        if prefill.guarded is not None:
+            self.guard.note(prefill.guarded)
         counted = prefill.coverage
         if counted is None:
             return
@@ -196,7 +207,7 @@ class _Layer:
         return LayerReport(
             self.number, self._described(), self.sparse_calls,
             dict(self.previous_calls), dict(self.kernels), density, tile_work, mass,
-            sums.get("estimator", 0.0), sums.get("kernel", 0.0), self.first_head,
+            sums.get("estimator", 0.0), sums.get("kernel", 0.0), *self.guard.read(), self.first_head,
         )  # fmt: skip
 
     def _described(self) -> str:
@@ -256,6 +267,7 @@ class Patch:
             layer.sparse_calls = 0
             for counted in (layer.previous_calls, layer.kernels, layer.timings, layer.sums):
                 counted.clear()
+            layer.guard = GuardLog()
 
     def _raise_on_nan(self, *_: Any) -> None:
         """After a forward pass on a GPU: one read of the flags that its layers set."""
@@ -280,6 +292,7 @@ def patch_model(
     min_length: int | None = None,
     observe: bool = True,
     sample_rows: int = 16,
+    min_mass: float | None = None,
     **options: Any,
 ) -> Patch:
     """Let a stock Hugging Face model prefill long prompts sparsely, until the returned handle is removed.
@@ -303,6 +316,7 @@ def patch_model(
         min_length: sparse from that many keys on; None lets the cost model decide.
         observe: count density, kept mass and times for `report()`.
         sample_rows: queries a call on which kept mass is measured against dense attention; 0 for none.
+        min_mass: guard: a head whose kept mass, sampled in each call, is below this runs again with full rows.
         options: of the method.
 
     Raises:
@@ -313,7 +327,7 @@ def patch_model(
     sparse attention has not (`output_attentions`, dropout, gradients), FloatingPointError where queries or keys are
     NaN, and ValueError for a batch row that is padding only.
     """
-    settings = Settings(block_q, block_k, impl, min_length, observe, sample_rows)
+    settings = Settings(block_q, block_k, impl, min_length, observe, sample_rows, min_mass)
     plan = plan_patch(
         model, method, dense_layers=dense_layers, layers=layers, heads=heads, last_rows_dense=last_rows_dense,
         settings=settings, **options,
@@ -451,8 +465,9 @@ def register(method: Method = "minference", *, previous: str = "sdpa", **options
     """Serve `from_pretrained(..., attn_implementation="sparseprefill")` with this method from now on.
 
     `previous` is the implementation that decoding and short prompts run on; models that transformers itself runs on
-    eager (GPT-OSS) need "eager". Takes the method's options, `last_rows_dense`, `block_q`, `block_k`, `impl` and
-    `min_length` of `patch_model`. There is no handle, so nothing is observed; for a report, patch the model instead.
+    eager (GPT-OSS) need "eager". Takes the method's options, `last_rows_dense`, `block_q`, `block_k`, `impl`,
+    `min_length` and `min_mass` of `patch_model`. There is no handle, so nothing is observed; for a report, patch the
+    model instead.
     Raises ValueError and TypeError as `patch_model` does; what a model cannot serve shows in its first forward pass.
     """
     shared = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
@@ -566,7 +581,8 @@ def _attend_eagerly(
     impl = choose_implementation(inputs) if settings.impl == "auto" else settings.impl
     prefill = sparse_prefill(
         inputs, layer.pattern_under(info), block_q=settings.block_q, block_k=settings.block_k, impl=impl,
-        observe=settings.observe, sample_rows=settings.sample_rows,
+        observe=settings.observe, sample_rows=settings.sample_rows, guard=settings.guard,
+        draw=f"{layer.number}/{layer.sparse_calls}",
     )  # fmt: skip
     layer.note(prefill, impl)
     output = prefill.result.output

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid, BlockIndex
 from sparseprefill.coverage import Coverage, coverage
+from sparseprefill.guard import Guard, GuardedCall, guarded
 from sparseprefill.kernels import block_sparse_attention
+from sparseprefill.kernels.row_lse import row_lse
 from sparseprefill.patterns import (
     AShape,
     BlockSparse,
@@ -218,6 +220,7 @@ class Prefill:
     sampled_mass: Tensor | None  # float64 [query_heads, 2]: sum of kept mass over sampled rows, and their number
     seconds: tuple[float, float] | None  # estimator, kernel; on the CPU, None on a GPU
     events: tuple[torch.cuda.Event, ...] | None  # before, between, after; on a GPU, None on the CPU
+    guarded: GuardedCall | None = None  # None without a guard, and where the pattern computes everything
 
 
 def sparse_prefill(
@@ -229,8 +232,12 @@ def sparse_prefill(
     impl: str = "auto",
     observe: bool = False,
     sample_rows: int = 16,
+    guard: Guard | None = None,
+    draw: str = "",
 ) -> Prefill:
-    """Build the index once and use it once.
+    """Build the index once and use it once; a `guard` runs heads that lost too much again, with full rows.
+
+    Result, index and what is observed are those of what has run in the end.
 
     Args:
         inputs: see `AttentionInputs`.
@@ -239,6 +246,8 @@ def sparse_prefill(
         impl: see `block_sparse_attention`.
         observe: also count coverage, times and kept mass.
         sample_rows: evenly spaced queries on which the kept share of attention mass is measured; 0 for none.
+        guard: what watches over the kept mass; None for nothing.
+        draw: names this call to the guard's random draw.
 
     Raises:
         ValueError: what the pattern or `block_sparse_attention` refuses.
@@ -247,11 +256,19 @@ def sparse_prefill(
     on_gpu = inputs.device.type == "cuda"
     device = torch.cuda.device(inputs.device) if on_gpu else contextlib.nullcontext()  # events belong to a device
     with device, torch.autocast(inputs.device.type, enabled=False):  # scores and kept mass are float32 in any model
-        return _prefill(inputs, pattern, block_q, block_k, impl, observe, sample_rows)
+        return _prefill(inputs, pattern, block_q, block_k, impl, observe, sample_rows, guard, draw)
 
 
 def _prefill(
-    inputs: AttentionInputs, pattern: Pattern, block_q: int, block_k: int, impl: str, observe: bool, sample_rows: int
+    inputs: AttentionInputs,
+    pattern: Pattern,
+    block_q: int,
+    block_k: int,
+    impl: str,
+    observe: bool,
+    sample_rows: int,
+    guard: Guard | None,
+    draw: str,
 ) -> Prefill:
     on_gpu = inputs.device.type == "cuda"
     events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(3)) if on_gpu and observe else None
@@ -266,11 +283,21 @@ def _prefill(
     done = time.perf_counter()
     if events:
         events[2].record()
+    call = None
+    if guard is not None and not keeps_everything(pattern):
+        index, call = guarded(inputs, index, result, guard, draw=draw, impl=impl, timed=observe)
     if not observe:
-        return Prefill(result, index, None, None, None, None)
+        return Prefill(result, index, None, None, None, None, call)
     mass = kept_mass_sample(inputs, result.lse, sample_rows) if sample_rows else None
     seconds = None if on_gpu else (built - began, done - built)
-    return Prefill(result, index, coverage(inputs, index), mass, seconds, events)
+    return Prefill(result, index, coverage(inputs, index), mass, seconds, events, call)
+
+
+def keeps_everything(pattern: Any) -> bool:
+    """Whether a pattern is dense by its kind, so that there is nothing to guard."""
+    if isinstance(pattern, PerHead):
+        return all(map(keeps_everything, pattern.patterns))
+    return isinstance(pattern, Dense) or (isinstance(pattern, LastRowsDense) and keeps_everything(pattern.pattern))
 
 
 def kept_mass_sample(inputs: AttentionInputs, lse: Tensor, rows: int) -> Tensor:
@@ -280,27 +307,13 @@ def kept_mass_sample(inputs: AttentionInputs, lse: Tensor, rows: int) -> Tensor:
     """
     count = min(rows, inputs.queries)
     place = torch.linspace(0, inputs.queries - 1, count, device=inputs.device).round().to(torch.int64)
-    dense = dense_lse(inputs, place)
+    dense = row_lse(inputs, place.expand(inputs.batch, -1))
     share = (lse[:, :, place].double() - dense.double()).exp()
     real = dense > -torch.inf
     if inputs.key_valid is not None:
         real = real & inputs.key_valid[:, inputs.query_start + place][:, None]
     share = torch.where(real, share, 0.0)
     return torch.stack([share.sum((0, 2)), real.double().sum((0, 2))], -1)
-
-
-def dense_lse(inputs: AttentionInputs, place: Tensor) -> Tensor:
-    """float32 [batch, query_heads, len(place)]: lse of dense attention for some queries, exactly."""
-    low, high = inputs.visible_range()
-    query = inputs.query[:, :, place].unflatten(1, (inputs.kv_heads, inputs.group_size))
-    logits = torch.einsum("bkgid,bkjd->bkgij", query.float(), inputs.key.float()).flatten(1, 2) * inputs.scale
-    if inputs.softcap is not None:
-        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
-    key = torch.arange(inputs.keys, device=inputs.device)
-    seen = (key >= low[:, place, None]) & (key < high[:, place, None])
-    if inputs.key_valid is not None:
-        seen = seen & inputs.key_valid[:, None]
-    return logits.masked_fill(~seen[:, None], -torch.inf).logsumexp(-1)
 
 
 def describe_pattern(pattern: Any) -> str:

@@ -22,6 +22,11 @@ class LayerReport:
     kept_mass: list[float] | None  # on sampled query rows; None where none was sampled
     estimator_seconds: float  # finding the blocks
     kernel_seconds: float  # attention over them
+    guard_checks: int = 0  # batch rows of calls that the guard looked at, with every head
+    guard_reruns: list[int] | None = None  # how many of these a head failed, so that it ran again with full rows
+    guard_lowest_mass: list[float] | None = None  # the least that any sampled row kept, before anything ran again
+    guard_seconds: float = 0.0  # of the checks; in neither of the two above
+    rerun_seconds: float = 0.0  # of what ran again; likewise
     first_head: int = 0  # which query head the lists begin with: under tensor parallelism a process has some of them
 
 
@@ -63,6 +68,16 @@ class PatchReport:
         """Sparse attention calls by the implementation that computed them."""
         return _summed(layer.kernels for layer in self.layers)
 
+    @property
+    def guard_checks(self) -> int:
+        """How often the guard looked at a head, over all layers."""
+        return sum(layer.guard_checks * len(layer.guard_reruns or ()) for layer in self.layers)
+
+    @property
+    def guard_reruns(self) -> int:
+        """How often a head failed and ran again, over all layers."""
+        return sum(sum(layer.guard_reruns or ()) for layer in self.layers)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types only."""
         return asdict(self)
@@ -73,17 +88,30 @@ class PatchReport:
                 str(layer.layer), layer.pattern, str(layer.sparse_calls), str(sum(layer.previous_calls.values())),
                 number(_mean(layer.density or ())), number(_mean(layer.tile_work or ())),
                 number(_mean(layer.kept_mass or ())), number(min(layer.kept_mass or (math.nan,))),
-                f"{layer.estimator_seconds:.3f}", f"{layer.kernel_seconds:.3f}",
+                f"{layer.estimator_seconds:.3f}", f"{layer.kernel_seconds:.3f}", *self._guard_cells(layer),
             ]
             for layer in self.layers
         ]  # fmt: skip
         head = [
             "layer", "pattern", "sparse calls", "other calls", "density", "tile work", "kept mass", "worst head",
-            "estimator s", "kernel s",
+            "estimator s", "kernel s", *(_GUARD_HEAD if self.guard_checks else ()),
         ]  # fmt: skip
         lines = [f"method {self.method}; {self.decision}", table(head, rows)]
         lines += [f"on the previous implementation: {n} calls, {why}" for why, n in self.previous_calls.items()]
+        if self.guard_checks:
+            lines.append(f"guard: {self.guard_reruns} of {self.guard_checks} checked heads ran again with full rows")
         return "\n".join(lines)
+
+    def _guard_cells(self, layer: LayerReport) -> list[str]:
+        if not self.guard_checks:
+            return []
+        return [
+            str(sum(layer.guard_reruns or ())), number(min(layer.guard_lowest_mass or (math.nan,))),
+            f"{layer.guard_seconds:.3f}", f"{layer.rerun_seconds:.3f}",
+        ]  # fmt: skip
+
+
+_GUARD_HEAD = ("re-runs", "lowest row", "guard s", "re-run s")
 
 
 def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid, BlockIndex
 from sparseprefill.coverage import coverage, tile_pairs
 from sparseprefill.kernels import block_sparse_attention, choose_implementation, why_not
+from sparseprefill.kernels import row_lse as row_lse_module
 from sparseprefill.kernels.reference import listed_mask, reference_attention
+from sparseprefill.kernels.row_lse import row_lse
 from support import assert_within_budget, left_padding, make_inputs, random_index
 
 
@@ -88,6 +90,72 @@ def test_lse_only_reads_no_values(name: str) -> None:
     result = block_sparse_attention(poisoned, index, impl="cpu", values=False)
     assert result.output is None
     assert_within_budget(result, inputs, index)
+
+
+@pytest.mark.parametrize(("name", "impl"), [*((name, "cpu") for name in CASES), ("everything", "reference")])
+def test_some_heads_into_an_earlier_result(name: str, impl: str) -> None:
+    """Those heads over the other index, the others with the bits they had; nothing is computed where none is named."""
+    fields, (block_q, block_k) = CASES[name]
+    inputs = make_inputs(**fields)
+    before, after = (random_index(inputs, block_q, block_k, density) for density in (0.2, 1.0))
+    only = torch.zeros(inputs.batch, inputs.query_heads, dtype=torch.bool)
+    for heads in ([], [(0, 1)], [(b, h) for b in range(inputs.batch) for h in range(b, inputs.query_heads)]):
+        for b, h in heads:
+            only[b, h] = True
+        first = block_sparse_attention(inputs, before, impl)
+        kept = first.output.clone(), first.lse.clone()
+        result = block_sparse_attention(inputs, after, impl, only=only, into=first)
+        assert result is first
+        assert torch.equal(result.output[~only], kept[0][~only])
+        assert torch.equal(result.lse[~only], kept[1][~only])
+        mask = torch.where(only[..., None, None], after.to_mask(), before.to_mask())
+        merged = BlockIndex.from_mask(before.grid, mask)
+        rounded = result.output.to(inputs.query.dtype), result.lse
+        assert_within_budget(AttentionOutput(*rounded), inputs, merged)
+    lse = block_sparse_attention(inputs, before, impl, values=False)
+    assert block_sparse_attention(inputs, after, impl, values=False, only=only, into=lse).output is None
+    assert torch.equal(lse.lse[only], block_sparse_attention(inputs, after, impl, values=False).lse[only])
+
+
+def test_heads_and_result_that_do_not_fit_are_refused() -> None:
+    inputs = make_inputs(queries=130)
+    index = random_index(inputs, 64, 64, 0.5)
+    result, marks = block_sparse_attention(inputs, index), torch.ones(1, 4, dtype=torch.bool)
+    other = block_sparse_attention(make_inputs(queries=131), random_index(make_inputs(queries=131), 64, 64, 0.5))
+    for only, into, values, message in (
+        (marks, None, True, "both or neither"),
+        (None, result, True, "both or neither"),
+        (marks[:, :3], result, True, r"only must be bool .*\(1, 4\)"),
+        (marks.int(), result, True, "only must be bool"),
+        (marks, other, True, "a result of other inputs"),
+        (marks, result, False, "none where lse alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            block_sparse_attention(inputs, index, only=only, into=into, values=values)
+
+
+@pytest.mark.parametrize("slab", [1 << 10, 1 << 20], ids=lambda slab: f"{slab}-logits")
+@pytest.mark.parametrize("name", CASES)
+def test_lse_of_some_rows_matches_the_oracle(name: str, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For places in any order, however many keys are looked at together."""
+    monkeypatch.setattr(row_lse_module, "_CPU_LOGITS", slab)
+    fields, _ = CASES[name]
+    inputs = make_inputs(**fields)
+    draw = torch.Generator().manual_seed(1)
+    place = torch.randint(inputs.queries, (inputs.batch, 7), generator=draw)
+    made = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b, out: made.append(out.numel()) or bmm(a, b, out=out))
+    got = row_lse(inputs, place).double()
+    everywhere = place[:, None].expand(-1, inputs.query_heads, -1)
+    exact = reference_attention(inputs).lse.gather(2, everywhere)
+    plain = reference_attention(inputs, dtype=torch.float32).lse.gather(2, everywhere).double()
+    empty = exact == -torch.inf
+    assert torch.equal(got == -torch.inf, empty)
+    got, exact, plain = (lse.masked_fill(empty, 0.0) for lse in (got, exact, plain))
+    eps = torch.finfo(torch.float32).eps
+    assert (got - exact).abs().max() <= 2 * ((plain - exact).abs().max() + eps * exact.abs().max())
+    assert max(made) <= max(row_lse_module._CPU_LOGITS, inputs.batch * inputs.query_heads * 7)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -28,6 +28,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("estimators",),
     ("patterns",),
+    ("guard",),
     ("prefill",),
     ("prompts",),
     ("reports",),

@@ -18,7 +18,9 @@ if sys.platform != "linux":
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # conftest.py has switched the interpreter on where there is no GPU
-from sparseprefill.kernels import triton_forward  # noqa: E402  (after the skip above)
+from sparseprefill.kernels import triton_forward, triton_rows  # noqa: E402  (after the skip above)
+from sparseprefill.kernels.reference import reference_attention  # noqa: E402  (after the skip above)
+from sparseprefill.kernels.row_lse import row_lse  # noqa: E402  (after the skip above)
 from sparseprefill.kernels.triton_forward import (  # noqa: E402  (after the skip above)
     Tiling,
     choose_tiling,
@@ -142,6 +144,63 @@ def test_lse_alone(stages: dict[str, Any]) -> None:
     assert torch.equal(alone.lse, attend(inputs, index).lse)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"queries": 60, "head_dim": 16},
+        {"queries": 50, "keys": 80, "key_valid": left_padding(80, [3, 45]), "head_dim": 80, "softcap": 5.0},
+    ],
+    ids=["causal", "padding-and-softcap"],
+)
+@pytest.mark.parametrize("values", [True, False], ids=["values", "lse-alone"])
+def test_some_heads_into_an_earlier_result(fields: dict[str, Any], values: bool) -> None:
+    """Programs of other heads write nothing, not even the rows of padding."""
+    moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
+    inputs = make_inputs(batch=2, query_heads=2, kv_heads=1, dtype=FP16, device=DEVICE, **moved)
+    sparse, full = random_index(inputs, 32, 16, 0.3), dense(inputs, 32, 16)
+    only = torch.tensor([[False, True], [False, False]], device=DEVICE)
+    result, want = attend(inputs, sparse, values=values), attend(inputs, full, values=values)
+    for tensor in (result.output, result.lse):
+        if tensor is not None:
+            tensor[~only] = 7.0
+    assert triton_attention(inputs, full, values=values, only=only, into=result) is result
+    assert torch.equal(result.lse[only], want.lse[only])
+    assert (result.lse[~only] == 7).all()
+    if values:
+        assert torch.equal(result.output[only], want.output[only])
+        assert (result.output[~only] == 7).all()
+
+
+ROW_CASES = [
+    "length_65_fp32",
+    "dim_80_tall_columns",
+    "groups_of_7",
+    "row_of_padding",
+    "window_30",
+    "segments",
+    "everything",
+]
+
+
+@pytest.mark.parametrize("name", ROW_CASES)
+def test_lse_of_some_rows_matches_the_oracle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For places in any order, over several spans of keys."""
+    monkeypatch.setattr(triton_rows, "_SPAN", 64)
+    fields = next(each.values[2] for each in CASES if each.id == name)
+    moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
+    inputs = make_inputs(**moved, device=DEVICE)
+    place = torch.randint(inputs.queries, (inputs.batch, 20), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    everywhere = place[:, None].expand(-1, inputs.query_heads, -1)
+    got = row_lse(inputs, place, "triton")
+    exact = reference_attention(inputs).lse.gather(2, everywhere)
+    plain = reference_attention(inputs, dtype=inputs.query.dtype).lse.gather(2, everywhere).double()
+    empty = exact == -torch.inf
+    assert torch.equal(got == -torch.inf, empty)
+    got, exact, plain = (lse.double().masked_fill(empty, 0.0) for lse in (got, exact, plain))
+    eps = torch.finfo(inputs.query.dtype).eps
+    assert (got - exact).abs().max() <= 2 * ((plain - exact).abs().max() + eps * exact.abs().max())
+
+
 def test_a_dense_index_that_aliases_its_storage() -> None:
     inputs = make_inputs(query_heads=2, queries=100, keys=140, device=DEVICE, dtype=FP16)
     assert_within_budget(attend(inputs, dense(inputs, 32, 16)), inputs, None)
@@ -246,9 +305,12 @@ def test_nothing_is_read_back_to_the_host() -> None:
     inputs = make_inputs(batch=2, queries=256, keys=512, head_dim=64, dtype=BF16, device=DEVICE, key_valid=valid)
     index = random_index(inputs, 64, 64, 0.5)
     attend(inputs, index)
+    only, into = torch.tensor([[True, False] * 2, [False] * 4], device=DEVICE), attend(inputs, index)
+    triton_attention(inputs, index, only=only, into=into)
     torch.cuda.set_sync_debug_mode("error")
     try:
         triton_attention(inputs, index)
+        triton_attention(inputs, index, only=only, into=into)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

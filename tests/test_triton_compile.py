@@ -16,9 +16,11 @@ if sys.platform != "linux":
 # in a process of its own: this one may have Triton's interpreter switched on, under which nothing compiles
 SCRIPT = """
 import dataclasses, json, sys, torch
-from sparseprefill.kernels.triton_inspect import compile_kernel
+from sparseprefill.kernels.triton_inspect import compile_kernel, compile_rows
 kernels = [
-    compile_kernel(architecture, head_dim, dtype=getattr(torch, dtype), **options)
+    (compile_rows if options.pop("rows", False) else compile_kernel)(
+        architecture, head_dim, dtype=getattr(torch, dtype), **options
+    )
     for architecture, head_dim, dtype, options in json.load(sys.stdin)
 ]
 print(json.dumps([dataclasses.asdict(kernel) for kernel in kernels]))
@@ -28,8 +30,9 @@ Spec = tuple[int, int, str, dict[str, Any]]
 
 QUICK: list[Spec] = [
     *((architecture, head_dim, "bfloat16", {}) for architecture in (80, 90, 100) for head_dim in (64, 128)),
-    (90, 128, "float16", {"window": 300}),
+    (90, 128, "float16", {"window": 300, "some_heads": True}),
     (90, 128, "float32", {}),
+    (90, 128, "bfloat16", {"rows": True, "padded": True}),
 ]
 FULL: list[Spec] = [
     *((architecture, 256, "bfloat16", {}) for architecture in (80, 90, 100)),
@@ -38,6 +41,9 @@ FULL: list[Spec] = [
     *((architecture, 128, "bfloat16", {"block_q": 64, "window": 300}) for architecture in (80, 90, 100)),
     *((architecture, 128, "bfloat16", {"padded": True, "softcap": 30.0}) for architecture in (80, 90, 100)),
     *((architecture, 128, "bfloat16", {"values": False}) for architecture in (80, 90, 100)),
+    *((architecture, 128, "bfloat16", {"some_heads": True}) for architecture in (80, 90, 100)),
+    *((architecture, head_dim, "bfloat16", {"rows": True}) for architecture in (80, 90, 100) for head_dim in (64, 128)),
+    *((90, 128, dtype, {"rows": True, "softcap": 30.0, "window": 300}) for dtype in ("float16", "float32")),
 ]
 
 
