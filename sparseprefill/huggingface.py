@@ -515,7 +515,10 @@ def _attend(
         if layer is not None:
             _note_compiled(layer.key)
         return _run_previous(layer, module, query, key, value, attention_mask, scaling, dropout, kwargs)
-    return _attend_eagerly(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    result: tuple[Tensor, Tensor | None] = _attend_eagerly(
+        module, query, key, value, attention_mask, scaling, dropout, **kwargs
+    )
+    return result
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -541,6 +544,11 @@ def _attend_eagerly(
     layer = getattr(module, STATE, None) or _registered_layer(module)
     if kwargs.get("output_attentions"):
         raise NotImplementedError(_NO_ATTENTIONS)
+    if layer is not None and not layer.registered and masks.bound_settings(getattr(module, "config", None)) is None:
+        raise RuntimeError(
+            "the configuration of this patched model was replaced (a copy of the model, perhaps): "
+            "remove the patch before copying a model, and patch the copy"
+        )
     if layer is not None and layer.registered and layer.nan is not None:
         flag, layer.nan = layer.nan, None
         if bool(flag):
@@ -621,11 +629,6 @@ def _run_previous(
     previous = layer.previous if layer is not None else masks.default_settings().previous
     if isinstance(attention_mask, MaskInfo):
         attention_mask = attention_mask.previous_mask(previous)
-    elif layer is not None and not layer.registered and masks.bound_settings(getattr(module, "config", None)) is None:
-        raise RuntimeError(
-            "the configuration of this patched model was replaced (a copy of the model, perhaps): "
-            "remove the patch before copying a model, and patch the copy"
-        )
     if isinstance(attention_mask, Tensor) and attention_mask.device != query.device:
         attention_mask = attention_mask.to(query.device)
     namespace = vars(sys.modules[type(module).__module__])

@@ -118,7 +118,8 @@ def check_click_command(words: list[str]) -> None:
         chosen = values.get("chosen", ())
         for method in (chosen,) if isinstance(chosen, str) else chosen:
             spec = MethodSpec.parse(method)
-            resolve_method(spec.name, **(spec.options or MethodSpec.at_density(spec.name, 0.2).options))
+            own = {name: value for name, value in spec.options.items() if name not in Settings.__dataclass_fields__}
+            resolve_method(spec.name, **(own or MethodSpec.at_density(spec.name, 0.2).options))
 
 
 def is_flag(command: click.Command, option: str) -> bool:

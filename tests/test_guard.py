@@ -337,7 +337,7 @@ class TestThroughAModel:
             mask[1, slice(0, 60) if side == "left" else slice(140, 200)] = 0
             batch = torch.where(mask.bool(), ids, 0)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
-            with patch_model(model, "a_shape", sink=16, window=80, min_mass=0.86, **BLOCKS) as patch:
+            with patch_model(model, "a_shape", sink=16, window=80, min_mass=0.75, **BLOCKS) as patch:
                 both = self.logits(model, input_ids=batch, attention_mask=mask, position_ids=positions)
                 reruns, apart = patch.report().guard_reruns, 0
                 patch.reset()
