@@ -52,6 +52,10 @@ STOCK_DIFFERS: dict[tuple[str, str], str] = {
     ("gemma2", "over sdpa"): "sdpa drops the soft-cap",  # 5.0, where it is allowed
 }
 
+# ways in which the stock model of the oldest release gives something else each time, so that nothing can be compared:
+# a convolution that goes on from a cache with several tokens writes one slot several times, in no order
+VARIES = {("lfm2", "chunked prefill"), ("lfm2", "cached prefix")} if OLD else set()
+
 QUICK_WAYS = ("one prompt", "batch, left padding", "chunked prefill", "generate")
 SLOW_WAYS = ("torch.compile",)
 
@@ -121,6 +125,10 @@ def test_right_or_refused(family: str, name: str, record_property: Callable[[str
     assert (report.sparse_calls >= served_layers(family)) == ours, report
     if not ours:
         assert report.previous_calls, "what runs elsewhere is counted"
+    if (family, name) in VARIES:
+        assert got.isfinite().all()
+        record_property("verdict", "transformers: the stock model gives something else each time")
+        return
     differs = STOCK_DIFFERS.get((family, name)) if OLD else None
     if differs is not None:
         agree(got[:, :LENGTH], expected[:, :LENGTH])
