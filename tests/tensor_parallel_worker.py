@@ -17,7 +17,7 @@ def run(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder / "model", tp_plan="auto", attn_implementation="eager").eval()
     rank = torch.distributed.get_rank()
-    ids = torch.load(folder / "ids.pt", weights_only=True)
+    ids = torch.load(folder / "ids.pt", weights_only=True).to(model.device)
     with torch.no_grad(), patch_model(model, profile=folder / "profile.json", **job["blocks"]) as patch:
         logits = model(input_ids=ids).logits
         report = patch.report().to_dict()
@@ -30,7 +30,7 @@ def run(folder: Path) -> None:
         refusal = ""
     except ValueError as error:
         refusal = str(error)
-    torch.save([logits, generated, overridden], folder / f"logits{rank}.pt")
+    torch.save([logits.cpu(), generated.cpu(), overridden.cpu()], folder / f"logits{rank}.pt")
     (folder / f"report{rank}.json").write_text(json.dumps({"report": report, "refusal": refusal}))
     torch.distributed.destroy_process_group()
 

@@ -49,7 +49,11 @@ def test_two_processes_give_what_one_gives(family: str, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, str(WORKER), str(tmp_path)], capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": os.environ.get("TENSOR_PARALLEL_DEVICES", ""),
+        },
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     with torch.no_grad(), patch_model(model, profile=tmp_path / "profile.json", **BLOCKS) as patch:

@@ -167,7 +167,7 @@ def _quantized_cache(model: PreTrainedModel, family: str) -> Tensor:
 
 def _offloaded_cache(model: PreTrainedModel, family: str) -> Tensor:
     cache = DynamicCache(config=model.config, offloading=True)
-    return in_chunks(model, {"input_ids": tokens(1, LENGTH)}, [96, 104], cache)
+    return in_chunks(model.cuda(), {"input_ids": tokens(1, LENGTH).cuda()}, [96, 104], cache)
 
 
 def _no_cache(model: PreTrainedModel, family: str) -> Tensor:
