@@ -91,7 +91,7 @@ def test_right_or_refused(kind: str, record_property: Callable[[str, object], No
         inputs = [{"input_ids": tokens(2, LENGTH)}, {"input_ids": tokens(2, LENGTH), "attention_mask": mask}]
         before = [logits(model, **each) for each in inputs]
     except Exception as error:  # the stock model does not run on our small configuration
-        record_property("outcome", f"not tried: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        record_property("outcome", f"not tried: {type(error).__name__}: {(str(error).splitlines() or ['-'])[0][:120]}")
         return
     try:
         with patch_model(model, "dense", **BLOCKS) as patch:
