@@ -17,13 +17,14 @@ def row_lse(inputs: AttentionInputs, place: Tensor, impl: str = "auto") -> Tenso
 
     -inf where a query sees no key. Keys are taken a slab at a time, so memory does not grow with them; nothing is read
     back from a GPU. `impl` as for `block_sparse_attention`: "triton" has a kernel for it, the others run plain torch
-    in float32, on any device, which "auto" takes where triton cannot. On the CPU places in rising order are cheapest: a
-    slab skips the queries that stand before it.
+    in float32, on any device, as "triton" and "auto" do where no tile of that kernel fits. On the CPU places in rising
+    order are cheapest: a slab skips the queries that stand before it.
     """
     if impl == "triton" or (impl == "auto" and inputs.device.type != "cpu" and why_not("triton", inputs) is None):
-        from sparseprefill.kernels.triton_rows import triton_row_lse
+        from sparseprefill.kernels.triton_rows import triton_row_lse, why_not_rows
 
-        return triton_row_lse(inputs, place)
+        if why_not_rows(inputs) is None:  # float32 at large head dims may fit the attention kernel and not this one
+            return triton_row_lse(inputs, place)
     group, rows = inputs.group_size, place.shape[1]
     low, high = (bound.gather(1, place) for bound in inputs.visible_range())
     picked = place[:, None, :, None].expand(-1, inputs.query_heads, -1, inputs.head_dim)

@@ -138,16 +138,28 @@ def rows_arguments(inputs: AttentionInputs, place: Tensor, tiling: Tiling) -> tu
     return arguments, part
 
 
+def why_not_rows(inputs: AttentionInputs) -> str | None:
+    """Why this kernel cannot serve these inputs, or None; the attention kernel may still serve them."""
+    reason = why_not_triton(inputs, None)
+    if reason is not None:
+        return reason
+    limits = device_limits(inputs.device)
+    if rows_tiling(inputs.head_dim, inputs.query.dtype, limits.shared, limits.capability) is None:
+        return f"no tile of rows at head_dim {inputs.head_dim} fits into {limits.shared} bytes of shared memory"
+    return None
+
+
 def triton_row_lse(inputs: AttentionInputs, place: Tensor) -> Tensor:
     """As `row_lse`, but products are of the inputs' own dtype, summed in float32. Nothing is read back to the host.
 
     Raises NotImplementedError with the reason where the kernels cannot serve the inputs.
     """
-    reason = why_not_triton(inputs, None)
+    reason = why_not_rows(inputs)
+    if reason is not None:
+        raise NotImplementedError(f"triton cannot compute this: {reason}")
     limits = device_limits(inputs.device)
     tiling = rows_tiling(inputs.head_dim, inputs.query.dtype, limits.shared, limits.capability)
-    if reason is not None or tiling is None:
-        raise NotImplementedError(f"triton cannot compute this: {reason}")
+    assert tiling is not None
     arguments, part = rows_arguments(inputs, place, tiling)
     spans, batch, kv_heads, group, rows = part.shape
     programs = (triton.cdiv(group * rows, tiling.block_q), spans, batch * kv_heads)

@@ -19,7 +19,7 @@ from sparseprefill.reports import table
 
 MARKS = {
     "right": "✓", "right, on the previous implementation": "✓ₚ", "right in the prefill": "✓ₛ", "refused": "R",
-    "transformers": "T", "needs a GPU": "G",
+    "transformers": "T", "needs a GPU": "G", "served": "S",
 }  # fmt: skip
 
 
@@ -35,6 +35,8 @@ def read(path: Path) -> dict[str, Any]:
             found["versions"] = json.loads(said["versions"])
         elif "way" in said or (skipped and "test_right_or_refused[" in str(case.get("name"))):
             if skipped:
+                if "CUDA" not in str(case.find("skipped").get("message")):
+                    raise SystemExit(f"{path}: {case.get('name')} was skipped, and not for want of a GPU")
                 family, _, way = str(case.get("name")).partition("[")[2].rstrip("]").partition("-")
                 found["cells"].setdefault(way, {})[family] = "needs a GPU: not run on this machine"
             else:
@@ -70,7 +72,7 @@ def notes(runs: list[dict[str, Any]]) -> list[str]:
     for run in runs:
         for way, cells in run["cells"].items():
             for family, verdict in cells.items():
-                if verdict not in ("right", "right, on the previous implementation"):
+                if verdict not in ("right", "served", "right, on the previous implementation"):
                     said.setdefault(f"{way}: {verdict}", []).append(family)
     lines = []
     for text, families in sorted(said.items()):
@@ -108,6 +110,7 @@ def page(runs: list[dict[str, Any]], date: str) -> str:
         "✓": "right: what the stock model gives in eager attention, float32, to a thousandth of the logits' spread",
         "✓ₚ": "right, computed by the implementation the model had before, and counted in the report",
         "✓ₛ": "the prefill is right; decoding is the stock implementation's, which differs from eager there",
+        "S": "served, all logits finite; precision is judged by other tests",
         "R": "refused by name, the model left as it was",
         "T": "transformers itself does not do it",
         "G": "transformers needs a GPU for it; not run here",

@@ -132,26 +132,28 @@ def explain(model: Any, method: Method = "minference", *, device: str | None = N
         What `patch_model` would refuse is not raised but said in `refused`.
     """
     inner = unwrap(model)
-    config = text_config(inner)
     place = _place(inner, device)
-    settings = Settings(**{name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__})
+    asked = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
     running = patched_layers(inner)
-    if running and (options or method != "minference"):
+    if running and (options or asked or method != "minference"):
         raise ValueError("this model is patched: explain(model) says how; remove the patch to ask about another method")
+    settings = Settings(**asked)
     refused, layers, notes = None, running, list(_version_notes())
     modules: dict[int, nn.Module] = {}
-    if running is None:
-        try:
+    facts: dict[str, Any] = {}
+    try:
+        config = text_config(inner)
+        if running is None:
             plan = plan_patch(inner, method, settings=settings, **options)
             layers, modules = plan.layers, plan.modules
-        except NotImplementedError as error:
-            refused = str(error)
-    else:
+        facts = model_facts(config)
+    except NotImplementedError as error:
+        refused = str(error)
+    if running is not None:
         modules = {state.number: m for m in inner.modules() if (state := getattr(m, STATE, None)) is not None}
-        if config._attn_implementation != NAME:
-            notes.append(
-                f"the model was switched to {config._attn_implementation!r} after the patch: nothing is sparse"
-            )
+        now = config._attn_implementation
+        if now != NAME:
+            notes.append(f"the model was switched to {now!r} after it was patched: nothing runs sparsely")
     explained: tuple[LayerExplanation, ...] = ()
     if layers is not None:
         masks = masks_of(inner, 2 * settings.block_q)
@@ -166,10 +168,10 @@ def explain(model: Any, method: Method = "minference", *, device: str | None = N
             notes.append(f"layers {_ranges(others)} have no attention to patch: they stay as they are")
     first = next(iter(layers.values())) if layers else None
     return Explanation(
-        model={"class": type(inner).__name__, **model_facts(config)},
+        model={"class": type(inner).__name__, **facts},
         environment=provenance(),
         device=_device_facts(place),
-        state="not patched" if running is None else f"patched with {first.method if first else 'nothing'}",
+        state=_state(inner, running),
         refused=refused,
         decision=first.decision(place.type)[1] if first else "-",
         profile=_profile(method, options, running is not None),
@@ -231,9 +233,22 @@ def _describe_mask(mask: MaskInfo) -> str:
 
 
 def _mask_of(masks: dict[str, MaskInfo], config: PreTrainedConfig, layer: int) -> MaskInfo:
+    """The mask of a layer; of a hybrid whose layer types have names of their own, the one with full attention."""
     if len(masks) == 1:
         return next(iter(masks.values()))
-    return masks[config.layer_types[layer]]
+    kind = (getattr(config, "layer_types", None) or {layer: ""})[layer]
+    for name in (kind, "sliding_attention" if "sliding" in kind else "full_attention"):
+        if name in masks:
+            return masks[name]
+    return next(iter(masks.values()))
+
+
+def _state(model: PreTrainedModel, running: dict[int, Any] | None) -> str:
+    if running is not None:
+        return f"patched with {next(iter(running.values())).method}"
+    if model.config.get_text_config()._attn_implementation == NAME:
+        return "not patched; it runs what sparseprefill.register was given"
+    return "not patched"
 
 
 def _device_facts(place: torch.device) -> dict[str, Any]:

@@ -138,9 +138,14 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise unless the folder that `path` is to be written into exists: FileNotFoundError. To be asked before work."""
+    """Raise FileNotFoundError without a folder to write `path` into, ValueError where it cannot become a file.
+
+    To be asked before work.
+    """
     folder = Path(path).parent
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} to write {Path(path).name} into: make it first")
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder: name a file to write")
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path} is a device or a pipe, which would be replaced: name a file to write")

@@ -14,7 +14,7 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -32,7 +32,9 @@ from sparseprefill.huggingface_modules import (
     STATE,
     LayerShape,
     attention_modules,
+    chooses_its_keys,
     device_of,
+    implementations_of,
     kernel_for,
     layer_shapes,
     model_facts,
@@ -78,15 +80,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         _ = self.guard  # refuses a bad floor
-        for name in ("block_q", "block_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name, least in (("block_q", 1), ("block_k", 1), ("min_length", 0), ("sample_rows", 0)):
+            value = getattr(self, name)
+            if name == "min_length" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be a whole number of tokens, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not isinstance(self.observe, bool):
+            raise TypeError(f"observe must be True or False, got {self.observe!r}")
         if self.impl not in ("auto", *IMPLEMENTATIONS):
             raise ValueError(f"unknown implementation {self.impl!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
-        if self.min_length is not None and self.min_length < 0:
-            raise ValueError(f"min_length must not be negative, got {self.min_length}")
-        if self.sample_rows < 0:
-            raise ValueError(f"sample_rows must not be negative, got {self.sample_rows}")
 
 
 @dataclass(eq=False)
@@ -111,8 +116,18 @@ class _Layer:
     guard: GuardLog = field(default_factory=GuardLog)
     nan: Tensor | None = None  # bool [] on the device: a query or key was NaN
 
+    copied: bool = False  # belongs to a copy of a patched model
+
     def __post_init__(self) -> None:
         _LAYERS[self.key] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
+        twin = _Layer(
+            self.number, self.pattern, self.always_dense, self.settings, self.previous, self.method,
+            registered=self.registered, first_head=self.first_head, copied=not self.registered,
+        )  # fmt: skip
+        memo[id(self)] = twin
+        return twin
 
     def decision(self, device: str) -> tuple[CostModel, str]:
         model = COST_MODELS.get(device, COST_MODELS["cuda"])
@@ -263,11 +278,12 @@ class Patch:
 
     def reset(self) -> None:
         """Forget what was counted so far."""
-        for layer in self._layers.values():
-            layer.sparse_calls = 0
-            for counted in (layer.previous_calls, layer.kernels, layer.timings, layer.sums):
-                counted.clear()
-            layer.guard = GuardLog()
+        with _COUNTING:
+            for layer in self._layers.values():
+                layer.sparse_calls = 0
+                for counted in (layer.previous_calls, layer.kernels, layer.timings, layer.sums):
+                    counted.clear()
+                layer.guard = GuardLog()
 
     def _raise_on_nan(self, *_: Any) -> None:
         """After a forward pass on a GPU: one read of the flags that its layers set."""
@@ -332,8 +348,6 @@ def patch_model(
         model, method, dense_layers=dense_layers, layers=layers, heads=heads, last_rows_dense=last_rows_dense,
         settings=settings, **options,
     )  # fmt: skip
-    if getattr(plan.config, "output_attentions", False):
-        raise NotImplementedError(_NO_ATTENTIONS)
     inner = plan.model
     _register_functions()
     undo: list[Callable[[], None]] = []
@@ -381,9 +395,15 @@ def plan_patch(
     """Everything that can be checked and prepared before a model is touched. Raises what `patch_model` raises."""
     settings = settings or Settings()
     model = unwrap(model)
+    _check_overrides(dense_layers, layers, heads)
     pattern = resolve_method(method, last_rows_dense=last_rows_dense, **options)
     config = text_config(model)
     modules = attention_modules(model, config)
+    if getattr(config, "output_attentions", False):
+        raise NotImplementedError(_NO_ATTENTIONS)
+    for module in modules.values():
+        if chooses_its_keys(module):
+            raise NotImplementedError(_OWN_KEYS.format(type(module).__name__))
     facts = model_facts(config)
     for entry in [pattern, *(layers or {}).values(), *(heads or {}).values()]:
         if isinstance(entry, ModelPatterns) and entry in (heads or {}).values():
@@ -426,10 +446,28 @@ def plan_patch(
     return PatchPlan(model, config, previous, modules, shapes, states)
 
 
+def _check_overrides(dense_layers: Any, layers: Any, heads: Any) -> None:
+    """Raises TypeError where the three overrides are not what they should be."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    if isinstance(dense_layers, str) or not isinstance(dense_layers, Iterable) or not all(map(number, dense_layers)):
+        raise TypeError(f"dense_layers must be a list of layer numbers, got {dense_layers!r}")
+    if layers is not None and not (isinstance(layers, Mapping) and all(map(number, layers))):
+        raise TypeError(f"layers must be {{layer number: method}}, got {layers!r}")
+    if heads is None:
+        return
+    if not isinstance(heads, Mapping) or not all(
+        isinstance(key, tuple) and len(key) == 2 and all(map(number, key)) for key in heads
+    ):
+        raise TypeError(f"heads must be {{(layer number, head): method}}, got {heads!r}")
+
+
 def patched_layers(model: nn.Module) -> dict[int, _Layer] | None:
-    """What the layers of a patched model do, by number; None for a model that is not patched."""
+    """What the layers of a patched model do, by number; None for one that is not patched, registered or not."""
     states = [getattr(module, STATE) for module in model.modules() if hasattr(module, STATE)]
-    return {state.number: state for state in states} or None
+    return {state.number: state for state in states if not state.registered} or None
 
 
 def _own_heads(pattern: Pattern, heads: range) -> Pattern:
@@ -451,13 +489,26 @@ def _refuse_continuous_batching(model: PreTrainedModel, undo: list[Callable[[], 
     """Its entry points raise in the caller's thread: later it would switch the model to flash attention, or log."""
     for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
         if hasattr(model, name):
+            if name in vars(model):
+                undo.append(functools.partial(setattr, model, name, vars(model)[name]))
+            else:
+                undo.append(functools.partial(delattr, model, name))
             setattr(model, name, _refuse_paged)
-            undo.append(functools.partial(delattr, model, name))
 
 
 _REGISTERED: dict[str, Any] = {}
 _NO_ATTENTIONS = (
     "output_attentions=True: sparse attention never has the whole matrix; switch it off, or do without the patch"
+)
+
+
+_COPIED = (
+    "the configuration of this patched model was replaced (a copy of the model, perhaps): "
+    "remove the patch before copying a model, and patch the copy"
+)
+_OWN_KEYS = (
+    "{} chooses the keys of each query itself, by the name of the attention implementation, so it cannot be patched: "
+    "run it without the patch"
 )
 
 
@@ -470,8 +521,13 @@ def register(method: Method = "minference", *, previous: str = "sdpa", **options
     model instead.
     Raises ValueError and TypeError as `patch_model` does; what a model cannot serve shows in its first forward pass.
     """
+    for name in ("observe", "sample_rows"):
+        if name in options:
+            raise ValueError(
+                f"register takes no {name}: there is no handle to read a report from; patch the model instead"
+            )
     shared = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
-    settings = Settings(**{**shared, "observe": False})  # nobody would read it
+    settings = Settings(**shared, observe=False)
     pattern = resolve_method(method, **options)
     if previous not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) or previous == NAME:
         raise ValueError(f"previous must be an attention implementation of transformers, got {previous!r}")
@@ -510,10 +566,14 @@ def _attend(
 
     In a compiled model, decoding stays inside the compiled graph; a prefill leaves it for our kernels.
     """
+    if kwargs.get("indices") is not None or kwargs.get("block_indices") is not None:
+        raise NotImplementedError(_OWN_KEYS.format(type(module).__name__))
     if torch.compiler.is_compiling() and not isinstance(attention_mask, MaskInfo):
         layer = getattr(module, STATE, None)
+        if layer is not None and layer.copied:
+            raise RuntimeError(_COPIED)
         if layer is not None:
-            _note_compiled(layer.key)
+            _note_compiled(layer.key, query.shape[2] < layer.settings.block_q)
         return _run_previous(layer, module, query, key, value, attention_mask, scaling, dropout, kwargs)
     result: tuple[Tensor, Tensor | None] = _attend_eagerly(
         module, query, key, value, attention_mask, scaling, dropout, **kwargs
@@ -522,11 +582,14 @@ def _attend(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _note_compiled(key: int) -> bool:
+def _note_compiled(key: int, decoding: bool) -> bool:
     """Runs while a graph is made, not when it runs: it takes a number because the compiler takes no objects here."""
     layer = _LAYERS.get(key)
     if layer is not None:
-        layer.note_previous("compiled decoding (counted once a graph)")
+        if decoding:
+            layer.note_previous("compiled decoding (counted once a graph)")
+        else:
+            layer.note_previous("compiled with a mask of the caller's own (counted once a graph)")
     return True
 
 
@@ -544,11 +607,11 @@ def _attend_eagerly(
     layer = getattr(module, STATE, None) or _registered_layer(module)
     if kwargs.get("output_attentions"):
         raise NotImplementedError(_NO_ATTENTIONS)
-    if layer is not None and not layer.registered and masks.bound_settings(getattr(module, "config", None)) is None:
-        raise RuntimeError(
-            "the configuration of this patched model was replaced (a copy of the model, perhaps): "
-            "remove the patch before copying a model, and patch the copy"
-        )
+    strange = (
+        layer is not None and not layer.registered and masks.bound_settings(getattr(module, "config", None)) is None
+    )
+    if layer is not None and (layer.copied or strange):
+        raise RuntimeError(_COPIED)
     if layer is not None and layer.registered and layer.nan is not None:
         flag, layer.nan = layer.nan, None
         if bool(flag):
@@ -626,14 +689,21 @@ def _run_previous(
     scaling: float | None, dropout: float, kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The implementation the model had before, with that implementation's own mask."""
-    previous = layer.previous if layer is not None else masks.default_settings().previous
+    if layer is not None:
+        previous = layer.previous
+    else:  # a module of a patched model that is no self-attention layer of it
+        bound = masks.bound_settings(getattr(module, "config", None))
+        if bound is None:
+            raise RuntimeError(
+                f"{type(module).__name__} runs under the name {NAME!r}, but nothing was registered for it: call "
+                "sparseprefill.register(...) before loading a model by that name, or patch_model on the loaded one"
+            )
+        previous = bound.previous
     if isinstance(attention_mask, MaskInfo):
         attention_mask = attention_mask.previous_mask(previous)
     if isinstance(attention_mask, Tensor) and attention_mask.device != query.device:
         attention_mask = attention_mask.to(query.device)
-    namespace = vars(sys.modules[type(module).__module__])
-    interface = namespace.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-    eager: Any = namespace.get("eager_attention_forward")
+    interface, eager = implementations_of(module)
     if previous == "eager" and eager is None:
         raise NotImplementedError(f"{type(module).__name__} has no eager attention function to go back to")
     function: Callable[..., Any] = eager if previous == "eager" else interface[previous]
@@ -669,6 +739,8 @@ def _registered_layer(module: nn.Module) -> _Layer | None:
         registered=True,
     )
     setattr(module, STATE, layer)
+    if config is not None and masks.bound_settings(config) is None:  # a later `register` is for other models
+        masks.bind_config(config, MaskSettings(previous, layer.settings.block_q))
     return layer
 
 
@@ -722,28 +794,48 @@ def _patterns_of_layers(
             raise ValueError(f"{what}: there is no attention layer {number} (layers are 0 to {last - 1})")
         return real
 
+    named: dict[int, str] = {}
+
+    def once(number: int, what: str) -> int:
+        real = existing(number, what)
+        if real in named:
+            raise ValueError(f"layer {real} is named twice, in {named[real]} and in {what}: once is enough")
+        named[real] = what
+        return real
+
     for number, method in (layers or {}).items():
-        chosen[existing(number, "layers")] = _for_layer(resolve_method(method, last_rows_dense=last_rows_dense), number)
+        real = once(number, "layers")
+        chosen[real] = _for_layer(resolve_method(method, last_rows_dense=last_rows_dense), real)
     for number in dense_layers:
-        chosen[existing(number, "dense_layers")] = Dense()
+        chosen[once(number, "dense_layers")] = Dense()
     for (number, head), method in (heads or {}).items():
         real = existing(number, "heads")
         if not 0 <= head < query_heads[real]:
             raise ValueError(f"heads: there is no query head {head} (heads are 0 to {query_heads[real] - 1})")
-        base = chosen[real]
-        each = list(base.patterns) if isinstance(base, PerHead) else [base] * query_heads[real]
+        each = list(_each_head(chosen[real], query_heads[real]))
         each[head] = _for_layer(resolve_method(method, last_rows_dense=last_rows_dense), real)
         chosen[real] = PerHead(tuple(each))
     return chosen
+
+
+def _each_head(pattern: Pattern, heads: int) -> tuple[Pattern, ...]:
+    """The pattern of every head of a layer, one by one."""
+    if isinstance(pattern, PerHead):
+        return pattern.patterns
+    if isinstance(pattern, LastRowsDense):
+        return tuple(dataclasses.replace(pattern, pattern=each) for each in _each_head(pattern.pattern, heads))
+    return (pattern,) * heads
 
 
 def _try_patterns(patterns: Mapping[int, Pattern], shapes: Mapping[int, LayerShape], settings: Settings) -> None:
     """Build each index once on two blocks of zeros: what a pattern refuses is refused before the model is changed."""
     tokens = 2 * max(settings.block_q, settings.block_k)
     for number, pattern in patterns.items():
-        query = torch.zeros(1, shapes[number].query_heads, tokens, 8)
-        key = torch.zeros(1, shapes[number].kv_heads, tokens, 8)
-        inputs = AttentionInputs(query, key, key, scale=1.0)
+        shape = shapes[number]
+        query = torch.zeros(1, shape.query_heads, tokens, shape.head_dim)
+        key = torch.zeros(1, shape.kv_heads, tokens, shape.head_dim)
+        value = torch.zeros(1, shape.kv_heads, tokens, shape.value_dim)
+        inputs = AttentionInputs(query, key, value, scale=1.0)
         pattern.build_index(inputs, BlockGrid.of(inputs, settings.block_q, settings.block_k))
 
 
@@ -763,6 +855,10 @@ def _use_private_config(model: PreTrainedModel, undo: list[Callable[[], None]]) 
     private = copy.deepcopy(original, memo)
     replaced = {id(config): memo.get(id(config)) for config in nested_configs(original)}
     replaced[id(original)] = private
+    pairs = [
+        (config, replaced[id(config)]) for config in nested_configs(original) if replaced.get(id(config)) is not None
+    ]
+    undo.append(functools.partial(_carry_back, [(old, new, dict(vars(new))) for old, new in pairs]))
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, PreTrainedConfig) and replaced.get(id(value)) is not None:
@@ -770,16 +866,22 @@ def _use_private_config(model: PreTrainedModel, undo: list[Callable[[], None]]) 
                 undo.append(functools.partial(setattr, module, name, value))
 
 
+def _carry_back(configs: list[tuple[Any, Any, dict[str, Any]]]) -> None:
+    """What was changed in the private configurations while the model was patched (resized embeddings, say) stays."""
+    for original, private, before in configs:
+        for name, value in vars(private).items():
+            if name.startswith("_attn_implementation") or isinstance(value, PreTrainedConfig):
+                continue
+            if name not in before or (before[name] is not value and before[name] != value):
+                vars(original)[name] = value
+
+
 def _switch(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Set our name for the language model, and make sure that it took effect."""
-    if config is model.config:
-        model.set_attn_implementation(NAME)
-    else:
-        names = [name for name in model.config.sub_configs if getattr(model.config, name) is config]
-        if not names:
-            raise NotImplementedError(f"the language model of {type(model).__name__} lies too deep: patch it alone")
-        key = names[0]
-        model.set_attn_implementation({key: NAME})
+    """Set our name for the language model alone, and make sure that it took effect.
+
+    `set_attn_implementation` would also switch every model that happens to be a submodule, on its own configuration.
+    """
+    config._attn_implementation_internal = NAME
     if config._attn_implementation != NAME:
         raise NotImplementedError(
             f"{type(model).__name__} did not accept an attention implementation: it cannot be patched"

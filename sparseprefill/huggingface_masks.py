@@ -8,6 +8,7 @@ implementation the model had before, with that implementation's own mask, which 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import weakref
 from collections.abc import Callable
@@ -98,7 +99,30 @@ class MaskInfo:
             raise AttributeError(name)
         return _no_tensor(self)
 
-    __getitem__ = __add__ = __radd__ = __sub__ = __mul__ = __rmul__ = __and__ = __or__ = __invert__ = _no_tensor
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __or__ = __invert__ = _no_tensor
+    __lt__ = __le__ = __gt__ = __ge__ = _no_tensor
+    __eq__ = __ne__ = _no_tensor  # type: ignore[assignment]
+    __hash__ = object.__hash__
+
+    def __getitem__(self, place: Any) -> MaskInfo:
+        """The last queries alone, as models take them that need no more for their last layers; nothing else."""
+        parts = place if isinstance(place, tuple) and len(place) in (3, 4) else (None, None, None)
+        queries = parts[2]
+        others = [part for n, part in enumerate(parts) if n != 2]
+        if not isinstance(queries, slice) or queries.step not in (None, 1) or any(p != slice(None) for p in others):
+            return _no_tensor(self)  # type: ignore[no-any-return]
+        first, last, _ = queries.indices(self.queries)
+        if last != self.queries or first >= last:
+            return _no_tensor(self)  # type: ignore[no-any-return]
+        arguments = dict(self.arguments)
+        if "cache_position" in arguments:
+            arguments["cache_position"] = arguments["cache_position"][first:]
+        else:
+            arguments |= {"q_offset": arguments["q_offset"] + first, "q_length": last - first}
+        arguments["allow_is_causal_skip"] = False
+        return dataclasses.replace(
+            self, query_start=self.query_start + first, queries=last - first, arguments=arguments, _made={}
+        )
 
     @property
     def ndim(self) -> int:
@@ -141,6 +165,8 @@ def make_mask(**arguments: Any) -> Any:
         return given
     queries = arguments["cache_position"].shape[0] if "cache_position" in arguments else int(arguments["q_length"])
     if queries < settings.least_queries:  # before anything is read back: decoding stays as it was
+        if queries > 1:  # a real mask: no mask at all means something else where a model drops queries behind it
+            arguments["allow_is_causal_skip"] = False
         return masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[settings.previous](**arguments)
     return _describe(settings, queries, arguments)
 
@@ -157,8 +183,8 @@ def _describe(settings: MaskSettings, queries: int, arguments: dict[str, Any]) -
     batch = arguments.get("batch_size") or (given.shape[0] if given is not None else 1)
     window, chunk, segment, opaque = _understand(arguments["mask_function"], batch, keys, kv_offset)
     reach = getattr(arguments.get("config"), "max_position_embeddings", None)
-    if window is not None and reach is not None and window >= reach:
-        window = None  # wider than the model itself
+    if window is not None and reach is not None and window >= max(reach, start + queries):
+        window = None  # wider than the model itself, and than this prompt
     if start < 0 or start + queries > keys:
         opaque = f"queries stand in slots {start} to {start + queries - 1} of {keys} keys"
     return MaskInfo(start, queries, keys, valid, window, chunk, segment, opaque, arguments, batch)
@@ -184,7 +210,8 @@ def masks_of(model: Any, tokens: int) -> dict[str, MaskInfo]:
         made = make(**arguments)
     finally:
         unbind_config(config)
-    return made if isinstance(made, dict) else {"": made}
+    known = made if isinstance(made, dict) else {"": made}
+    return {name: mask for name, mask in known.items() if isinstance(mask, MaskInfo)}  # linear layers have none
 
 
 _DEFAULT: list[MaskSettings] = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.kernels import IMPLEMENTATIONS, why_not
@@ -96,6 +100,26 @@ def attention_modules(model: PreTrainedModel, config: PreTrainedConfig) -> dict[
     return found
 
 
+def implementations_of(module: nn.Module) -> tuple[Any, Any]:
+    """(transformers' table of attention functions, the eager one or None) that a module's family uses."""
+    for cls in type(module).__mro__:  # a user's own subclass lives in another file
+        namespace = vars(sys.modules.get(cls.__module__, None) or object)
+        if "eager_attention_forward" in namespace:
+            return namespace.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS), namespace[
+                "eager_attention_forward"
+            ]
+    return ALL_ATTENTION_FUNCTIONS, None
+
+
+def chooses_its_keys(module: nn.Module) -> bool:
+    """Whether an attention module makes a mask of its own for some implementations, by name, and indices for others."""
+    try:
+        source = inspect.getsource(type(module).forward)
+    except (OSError, TypeError):
+        return False
+    return re.search(r"_attn_implementation\s+(not\s+)?in\s*\(", source) is not None
+
+
 def tensor_parallel(model: PreTrainedModel) -> HeadSlice:
     """Which heads this process holds of a model that was loaded with `tp_plan`.
 
@@ -106,7 +130,10 @@ def tensor_parallel(model: PreTrainedModel) -> HeadSlice:
     if mesh is None or size == 1:
         return HeadSlice()
     plan = getattr(model, "_tp_plan", None) or {}
-    if not any("attn" in name and style in ("colwise", "local_colwise") for name, style in plan.items()):
+    if not any(
+        ("attn" in name or "attention" in name) and style in ("colwise", "local_colwise")
+        for name, style in plan.items()
+    ):
         return HeadSlice()
     names = getattr(mesh, "mesh_dim_names", None) or ()
     own = mesh["tp"] if mesh.ndim > 1 and "tp" in names else mesh
@@ -127,7 +154,9 @@ def _columns(rows: list[dict[str, int]]) -> dict[str, list[int]]:
 
 def _layer_facts(config: PreTrainedConfig, layer: int) -> dict[str, int]:
     own = _layer_config(config, layer)
-    heads = own.num_attention_heads
+    heads = getattr(own, "num_attention_heads", None)
+    if heads is None:
+        raise NotImplementedError(f"a {config.model_type} configuration names no attention heads: nothing to patch")
     return {
         "query_heads": heads,
         "kv_heads": getattr(own, "num_key_value_heads", None) or heads,

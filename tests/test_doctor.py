@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from test_architectures import small_config
 from tiny_models import FAMILIES, tiny_model, tokens
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sparseprefill import explain, patch_model
 from sparseprefill.cli import main
@@ -30,9 +33,9 @@ def test_what_is_explained_is_what_runs(family: str) -> None:
     """Break-even, kernel and mask of every layer, against a run just below and one at that length."""
     model = tiny_model(family)
     asked: dict[str, Any] = {"keep": 0.1, **BLOCKS}
+    attributes = [set(vars(m)) for m in model.modules()]
     found = explain(model, "block_sparse", **asked)
     assert found.refused is None
-    attributes = [set(vars(m)) for m in model.modules()]
     starts = [layer.break_even for layer in found.layers if layer.break_even is not None]
     assert [set(vars(m)) for m in model.modules()] == attributes
     with patch_model(model, "block_sparse", **asked) as patch, torch.no_grad():
@@ -45,6 +48,19 @@ def test_what_is_explained_is_what_runs(family: str) -> None:
                 assert ran[layer.layer] == ({layer.kernel: 1} if here else {}), (length, layer)
         described = {layer.layer: layer.pattern for layer in explain(model).layers}
         assert described == {layer.layer: layer.pattern for layer in found.layers}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_every_architecture_is_explained_or_refused(kind: str) -> None:
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(small_config(kind))
+    except Exception as error:
+        pytest.skip(f"transformers makes no small {kind}: {type(error).__name__}")
+    found = explain(model, "a_shape")
+    assert found.refused or found.layers
+    assert str(found)
 
 
 def test_masks_are_named() -> None:
@@ -69,6 +85,8 @@ def test_a_patched_model_is_explained_as_it_is() -> None:
         assert [layer.break_even for layer in found.layers] == [300, None, 300]
         with pytest.raises(ValueError, match="this model is patched"):
             explain(model, "random")
+        with pytest.raises(ValueError, match="this model is patched"):
+            explain(model, impl="reference")
         model.set_attn_implementation("sdpa")
         assert any("switched to 'sdpa' after" in note for note in explain(model).notes)
     assert explain(model).state == "not patched"

@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from test_architectures import small_config
 from tiny_models import ALL_LOCAL, FAMILIES, served_layers, tiny_model, tokens
 from torch import Tensor
-from transformers import AutoModelForCausalLM, StaticCache
-from ways import BLOCKS, LENGTH, in_chunks, logits, padded
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers.models.llama.modeling_llama import LlamaAttention
+from ways import BLOCKS, LENGTH, OLD, in_chunks, logits, padded
 
 from sparseprefill import patch_model, register
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.huggingface_masks import NAME
 from sparseprefill.kernels.dispatch import IMPLEMENTATIONS
-from sparseprefill.patterns import AShape, Dense
+from sparseprefill.patterns import AShape, Dense, ModelPatterns, PerHead
 from sparseprefill.prefill import resolve_method, sparse_prefill
 
 # methods whose selection does not look ahead, small enough that they really drop blocks
@@ -28,6 +30,12 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "block_sparse": {"keep": 48, "sink": 16, "local": 16},
     "random": {"keep": 0.3, "sink": 16, "local": 16},
 }
+GEMMA4 = {
+    "vocab_size": 128, "vocab_size_per_layer_input": 128, "hidden_size": 64, "hidden_size_per_layer_input": 16,
+    "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "sliding_window": 90, "num_kv_shared_layers": 2, "pad_token_id": 0,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
 # families for the quick run
 QUICK = ("llama", "gpt_oss", "llama4_text", "lfm2")
 
@@ -346,6 +354,122 @@ def test_compiled_decoding_stays_in_one_graph_and_is_counted() -> None:
         torch.compiler.reset()
         explained = torch._dynamo.explain(model)(input_ids=tokens(1, 1), past_key_values=cache)
         assert explained.graph_break_count == 0, explained.break_reasons
+
+
+# --- edges: each was wrong once ---------------------------------------------------------------------------------------
+
+
+def test_a_window_wider_than_the_model_still_holds_for_a_longer_prompt() -> None:
+    model, ids = tiny_model("mistral", max_position_embeddings=64, sliding_window=70), tokens(1, LENGTH)
+    before = logits(model, input_ids=ids)
+    with patch_model(model, "dense", **BLOCKS):
+        close(logits(model, input_ids=ids), before)
+
+
+def test_a_second_register_is_for_other_models() -> None:
+    models = [tiny_model("llama"), tiny_model("gpt_oss")]
+    before = [logits(model, input_ids=tokens(1, 40)) for model in models]
+    register("dense", previous="eager")
+    for model in models:
+        model.config._attn_implementation = NAME
+        logits(model, input_ids=tokens(1, 40))
+    register("dense", previous="sdpa")
+    for model, expected in zip(models, before, strict=True):
+        assert torch.equal(logits(model, input_ids=tokens(1, 40)), expected)
+
+
+def test_a_model_inside_the_model_is_left_alone() -> None:
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+    model.draft = tiny_model("gpt_oss")
+    before = logits(model.draft, input_ids=ids)
+    with patch_model(model, "a_shape", sink=16, window=16, **BLOCKS):
+        assert model.draft.config._attn_implementation == "eager"
+        assert torch.equal(logits(model.draft, input_ids=ids), before)
+    assert model.draft.config._attn_implementation == "eager"
+
+
+@pytest.mark.slow
+def test_a_compiled_copy_is_refused() -> None:
+    model = tiny_model("llama")
+    torch.compiler.reset()
+    with patch_model(model, "dense", **BLOCKS) as patch:
+        twin = torch.compile(copy.deepcopy(model), backend="eager")
+        with pytest.raises(Exception, match="patch the copy"):
+            logits(twin, input_ids=tokens(1, 8))
+        assert not patch.report().previous_calls, "a copy's calls are not counted in the original's report"
+
+
+def test_what_is_changed_while_patched_stays_changed() -> None:
+    model = tiny_model("llama")
+    original = model.config
+    with patch_model(model, "dense", **BLOCKS):
+        model.resize_token_embeddings(140)
+        model.config.use_cache = False
+    assert model.config is original
+    assert (original.vocab_size, original.use_cache) == (140, False)
+    assert original._attn_implementation == "eager"
+
+
+def test_a_method_of_the_models_own_comes_back() -> None:
+    model = tiny_model("llama")
+    mine = model.generate_batch = lambda: "mine"
+    with patch_model(model, "dense", **BLOCKS):
+        assert model.generate_batch is not mine
+    assert model.generate_batch is mine
+
+
+def test_negative_layers_are_the_layers_they_stand_for() -> None:
+    model = tiny_model("llama")
+    profile = ModelPatterns(tuple((AShape(16, 16 * (n + 1)),) * 4 for n in range(3)))
+    with patch_model(model, "dense", layers={-1: profile}, **BLOCKS) as patch:
+        logits(model, input_ids=tokens(1, LENGTH))
+        assert patch.report().layers[2].pattern == "AShape(sink=16, window=48)"
+
+
+def test_one_head_of_a_method_with_dense_last_rows() -> None:
+    model = tiny_model("llama")
+    each = PerHead((AShape(16, 16), Dense(), AShape(16, 32), Dense()))
+    with patch_model(model, each, last_rows_dense=8, heads={(0, 0): Dense()}, **BLOCKS) as patch:
+        logits(model, input_ids=tokens(1, LENGTH))
+        density = patch.report().layers[0].density
+        assert density[0] == pytest.approx(1.0)
+        assert density[2] < 0.6
+
+
+class SubclassedAttention(LlamaAttention):
+    """A user's own class, in a file without the family's eager function."""
+
+
+def test_a_users_subclass_of_an_attention_class_goes_back_to_eager() -> None:
+    model, ids = tiny_model("llama"), tokens(1, 100)
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = SubclassedAttention
+    before = model.generate(ids, max_new_tokens=3, do_sample=False)
+    with patch_model(model, "dense", **BLOCKS):
+        assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), before)
+
+
+@pytest.mark.skipif(OLD, reason="the family is newer")
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(("length", "kept"), [(40, 5), (100, 1), (100, 5), (100, 40)])
+def test_a_model_that_drops_queries_behind_its_mask(implementation: str, length: int, kept: int) -> None:
+    """Gemma 4 with shared keys computes its last layers for the last queries alone."""
+    config = AutoConfig.for_model("gemma4_text", **GEMMA4)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    ids = tokens(2, length)
+    before = logits(model, input_ids=ids, logits_to_keep=kept)
+    model.set_attn_implementation(implementation)
+    with patch_model(model, "dense", block_q=64, block_k=64, min_length=0):
+        close(logits(model, input_ids=ids, logits_to_keep=kept), before)
+
+
+@pytest.mark.skipif(OLD, reason="the families are newer")
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text", "axk2", "hy_v4"])
+def test_a_model_that_chooses_keys_by_the_name_of_the_implementation_is_refused(kind: str) -> None:
+    model = AutoModelForCausalLM.from_config(small_config(kind))
+    with pytest.raises(NotImplementedError, match="chooses the keys of each query itself"):
+        patch_model(model, "dense")
 
 
 def test_deepcopy_of_a_config_is_not_bound() -> None:

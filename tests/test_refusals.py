@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ways import BLOCKS, LENGTH, logits
 
-from sparseprefill import explain, patch_model, register
+from sparseprefill import explain, huggingface, huggingface_masks, patch_model, register
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.evals.loading import load_model
+from sparseprefill.huggingface_masks import NAME
 from sparseprefill.patterns import AShape, Dense, ModelPatterns, VerticalSlash, load_patterns, save_patterns
 
 Act = Callable[[PreTrainedModel, Path], Any]
@@ -154,9 +155,24 @@ CASES: dict[str, Refusal] = {
     "a budget and a density": Refusal(patching(budget="paper", density=0.1), ValueError, "a budget or a density"),
     "oblong tiles": Refusal(patching("vertical_slash", block_q=32, block_k=64), ValueError, "needs square tiles"),
     # how it is to run
-    "tiles of nothing": Refusal(patching("dense", block_q=0), ValueError, "block_q must be positive"),
-    "a negative length": Refusal(patching("dense", min_length=-1), ValueError, "min_length must not be negative"),
-    "negative samples": Refusal(patching("dense", sample_rows=-1), ValueError, "sample_rows must not be negative"),
+    "tiles of nothing": Refusal(patching("dense", block_q=0), ValueError, "block_q must be at least 1"),
+    "a negative length": Refusal(patching("dense", min_length=-1), ValueError, "min_length must be at least 0"),
+    "negative samples": Refusal(patching("dense", sample_rows=-1), ValueError, "sample_rows must be at least 0"),
+    "tiles of a text": Refusal(patching("dense", block_q="64"), TypeError, "block_q must be a whole number"),
+    "tiles of a fraction": Refusal(patching("dense", block_k=16.5), TypeError, "block_k must be a whole number"),
+    "tiles of True": Refusal(patching("dense", block_q=True), TypeError, "block_q must be a whole number"),
+    "observe a text": Refusal(patching("dense", observe="no"), TypeError, "observe must be True or False"),
+    "a floor above 1": Refusal(patching("dense", min_mass=1.5), ValueError, r"min_mass must be in \(0, 1\]"),
+    "one dense layer": Refusal(patching("dense", dense_layers=1), TypeError, "dense_layers must be a list"),
+    "layers in a list": Refusal(patching("dense", layers=["a_shape"]), TypeError, "layers must be {layer number"),
+    "a layer by a text": Refusal(patching("dense", layers={"0": "a_shape"}), TypeError, "layers must be {layer number"),
+    "heads without layers": Refusal(patching("dense", heads={0: "a_shape"}), TypeError, "heads must be"),
+    "a layer named twice": Refusal(
+        patching("dense", layers={1: "a_shape"}, dense_layers=[-2]), ValueError, "layer 1 is named twice"
+    ),
+    "a layer by two numbers": Refusal(
+        patching("dense", layers={0: "a_shape", -3: "random"}), ValueError, "layer 0 is named twice"
+    ),
     "an unknown kernel": Refusal(patching("dense", impl="gpu"), ValueError, "unknown implementation 'gpu'"),
     "layers that do not exist": Refusal(patching("dense", dense_layers=[3]), ValueError, "no attention layer 3"),
     "a method for no layer": Refusal(patching("dense", layers={7: "a_shape"}), ValueError, "no attention layer 7"),
@@ -226,6 +242,11 @@ CASES: dict[str, Refusal] = {
     "register over nothing": Refusal(by_name(previous="nothing"), ValueError, "previous must be"),
     "register over itself": Refusal(by_name(previous="sparseprefill"), ValueError, "previous must be"),
     "register with a strange option": Refusal(by_name(windw=1), ValueError, "no option 'windw'"),
+    "register to observe": Refusal(by_name(sample_rows=3), ValueError, "register takes no sample_rows"),
+    "our name without a method": Refusal(
+        lambda model, folder: run(model), RuntimeError, "nothing was registered for it",
+        changed(lambda m: setattr(m.config, "_attn_implementation", NAME)),
+    ),
     "explain what is no model": Refusal(lambda model, folder: explain(folder), TypeError, "PreTrainedModel"),
     "explain for no device": Refusal(
         lambda model, folder: explain(model, device="moon"), ValueError, "there is no device 'moon'"
@@ -271,10 +292,12 @@ def test_refused_and_nothing_changed(
 ) -> None:
     case = CASES[name]
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(huggingface, "_REGISTERED", {})
+    monkeypatch.setattr(huggingface_masks, "_DEFAULT", [])
     model = case.prepare(tmp_path)
     files, config, implementation = fingerprint(tmp_path), model.config, model.config._attn_implementation
     attributes = [set(vars(module)) for module in model.modules()]
-    hooks = [len(module._forward_hooks) for module in model.modules()]
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     with pytest.raises(case.error, match=case.message) as raised:
         case.act(model, tmp_path)
@@ -284,7 +307,7 @@ def test_refused_and_nothing_changed(
     assert model.config is config
     assert config._attn_implementation == implementation
     assert [set(vars(module)) for module in model.modules()] == attributes
-    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
     for before, after in zip(weights, model.parameters(), strict=True):
         assert torch.equal(before.nan_to_num(), after.nan_to_num())
     assert fingerprint(tmp_path) == files

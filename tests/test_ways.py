@@ -137,6 +137,9 @@ def test_right_or_refused(family: str, name: str, record_property: Callable[[str
         record_property("verdict", f"right in the prefill; {differs}")
         return
     agree(got, expected)
+    if name in ("autocast", "bfloat16"):
+        record_property("verdict", "served")
+        return
     record_property("verdict", "right" if ours else "right, on the previous implementation")
 
 
