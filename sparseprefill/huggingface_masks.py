@@ -101,7 +101,7 @@ class MaskInfo:
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __or__ = __invert__ = _no_tensor
     __lt__ = __le__ = __gt__ = __ge__ = _no_tensor
-    __eq__ = __ne__ = _no_tensor  # type: ignore[assignment]
+    __eq__ = __ne__ = _no_tensor
     __hash__ = object.__hash__
 
     def __getitem__(self, place: Any) -> MaskInfo:
