@@ -9,6 +9,7 @@ Python, through the noise of the allocator, which is asked to give back what it 
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import gc
 import os
@@ -248,6 +249,7 @@ def _held(prefills: int) -> Held:
         others += type(each) is not Held  # the samples themselves are no leak
         if issubclass(type(each), Tensor):  # isinstance would ask proxies for a class of theirs
             tensors += 1
-            sizes[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+            with contextlib.suppress(RuntimeError, NotImplementedError):  # a compiler's stand-ins hold no memory
+                sizes[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
     resident = int(_STATM.read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return Held(prefills, resident, tensors, sum(sizes.values()), others)
