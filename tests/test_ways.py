@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -305,6 +306,14 @@ def test_versions_of_the_table(record_property: Callable[[str, object], None]) -
     versions = provenance()["versions"]
     record_property("versions", json.dumps(versions))
     assert versions["transformers"] in TESTED
+
+
+def test_the_page_has_every_family_and_way() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "support.md").read_text(encoding="utf-8")
+    head = next(line for line in page.split("\n") if line.startswith("| way of calling"))
+    assert [cell.strip() for cell in head.strip("|").split("|")][1:] == list(FAMILIES)
+    rows = set(re.findall(r"^\| ([^|]+?) +\|", page, flags=re.MULTILINE))
+    assert not {*WAYS, *REFUSED, "two models, one config"} - rows, "run `make support`"
 
 
 def test_the_table_has_every_family_the_project_names() -> None:
