@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,7 +16,13 @@ from sparseprefill import __version__
 GRID_METHODS = ("dense", "a_shape", "tri_shape", "vertical_slash", "block_sparse", "random")
 
 
-class Numbers(click.ParamType[Any]):
+if TYPE_CHECKING:
+    AnyType = click.ParamType[Any]
+else:  # click 8.1 has no types to fill in
+    AnyType = click.ParamType
+
+
+class Numbers(AnyType):
     """`4096,8192` or `4k,8k`."""
 
     name = "N[,N...]"

@@ -207,11 +207,16 @@ def masks_of(model: Any, tokens: int) -> dict[str, MaskInfo]:
     if "cache_position" in names:
         arguments["cache_position"] = torch.arange(tokens)
     try:
-        made = make(**arguments)
+        # what hybrids use whose layer types are not of attention, or that 5.0 cannot look up
+        plain: Any = masking_utils.create_causal_mask(**arguments)
+        try:
+            made = make(**arguments)
+        except KeyError:
+            made = plain
     finally:
         unbind_config(config)
     known = made if isinstance(made, dict) else {"": made}
-    return {name: mask for name, mask in known.items() if isinstance(mask, MaskInfo)}  # linear layers have none
+    return {name: mask for name, mask in known.items() if isinstance(mask, MaskInfo)} or {"": plain}
 
 
 _DEFAULT: list[MaskSettings] = []

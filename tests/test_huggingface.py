@@ -92,6 +92,8 @@ class TestCausalSelection:
                 assert patch.report().density < 0.9
 
     def test_one_shot_and_chunked(self, family: str, method: str) -> None:
+        if OLD and family == "lfm2":
+            pytest.skip("its stock convolution gives something else each time when it goes on from a cache")
         model, ids = tiny_model(family), tokens(2, LENGTH)
         with patch_model(model, method, **CAUSAL[method], **BLOCKS):
             whole = logits(model, input_ids=ids)
