@@ -20,7 +20,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from sparseprefill.evals.loading import load_config, processor, provenance
-from sparseprefill.huggingface import Method, Settings, patched_layers, plan_patch
+from sparseprefill.huggingface import Method, patched_layers, plan_patch
+from sparseprefill.huggingface_layers import PatchedLayer, Settings
 from sparseprefill.huggingface_masks import NAME, MaskInfo, masks_of
 from sparseprefill.huggingface_modules import (
     STATE,
@@ -209,7 +210,7 @@ def _place(model: PreTrainedModel, device: str | None) -> torch.device:
 
 
 def _explain_layer(
-    state: Any, shape: LayerShape, mask: MaskInfo, device: torch.device, dtype: torch.dtype, longest: int
+    state: PatchedLayer, shape: LayerShape, mask: MaskInfo, device: torch.device, dtype: torch.dtype, longest: int
 ) -> LayerExplanation:
     settings = state.settings
     kernel, why = kernel_for(shape, device, dtype, settings.impl, settings.block_q, settings.block_k)
@@ -243,7 +244,7 @@ def _mask_of(masks: dict[str, MaskInfo], config: PreTrainedConfig, layer: int) -
     return next(iter(masks.values()))
 
 
-def _state(model: PreTrainedModel, running: dict[int, Any] | None) -> str:
+def _state(model: PreTrainedModel, running: dict[int, PatchedLayer] | None) -> str:
     if running is not None:
         return f"patched with {next(iter(running.values())).method}"
     if model.config.get_text_config()._attn_implementation == NAME:

@@ -10,12 +10,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import itertools
 import sys
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparseprefill import huggingface_masks as masks
 from sparseprefill.contracts import AttentionInputs, BlockGrid
-from sparseprefill.guard import Guard, GuardLog
+from sparseprefill.guard import GuardLog
+from sparseprefill.huggingface_layers import COUNTING, LAYERS, PatchedLayer, Settings
 from sparseprefill.huggingface_masks import NAME, MaskInfo, MaskSettings
 from sparseprefill.huggingface_modules import (
     STATE,
@@ -43,195 +41,16 @@ from sparseprefill.huggingface_modules import (
     text_config,
     unwrap,
 )
-from sparseprefill.kernels import IMPLEMENTATIONS, choose_implementation
+from sparseprefill.kernels import choose_implementation
 from sparseprefill.patterns import Dense, LastRowsDense, ModelPatterns, Pattern, PerHead
 from sparseprefill.prefill import (
-    COST_MODELS,
-    CostModel,
-    Prefill,
     describe_pattern,
-    expected_density,
     resolve_method,
     sparse_prefill,
 )
-from sparseprefill.reports import LayerReport, PatchReport
-
-_COUNTING = threading.Lock()  # a model may be called from several threads at once
+from sparseprefill.reports import PatchReport
 
 Method = str | Pattern | ModelPatterns
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How a patched model computes; the keyword arguments of `patch_model` that are not the method's own."""
-
-    block_q: int = 64
-    block_k: int = 64
-    impl: str = "auto"
-    min_length: int | None = None
-    observe: bool = True
-    sample_rows: int = 16
-    min_mass: float | None = None
-
-    @property
-    def guard(self) -> Guard | None:
-        """What watches over the kept mass, if anything does."""
-        return None if self.min_mass is None else Guard(self.min_mass)
-
-    def __post_init__(self) -> None:
-        _ = self.guard  # refuses a bad floor
-        for name, least in (("block_q", 1), ("block_k", 1), ("min_length", 0), ("sample_rows", 0)):
-            value = getattr(self, name)
-            if name == "min_length" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be a whole number of tokens, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not isinstance(self.observe, bool):
-            raise TypeError(f"observe must be True or False, got {self.observe!r}")
-        if self.impl not in ("auto", *IMPLEMENTATIONS):
-            raise ValueError(f"unknown implementation {self.impl!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
-
-
-@dataclass(eq=False)
-class _Layer:
-    """What one attention module does, and what it has done."""
-
-    number: int
-    pattern: Pattern
-    always_dense: bool
-    settings: Settings
-    previous: str
-    method: str
-    registered: bool = False  # made by `register`, not by a patch
-    local: str | None = None  # the mask's own window or chunks, in which the layer runs exactly
-    first_head: int = 0  # of the heads in this process
-    key: int = field(default_factory=itertools.count().__next__)  # in _LAYERS
-    sparse_calls: int = 0
-    previous_calls: dict[str, int] = field(default_factory=dict)
-    kernels: dict[str, int] = field(default_factory=dict)
-    timings: list[tuple[Any, ...]] = field(default_factory=list)  # CUDA events, not yet summed
-    sums: dict[str, Any] = field(default_factory=dict)
-    guard: GuardLog = field(default_factory=GuardLog)
-    nan: Tensor | None = None  # bool [] on the device: a query or key was NaN
-
-    copied: bool = False  # belongs to a copy of a patched model
-
-    def __post_init__(self) -> None:
-        _LAYERS[self.key] = self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
-        twin = _Layer(
-            self.number, self.pattern, self.always_dense, self.settings, self.previous, self.method,
-            registered=self.registered, first_head=self.first_head, copied=not self.registered,
-        )  # fmt: skip
-        memo[id(self)] = twin
-        return twin
-
-    def decision(self, device: str) -> tuple[CostModel, str]:
-        model = COST_MODELS.get(device, COST_MODELS["cuda"])
-        if self.settings.min_length is not None:
-            return model, f"sparse from {self.settings.min_length} keys on (min_length)"
-        return model, model.describe()
-
-    def pattern_under(self, mask: MaskInfo) -> Pattern:
-        """Selection is for layers that see everything; a local layer keeps its whole window or chunk."""
-        self.local = None if mask.local is None else "in its chunks" if mask.chunk else "in its sliding window"
-        return self.pattern if self.local is None else Dense()
-
-    def why_dense(self, queries: int, keys: int, mask: MaskInfo, device: str) -> str | None:
-        """Why this call is better left to the dense kernel, or None."""
-        if self.always_dense:
-            return "dense layer"
-        if self.settings.min_length is not None:
-            below = keys < self.settings.min_length
-            return f"fewer keys than min_length={self.settings.min_length}" if below else None
-        density = expected_density(self.pattern, keys) if mask.local is None else mask.density(keys)
-        cheaper = self.decision(device)[0].sparse_is_cheaper(queries, keys, density)
-        return None if cheaper else "below break-even"
-
-    def break_even(self, mask: MaskInfo, device: str, limit: int) -> int | None:
-        """The shortest prompt, in one call, that runs sparsely; None where not even one of `limit` tokens does."""
-
-        def sparse(tokens: int) -> bool:
-            return tokens >= self.settings.block_q and self.why_dense(tokens, tokens, mask, device) is None
-
-        if not sparse(limit):
-            return None
-        low, high = 0, limit
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if sparse(middle) else (middle, high)
-        return high
-
-    def note_previous(self, reason: str) -> None:
-        with _COUNTING:
-            self.previous_calls[reason] = self.previous_calls.get(reason, 0) + 1
-
-    def note(self, prefill: Prefill, impl: str) -> None:
-        with _COUNTING:
-            self._note(prefill, impl)
-
-    def _note(self, prefill: Prefill, impl: str) -> None:
-        self.sparse_calls += 1
-        self.kernels[impl] = self.kernels.get(impl, 0) + 1
-        if prefill.guarded is not None:
-            self.guard.note(prefill.guarded)
-        counted = prefill.coverage
-        if counted is None:
-            return
-        add = {
-            "kept": counted.kept, "visible": counted.visible, "tiles": counted.tiles,
-            "dense_tiles": counted.dense_tiles, "mass": prefill.sampled_mass,
-        }  # fmt: skip
-        for name, value in add.items():
-            if value is not None:  # on the device; nothing is read here
-                self.sums[name] = self.sums[name] + value if name in self.sums else value
-        if prefill.seconds is not None:
-            self._spent(*prefill.seconds)
-        if prefill.events is not None:
-            self.timings.append(prefill.events)
-            if len(self.timings) > 256:  # these ended long ago
-                self._read_timing(self.timings.pop(0))
-
-    def _spent(self, estimator: float, kernel: float) -> None:
-        self.sums["estimator"] = self.sums.get("estimator", 0.0) + estimator
-        self.sums["kernel"] = self.sums.get("kernel", 0.0) + kernel
-
-    def _read_timing(self, events: tuple[Any, ...]) -> None:
-        before, between, after = events
-        after.synchronize()
-        self._spent(before.elapsed_time(between) / 1e3, between.elapsed_time(after) / 1e3)
-
-    def report(self) -> LayerReport:
-        """The sums. The only place that reads observations back to the host."""
-        with _COUNTING:
-            return self._report()
-
-    def _report(self) -> LayerReport:
-        while self.timings:
-            self._read_timing(self.timings.pop())
-        sums = self.sums
-        density = tile_work = mass = None
-        if "kept" in sums:
-            density = (sums["kept"].double() / sums["visible"]).tolist()
-            tile_work = (sums["tiles"].double() / sums["dense_tiles"]).tolist()
-        if "mass" in sums:
-            mass = (sums["mass"][:, 0] / sums["mass"][:, 1]).tolist()
-        return LayerReport(
-            self.number, self._described(), self.sparse_calls,
-            dict(self.previous_calls), dict(self.kernels), density, tile_work, mass,
-            sums.get("estimator", 0.0), sums.get("kernel", 0.0), *self.guard.read(), self.first_head,
-        )  # fmt: skip
-
-    def _described(self) -> str:
-        if self.always_dense:
-            return "dense"
-        return describe_pattern(self.pattern) if self.local is None else f"Dense() {self.local}"
-
-
-_LAYERS: weakref.WeakValueDictionary[int, _Layer] = weakref.WeakValueDictionary()
 
 
 class Patch:
@@ -240,7 +59,7 @@ class Patch:
     `model` is the patched model itself.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: dict[int, _Layer], undo: list[Callable[[], None]]) -> None:
+    def __init__(self, model: PreTrainedModel, layers: dict[int, PatchedLayer], undo: list[Callable[[], None]]) -> None:
         self.model = model
         self._layers = layers
         self._undo = undo
@@ -278,7 +97,7 @@ class Patch:
 
     def reset(self) -> None:
         """Forget what was counted so far."""
-        with _COUNTING:
+        with COUNTING:
             for layer in self._layers.values():
                 layer.sparse_calls = 0
                 for counted in (layer.previous_calls, layer.kernels, layer.timings, layer.sums):
@@ -384,7 +203,7 @@ class PatchPlan:
     previous: str  # the attention implementation of before
     modules: dict[int, nn.Module]
     shapes: dict[int, LayerShape]
-    layers: dict[int, _Layer]
+    layers: dict[int, PatchedLayer]
 
 
 def plan_patch(
@@ -437,7 +256,7 @@ def plan_patch(
     previous = _previous_implementation(model, config)
     name = method if isinstance(method, str) else describe_pattern(method)
     states = {
-        number: _Layer(
+        number: PatchedLayer(
             number, chosen[number], number in stay_dense, settings, previous, name,
             first_head=part.of(all_heads[number]).start,
         )
@@ -464,7 +283,7 @@ def _check_overrides(dense_layers: Any, layers: Any, heads: Any) -> None:
         raise TypeError(f"heads must be {{(layer number, head): method}}, got {heads!r}")
 
 
-def patched_layers(model: nn.Module) -> dict[int, _Layer] | None:
+def patched_layers(model: nn.Module) -> dict[int, PatchedLayer] | None:
     """What the layers of a patched model do, by number; None for one that is not patched, registered or not."""
     states = [getattr(module, STATE) for module in model.modules() if hasattr(module, STATE)]
     return {state.number: state for state in states if not state.registered} or None
@@ -584,7 +403,7 @@ def _attend(
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _note_compiled(key: int, decoding: bool) -> bool:
     """Runs while a graph is made, not when it runs: it takes a number because the compiler takes no objects here."""
-    layer = _LAYERS.get(key)
+    layer = LAYERS.get(key)
     if layer is not None:
         if decoding:
             layer.note_previous("compiled decoding (counted once a graph)")
@@ -662,7 +481,7 @@ def _attend_eagerly(
 
 
 def _why_previous(
-    layer: _Layer, module: nn.Module, query: Tensor, key: Tensor, attention_mask: Any, kwargs: dict[str, Any]
+    layer: PatchedLayer, module: nn.Module, query: Tensor, key: Tensor, attention_mask: Any, kwargs: dict[str, Any]
 ) -> str | None:
     """Why a call cannot be ours, or None."""
     if query.shape[2] < layer.settings.block_q:
@@ -685,7 +504,7 @@ def _why_previous(
 
 
 def _run_previous(
-    layer: _Layer | None, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+    layer: PatchedLayer | None, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
     scaling: float | None, dropout: float, kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The implementation the model had before, with that implementation's own mask."""
@@ -713,7 +532,7 @@ def _run_previous(
     return result
 
 
-def _registered_layer(module: nn.Module) -> _Layer | None:
+def _registered_layer(module: nn.Module) -> PatchedLayer | None:
     """State for a module of a model that was loaded under our name; None where `register` was not called for it."""
     if not _REGISTERED or not isinstance(getattr(module, "layer_idx", None), int):
         return None
@@ -729,7 +548,7 @@ def _registered_layer(module: nn.Module) -> _Layer | None:
         raise ValueError(f"the registered profile is of another model: {mismatch}")
     number = module.layer_idx
     assert isinstance(number, int)
-    layer = _Layer(
+    layer = PatchedLayer(
         number,
         _for_layer(pattern, number),
         False,
@@ -753,7 +572,7 @@ def _supports(module: nn.Module, flag: str) -> bool:
     return all(getattr(family, flag, False) for family in families)
 
 
-def _watch_for_nan(layer: _Layer, inputs: AttentionInputs) -> None:
+def _watch_for_nan(layer: PatchedLayer, inputs: AttentionInputs) -> None:
     """On the CPU raise at once, on a GPU set a flag that is read once after the forward pass."""
     nan = inputs.query.isnan().any() | inputs.key.isnan().any()
     if inputs.device.type == "cpu":

@@ -22,7 +22,8 @@ import sparseprefill
 from sparseprefill import cli
 from sparseprefill.evals.bench import first_token_times
 from sparseprefill.evals.needle import MethodSpec
-from sparseprefill.huggingface import Settings, patch_model
+from sparseprefill.huggingface import patch_model
+from sparseprefill.huggingface_layers import Settings
 from sparseprefill.prefill import COST_MODELS, METHODS, expected_density, resolve_method
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -197,7 +198,7 @@ def reasons_in_the_source() -> set[str]:
     Found where they are made: the returns of the functions that decide, and whatever becomes a mask's `opaque`.
     """
     found: set[str] = set()
-    for name in ("huggingface.py", "huggingface_masks.py"):
+    for name in ("huggingface.py", "huggingface_layers.py", "huggingface_masks.py"):
         for node in ast.walk(ast.parse((ROOT / "sparseprefill" / name).read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name in ("_why_previous", "why_dense"):
                 returned = [each.value for each in ast.walk(node) if isinstance(each, ast.Return) and each.value]

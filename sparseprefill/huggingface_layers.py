@@ -1,0 +1,192 @@
+"""What a patched attention module does and has done: the state that the seam hangs on it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sparseprefill.guard import Guard, GuardLog
+from sparseprefill.huggingface_masks import MaskInfo
+from sparseprefill.kernels import IMPLEMENTATIONS
+from sparseprefill.patterns import Dense, Pattern
+from sparseprefill.prefill import COST_MODELS, CostModel, Prefill, describe_pattern, expected_density
+from sparseprefill.reports import LayerReport
+
+COUNTING = threading.Lock()  # a model may be called from several threads at once
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a patched model computes; the keyword arguments of `patch_model` that are not the method's own."""
+
+    block_q: int = 64
+    block_k: int = 64
+    impl: str = "auto"
+    min_length: int | None = None
+    observe: bool = True
+    sample_rows: int = 16
+    min_mass: float | None = None
+
+    @property
+    def guard(self) -> Guard | None:
+        """What watches over the kept mass, if anything does."""
+        return None if self.min_mass is None else Guard(self.min_mass)
+
+    def __post_init__(self) -> None:
+        _ = self.guard  # refuses a bad floor
+        for name, least in (("block_q", 1), ("block_k", 1), ("min_length", 0), ("sample_rows", 0)):
+            value = getattr(self, name)
+            if name == "min_length" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be a whole number of tokens, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not isinstance(self.observe, bool):
+            raise TypeError(f"observe must be True or False, got {self.observe!r}")
+        if self.impl not in ("auto", *IMPLEMENTATIONS):
+            raise ValueError(f"unknown implementation {self.impl!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
+
+
+@dataclass(eq=False)
+class PatchedLayer:
+    """What one attention module does, and what it has done."""
+
+    number: int
+    pattern: Pattern
+    always_dense: bool
+    settings: Settings
+    previous: str
+    method: str
+    registered: bool = False  # made by `register`, not by a patch
+    local: str | None = None  # the mask's own window or chunks, in which the layer runs exactly
+    first_head: int = 0  # of the heads in this process
+    key: int = field(default_factory=itertools.count().__next__)  # in LAYERS
+    sparse_calls: int = 0
+    previous_calls: dict[str, int] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
+    timings: list[tuple[Any, ...]] = field(default_factory=list)  # CUDA events, not yet summed
+    sums: dict[str, Any] = field(default_factory=dict)
+    guard: GuardLog = field(default_factory=GuardLog)
+    nan: Tensor | None = None  # bool [] on the device: a query or key was NaN
+    copied: bool = False  # belongs to a copy of a patched model
+
+    def __post_init__(self) -> None:
+        LAYERS[self.key] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PatchedLayer:
+        twin = PatchedLayer(
+            self.number, self.pattern, self.always_dense, self.settings, self.previous, self.method,
+            registered=self.registered, first_head=self.first_head, copied=not self.registered,
+        )  # fmt: skip
+        memo[id(self)] = twin
+        return twin
+
+    def decision(self, device: str) -> tuple[CostModel, str]:
+        model = COST_MODELS.get(device, COST_MODELS["cuda"])
+        if self.settings.min_length is not None:
+            return model, f"sparse from {self.settings.min_length} keys on (min_length)"
+        return model, model.describe()
+
+    def pattern_under(self, mask: MaskInfo) -> Pattern:
+        """Selection is for layers that see everything; a local layer keeps its whole window or chunk."""
+        self.local = None if mask.local is None else "in its chunks" if mask.chunk else "in its sliding window"
+        return self.pattern if self.local is None else Dense()
+
+    def why_dense(self, queries: int, keys: int, mask: MaskInfo, device: str) -> str | None:
+        """Why this call is better left to the dense kernel, or None."""
+        if self.always_dense:
+            return "dense layer"
+        if self.settings.min_length is not None:
+            below = keys < self.settings.min_length
+            return f"fewer keys than min_length={self.settings.min_length}" if below else None
+        density = expected_density(self.pattern, keys) if mask.local is None else mask.density(keys)
+        cheaper = self.decision(device)[0].sparse_is_cheaper(queries, keys, density)
+        return None if cheaper else "below break-even"
+
+    def break_even(self, mask: MaskInfo, device: str, limit: int) -> int | None:
+        """The shortest prompt, in one call, that runs sparsely; None where not even one of `limit` tokens does."""
+
+        def sparse(tokens: int) -> bool:
+            return tokens >= self.settings.block_q and self.why_dense(tokens, tokens, mask, device) is None
+
+        if not sparse(limit):
+            return None
+        low, high = 0, limit
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if sparse(middle) else (middle, high)
+        return high
+
+    def note_previous(self, reason: str) -> None:
+        with COUNTING:
+            self.previous_calls[reason] = self.previous_calls.get(reason, 0) + 1
+
+    def note(self, prefill: Prefill, impl: str) -> None:
+        with COUNTING:
+            self._note(prefill, impl)
+
+    def _note(self, prefill: Prefill, impl: str) -> None:
+        self.sparse_calls += 1
+        self.kernels[impl] = self.kernels.get(impl, 0) + 1
+        if prefill.guarded is not None:
+            self.guard.note(prefill.guarded)
+        counted = prefill.coverage
+        if counted is None:
+            return
+        add = {
+            "kept": counted.kept, "visible": counted.visible, "tiles": counted.tiles,
+            "dense_tiles": counted.dense_tiles, "mass": prefill.sampled_mass,
+        }  # fmt: skip
+        for name, value in add.items():
+            if value is not None:  # on the device; nothing is read here
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+        if prefill.seconds is not None:
+            self._spent(*prefill.seconds)
+        if prefill.events is not None:
+            self.timings.append(prefill.events)
+            if len(self.timings) > 256:  # these ended long ago
+                self._read_timing(self.timings.pop(0))
+
+    def _spent(self, estimator: float, kernel: float) -> None:
+        self.sums["estimator"] = self.sums.get("estimator", 0.0) + estimator
+        self.sums["kernel"] = self.sums.get("kernel", 0.0) + kernel
+
+    def _read_timing(self, events: tuple[Any, ...]) -> None:
+        before, between, after = events
+        after.synchronize()
+        self._spent(before.elapsed_time(between) / 1e3, between.elapsed_time(after) / 1e3)
+
+    def report(self) -> LayerReport:
+        """The sums. The only place that reads observations back to the host."""
+        with COUNTING:
+            return self._report()
+
+    def _report(self) -> LayerReport:
+        while self.timings:
+            self._read_timing(self.timings.pop())
+        sums = self.sums
+        density = tile_work = mass = None
+        if "kept" in sums:
+            density = (sums["kept"].double() / sums["visible"]).tolist()
+            tile_work = (sums["tiles"].double() / sums["dense_tiles"]).tolist()
+        if "mass" in sums:
+            mass = (sums["mass"][:, 0] / sums["mass"][:, 1]).tolist()
+        return LayerReport(
+            self.number, self._described(), self.sparse_calls,
+            dict(self.previous_calls), dict(self.kernels), density, tile_work, mass,
+            sums.get("estimator", 0.0), sums.get("kernel", 0.0), *self.guard.read(), self.first_head,
+        )  # fmt: skip
+
+    def _described(self) -> str:
+        if self.always_dense:
+            return "dense"
+        return describe_pattern(self.pattern) if self.local is None else f"Dense() {self.local}"
+
+
+LAYERS: weakref.WeakValueDictionary[int, PatchedLayer] = weakref.WeakValueDictionary()  # by key, for compiled graphs
