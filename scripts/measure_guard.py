@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--length", type=int, default=32768, help="of the cost")
     parser.add_argument("--repeats", type=int, default=3, help="of the cost")
+    parser.add_argument("--density", type=float, default=0.2, help="of the cost")
     args = parser.parse_args()
     written: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     model, tokenizer = load_model(device=args.device)
@@ -53,7 +54,7 @@ def main() -> None:
             print(evals.false_alarm_table(results, markdown=True))
             found = [asdict(each) for each in results]
         else:
-            specs = [MethodSpec.at_density(name, 0.2) for name in ("vertical_slash", "block_sparse")]
+            specs = [MethodSpec.at_density(name, args.density) for name in ("vertical_slash", "block_sparse")]
             with tqdm(desc=part, total=len(specs) * args.repeats) as bar:
                 costs = evals.guard_cost(model, specs, length=args.length, repeats=args.repeats, progress=bar.update)
             print(evals.cost_table(costs, markdown=True))
