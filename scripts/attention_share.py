@@ -3,8 +3,8 @@
     python scripts/attention_share.py                    # the model inside, 1k to 16k tokens
     python scripts/attention_share.py --model NAME --lengths 8192 --method block_sparse:keep=0.2
 
-Prints, for each length, the share of attention in the dense prefill (torch.profiler), and then, at the example's length,
-dense and sparse prefills in pairs beside what the share and the kernel's own speed-up promise.
+Prints, for each length, the share of attention in the dense prefill (torch.profiler), and then, at the length of the
+example, dense and sparse prefills in pairs beside what the share and the kernel's own speed-up promise.
 """
 
 from __future__ import annotations
@@ -59,9 +59,8 @@ def main() -> None:
     ids = torch.randint(1, model.config.vocab_size - 1, (1, longest), generator=draw).to(model.device)
     for length in map(int, args.lengths.split(",")):
         share = attention_share(model, ids[:, :length])
-        print(
-            f"{length} tokens: attention is {share:.0%} of the prefill; the whole can gain {1 / (1 - share):.1f}x at most"
-        )
+        most = 1 / (1 - share)
+        print(f"{length} tokens: attention is {share:.0%} of the prefill; the whole can gain {most:.1f}x at most")
 
     spec, prompt = MethodSpec.parse(args.method), ids[:, : args.example]
     share = attention_share(model, prompt)
