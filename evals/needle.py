@@ -8,13 +8,12 @@ answered by the model's own `generate` from a prompt without the answer.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,58 +21,11 @@ import torch
 from transformers import PreTrainedModel
 
 from sparseprefill.evals.loading import provenance
+from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.files import write_bytes, write_text
-from sparseprefill.huggingface import Patch, patch_model
-from sparseprefill.prefill import METHODS, parse_options
+from sparseprefill.prefill import METHODS
 from sparseprefill.prompts import NeedlePrompt, needle_prompt
 from sparseprefill.reports import number, table
-
-
-@dataclass(frozen=True, slots=True)
-class MethodSpec:
-    """A method with its options; "dense" without options is the stock model, unpatched."""
-
-    name: str  # in `METHODS`
-    options: dict[str, Any] = field(default_factory=dict)  # of the method
-
-    @staticmethod
-    def parse(text: str) -> MethodSpec:
-        """`block_sparse:keep=0.2,sink=64` or just `a_shape`. Raises ValueError where an option is not name=value."""
-        name, _, options = text.partition(":")
-        return MethodSpec(name, parse_options(options))
-
-    @staticmethod
-    def at_density(name: str, density: float) -> MethodSpec:
-        """One of the built-in methods with the budget that keeps this share of the visible pairs.
-
-        Raises ValueError for a name that is none of them.
-        """
-        budgets: dict[str, dict[str, Any]] = {
-            "dense": {},
-            "a_shape": {"sink": 64, "window": density},
-            "tri_shape": {"sink": 64, "window": density},
-            "vertical_slash": {"density": density},
-            "block_sparse": {"keep": density},
-            "random": {"keep": density},
-            "minference": {"density": density},
-        }
-        if name not in budgets:
-            raise ValueError(f"no budget of {name!r} is known for a density: choose one of {', '.join(budgets)}")
-        return MethodSpec(name, budgets[name])
-
-    @property
-    def label(self) -> str:
-        """As it is parsed."""
-        return self.name + (":" + ",".join(f"{k}={v}" for k, v in self.options.items()) if self.options else "")
-
-    @contextlib.contextmanager
-    def applied(self, model: PreTrainedModel, **settings: Any) -> Iterator[Patch | None]:
-        """The model with this method; None for the stock model."""
-        if self.name == "dense" and not self.options:
-            yield None
-            return
-        with patch_model(model, self.name, **settings, **self.options) as patch:
-            yield patch
 
 
 @dataclass(frozen=True, slots=True)

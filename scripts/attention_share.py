@@ -18,7 +18,7 @@ import torch
 
 from sparseprefill import patch_model
 from sparseprefill.evals import load_model
-from sparseprefill.evals.needle import MethodSpec
+from sparseprefill.evals.methods import MethodSpec
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sparseprefill.evals import guard as evals
 from sparseprefill.evals.loading import load_model, provenance
-from sparseprefill.evals.needle import MethodSpec
+from sparseprefill.evals.methods import MethodSpec
 
 PARTS = ("planted", "false_alarms", "cost")
 

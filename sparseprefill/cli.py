@@ -120,14 +120,14 @@ def needle(
 
 
 def _specs(chosen: tuple[str, ...], density: float) -> list[Any]:
-    from sparseprefill.evals.needle import MethodSpec
+    from sparseprefill.evals.methods import MethodSpec
 
     parsed = [MethodSpec.parse(text) for text in chosen or GRID_METHODS]
     return [spec if spec.options or ":" in spec.name else _with_budget(spec.name, density) for spec in parsed]
 
 
 def _with_budget(name: str, density: float) -> Any:
-    from sparseprefill.evals.needle import MethodSpec
+    from sparseprefill.evals.methods import MethodSpec
     from sparseprefill.prefill import resolve_method
 
     if name not in GRID_METHODS:

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from sparseprefill.cli import main
 from sparseprefill.evals import bench as benches
 from sparseprefill.evals.loading import load_model
-from sparseprefill.evals.needle import MethodSpec, run_needle
+from sparseprefill.evals.methods import MethodSpec
+from sparseprefill.evals.needle import run_needle
 from sparseprefill.prefill import METHODS
 
 

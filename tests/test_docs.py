@@ -21,7 +21,7 @@ import pytest
 import sparseprefill
 from sparseprefill import cli
 from sparseprefill.evals.bench import first_token_times
-from sparseprefill.evals.needle import MethodSpec
+from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.huggingface import patch_model
 from sparseprefill.huggingface_layers import Settings
 from sparseprefill.prefill import COST_MODELS, METHODS, expected_density, resolve_method

@@ -18,7 +18,8 @@ from sparseprefill import patch_model, register
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid, BlockIndex
 from sparseprefill.evals import guard as evals
 from sparseprefill.evals.loading import load_model
-from sparseprefill.evals.needle import MethodSpec, run_needle
+from sparseprefill.evals.methods import MethodSpec
+from sparseprefill.evals.needle import run_needle
 from sparseprefill.guard import Guard, check, fails, guarded, sampled_rows
 from sparseprefill.huggingface_masks import NAME
 from sparseprefill.kernels import block_sparse_attention
