@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from sparseprefill import __version__
 from sparseprefill.evals.loading import provenance
 from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.evals.results import (
@@ -83,6 +84,7 @@ def run_eval(
     last_rows_dense: int = 0,
     min_length: int | None = 0,
     observe: int = 1,
+    again: bool = False,
     workers: Workers | None = None,
     progress: bool = False,
 ) -> EvalResult | None:
@@ -97,6 +99,7 @@ def run_eval(
         last_rows_dense, min_length: see `patch_model`; with `min_length` 0, methods run sparsely at every length.
         observe: so many prompts of each stratum (the part of a prompt's id before its last slash) are observed: density
             and kept mass are counted, and no time is taken. 0 observes none.
+        again: remove what an earlier run of this task left in `out`, finished or not, and begin anew.
         workers: which process this is; None: as the environment says.
         progress: show a bar with the remaining time on standard error.
 
@@ -120,7 +123,7 @@ def run_eval(
     settings: dict[str, Any] = json.loads(
         json.dumps(
             {
-                "task": task.settings(), "methods": [spec.label for spec in methods],
+                "version": __version__, "task": task.settings(), "methods": [spec.label for spec in methods],
                 "last_rows_dense": last_rows_dense, "min_length": min_length, "observe": observe,
                 "model": model_identity(model), "tokenizer": tokenizer_identity(tokenizer),
             },
@@ -128,6 +131,10 @@ def run_eval(
         )
     )  # fmt: skip
     files = _RunFiles(Path(out), task.name)
+    if again:
+        if workers.rank == 0:
+            files.clear(result=True)
+        workers.wait()
     finished = files.finished(settings)
     if workers.rank == 0:
         if finished is None:
@@ -298,8 +305,10 @@ class _RunFiles:
         """ValueError where the run that stands is of other settings."""
         _check_same(self.header()["settings"], settings, self.run)
 
-    def clear(self) -> None:
-        """Remove what a result was made of."""
+    def clear(self, *, result: bool = False) -> None:
+        """Remove what a result was made of, or that and the result."""
+        if result:
+            self.result.unlink(missing_ok=True)
         if self.parts.exists():
             shutil.rmtree(self.parts)
         self.run.unlink(missing_ok=True)

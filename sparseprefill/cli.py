@@ -3,60 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from sparseprefill import __version__
-
-GRID_METHODS = ("dense", "a_shape", "tri_shape", "vertical_slash", "block_sparse", "random")
-
-
-if TYPE_CHECKING:
-    AnyType = click.ParamType[Any]
-else:  # click 8.1 has no types to fill in
-    AnyType = click.ParamType
-
-
-class Numbers(AnyType):
-    """`4096,8192` or `4k,8k`."""
-
-    name = "N[,N...]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A tuple of positive integers."""
-        if not isinstance(value, str):
-            return value
-        try:
-            numbers = tuple(
-                int(part[:-1]) * 1024 if part.lower().endswith("k") else int(part) for part in value.split(",")
-            )
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers like 4096,8192 or 4k,8k", param, ctx)
-        if min(numbers) < 1:
-            self.fail("numbers must be positive", param, ctx)
-        return numbers
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """What the library refuses becomes a message without a traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, NotImplementedError, OSError, FloatingPointError) as error:
-        raise click.ClickException(str(error)) from error
-
-
-@contextmanager
-def _progress(total: int, what: str) -> Iterator[Callable[[int], Any]]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=what, file=sys.stderr, dynamic_ncols=True) as bar:
-        yield bar.update
+from sparseprefill.cli_evals import specs
+from sparseprefill.cli_options import Numbers, clear_errors, progress_bar
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -111,28 +65,12 @@ def needle(
     """
     from sparseprefill.evals.loading import load_model
 
-    with _clear_errors():
+    with clear_errors():
         loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         _run_needle(
-            loaded, tokenizer, _specs(chosen, density), lengths, depths, samples, generated, haystack, last_rows_dense,
+            loaded, tokenizer, specs(chosen, density), lengths, depths, samples, generated, haystack, last_rows_dense,
             seed, out, "needle", markdown,
         )  # fmt: skip
-
-
-def _specs(chosen: tuple[str, ...], density: float) -> list[Any]:
-    from sparseprefill.evals.methods import MethodSpec
-
-    parsed = [MethodSpec.parse(text) for text in chosen or GRID_METHODS]
-    return [spec if spec.options or ":" in spec.name else _with_budget(spec.name, density) for spec in parsed]
-
-
-def _with_budget(name: str, density: float) -> Any:
-    from sparseprefill.evals.methods import MethodSpec
-    from sparseprefill.prefill import resolve_method
-
-    if name not in GRID_METHODS:
-        resolve_method(name)  # its own defaults, or the error that names it
-    return MethodSpec.at_density(name, density)
 
 
 def _run_needle(
@@ -146,7 +84,7 @@ def _run_needle(
     sentences = None if haystack is None else text_sentences(read_text(haystack, "haystack"))
     out.mkdir(parents=True, exist_ok=True)
     total = passes(len(specs), len(lengths), samples, samples if generated is None else generated)
-    with _progress(total, name) as progress:
+    with progress_bar(total, name) as progress:
         result = run_needle(
             model, tokenizer, specs, lengths, needles=depths, samples=samples, generated=generated, seed=seed,
             haystack=sentences, last_rows_dense=last_rows_dense, progress=progress,
@@ -181,7 +119,7 @@ def doctor(
     from sparseprefill.prefill import parse_options
 
     name, _, options = chosen.partition(":")
-    with _clear_errors():
+    with clear_errors():
         bare = skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code)
         found = explain(bare, name, device=device, impl=impl, **parse_options(options))
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
@@ -214,14 +152,14 @@ def bench(
     from sparseprefill.files import check_folder, write_text
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _clear_errors():
+    with clear_errors():
         if out is not None:
             check_folder(out)  # before minutes of measuring
         reason = benches.why_no_flex(device)
         if reason:
             click.echo(f"without FlexAttention: {reason}")
         wanted = [float(part) for part in densities.split(",")]
-        with _progress(4 * len(lengths) * len(wanted), "kernel") as progress:
+        with progress_bar(4 * len(lengths) * len(wanted), "kernel") as progress:
             cells = benches.kernel_cells(
                 device=device, lengths=lengths, densities=wanted, repeats=repeats, progress=progress
             )
@@ -229,9 +167,9 @@ def bench(
         written: dict[str, Any] = {"provenance": provenance(), "kernel": [asdict(cell) for cell in cells]}
         if ttft:
             loaded, _ = load_model(model, device=device, trust_remote_code=trust_remote_code)
-            specs = _specs((), density)
-            with _progress(len(ttft) * len(specs), "ttft") as progress:
-                times = benches.first_token_times(loaded, specs, ttft, repeats=repeats, progress=progress)
+            chosen = specs((), density)
+            with progress_bar(len(ttft) * len(chosen), "ttft") as progress:
+                times = benches.first_token_times(loaded, chosen, ttft, repeats=repeats, progress=progress)
             click.echo(benches.first_token_table(times, markdown=markdown))
             written["ttft"] = [asdict(each) for each in times]
             written["provenance"] = provenance(loaded)
@@ -251,13 +189,13 @@ def demo(out: Path, lengths: tuple[int, ...], density: float, samples: int) -> N
     """The whole walk on the model inside: needles found with dense and with sparse attention, and how fast."""
     from sparseprefill.evals.loading import load_model
 
-    with _clear_errors():
+    with clear_errors():
         model, tokenizer = load_model()
         click.echo(f"Needles in prompts of {', '.join(map(str, lengths))} tokens, every method at density {density}:")
-        specs = _specs((), density)
-        _run_needle(model, tokenizer, specs, lengths, 5, samples, 0, None, 0, 1, out, "needle", False)
+        chosen = specs((), density)
+        _run_needle(model, tokenizer, chosen, lengths, 5, samples, 0, None, 0, 1, out, "needle", False)
         click.echo("\nThe same with the last 64 rows dense in every method, on one prompt a length, not timed:")
-        _run_needle(model, tokenizer, specs, lengths, 5, 1, 0, None, 64, 1, out, "last_rows_dense", False)
+        _run_needle(model, tokenizer, chosen, lengths, 5, 1, 0, None, 64, 1, out, "last_rows_dense", False)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,14 @@ def test_results_of_other_settings_are_refused(loaded: tuple[Any, Any], whole: P
         run_eval(Parity(5), *loaded, SPECS, tmp_path)
 
 
+def test_a_run_can_begin_anew(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    assert run_eval(Parity(1), *loaded, SPECS[:1], tmp_path) is not None
+    prepared: list[str] = []
+    result = run_eval(Parity(2, before=prepared.append), *loaded, SPECS[:1], tmp_path, again=True)
+    assert result is not None
+    assert len(prepared) == len(result.records) == 4
+
+
 def test_other_weights_are_another_model(loaded: tuple[Any, Any], whole: Path) -> None:
     model, tokenizer = loaded
     weight = model.get_input_embeddings().weight

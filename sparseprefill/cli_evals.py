@@ -1,0 +1,198 @@
+"""The commands that evaluate: each makes a task, and one function runs it and writes what came out."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparseprefill.cli_options import clear_errors
+
+GRID_METHODS = ("dense", "a_shape", "tri_shape", "vertical_slash", "block_sparse", "random")
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What all evaluations are asked."""
+
+    model: str | None
+    chosen: tuple[str, ...]
+    density: float
+    last_rows_dense: int
+    observe: int
+    seed: int
+    dtype: str
+    device: str | None
+    trust_remote_code: bool
+    out: Path
+    again: bool
+    markdown: bool
+
+
+_OPTIONS = (
+    click.option("--model", help="Hub name or folder; default: the model that ships inside."),
+    click.option(
+        "--method",
+        "chosen",
+        multiple=True,
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="Methods, may be repeated; dense always runs.",
+    ),
+    click.option("--density", default=0.2, help="Budget of methods given without options."),
+    click.option("--last-rows-dense", default=0, help="Dense last queries for every method."),
+    click.option("--observe", default=1, help="Prompts a stratum whose density and kept mass are counted, not timed."),
+    click.option("--seed", default=1, help="Of everything that is drawn."),
+    click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"),
+    click.option("--device", help="cpu or cuda; default: what is there, one GPU a process under torchrun."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+    click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the results."),
+    click.option("--again", is_flag=True, help="Remove an earlier run of this task in OUT and begin anew."),
+    click.option("--markdown", is_flag=True, help="Print the whole report as Markdown."),
+)
+
+
+def evaluation(default_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of all evaluations, as one argument `run`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def wrapped(**given: Any) -> None:
+            given["out"] = given["out"] or Path(default_out)
+            run = RunOptions(**{each.name: given.pop(each.name) for each in fields(RunOptions)})
+            with clear_errors():
+                command(run=run, **given)
+
+        for option in reversed(_OPTIONS):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate
+
+
+def specs(chosen: tuple[str, ...], density: float) -> list[Any]:
+    """Methods as they were named, dense first; those without options get the budget of a density."""
+    from sparseprefill.evals.methods import MethodSpec
+
+    parsed = [MethodSpec.parse(text) for text in chosen or GRID_METHODS]
+    if not any(spec.label == "dense" for spec in parsed):
+        parsed.insert(0, MethodSpec("dense"))
+    return [spec if spec.options or ":" in spec.name else _with_budget(spec.name, density) for spec in parsed]
+
+
+def _with_budget(name: str, density: float) -> Any:
+    from sparseprefill.evals.methods import MethodSpec
+    from sparseprefill.prefill import resolve_method
+
+    if name not in GRID_METHODS:
+        resolve_method(name)  # its own defaults, or the error that names it
+    return MethodSpec.at_density(name, density)
+
+
+def loaded_model(run: RunOptions) -> tuple[Any, Any]:
+    """Model and tokenizer; one GPU a process where several share a run."""
+    from sparseprefill.evals.loading import load_model
+
+    device = run.device
+    if device in (None, "cuda") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch
+
+        if torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+            torch.cuda.set_device(device)
+    return load_model(run.model, dtype=run.dtype, device=device, trust_remote_code=run.trust_remote_code)
+
+
+def evaluate(run: RunOptions, make_task: Callable[[Any, Any], Any], *, echo: bool = True) -> Any:
+    """Load the model, run the task with every method, write and print the report; the result, or None in a helper."""
+    from sparseprefill.evals.report_page import write_report
+    from sparseprefill.evals.runner import Workers, load_unfinished, run_eval, unfinished_runs
+
+    model, tokenizer = loaded_model(run)
+    task = make_task(model, tokenizer)
+    try:
+        result = run_eval(
+            task, model, tokenizer, specs(run.chosen, run.density), run.out, last_rows_dense=run.last_rows_dense,
+            observe=run.observe, again=run.again, progress=True,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        if Workers.from_environment().rank == 0 and task.name in unfinished_runs(run.out):
+            partial = load_unfinished(run.out, task.name)
+            click.echo(f"\n{len(partial.records)} of {partial.planned} prompts are answered: the same command goes on")
+            if partial.records:
+                _say_written(write_report(partial, run.out))
+        raise
+    if result is None:
+        return None
+    paths = write_report(result, run.out)
+    if echo:
+        show(result, markdown=run.markdown)
+    _say_written([run.out / f"{task.name}.json", *paths])
+    return result
+
+
+def show(result: Any, *, markdown: bool) -> None:
+    """Print the report."""
+    from sparseprefill.evals.compare import summarise
+    from sparseprefill.evals.report_page import report_markdown, report_text
+
+    click.echo((report_markdown if markdown else report_text)(result, summarise(result)))
+
+
+def _say_written(paths: list[Path]) -> None:
+    click.echo("wrote " + ", ".join(str(path) for path in paths))
+
+
+def sentences(haystack: Path | None) -> list[str] | None:
+    """Of a text that things are hidden in; None: seeded prose."""
+    from sparseprefill.files import read_text
+    from sparseprefill.prompts import text_sentences
+
+    return None if haystack is None else text_sentences(read_text(haystack, "haystack"))
+
+
+HAYSTACK = click.option(
+    "--haystack", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text to hide things in."
+)
+CHAT_TEMPLATE = click.option(
+    "--chat-template", type=click.Choice(["auto", "always", "none"]), default="auto", help="Of the model's tokenizer."
+)
+
+
+@click.command()
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option("--markdown", is_flag=True, help="Print the whole report as Markdown.")
+@click.pass_context
+def report(ctx: click.Context, path: Path, markdown: bool) -> None:
+    """Write the report of PATH again: a result file, or a folder of finished and unfinished runs.
+
+    An unfinished run is reported as incomplete, into files of that name, and the exit status is 1.
+    """
+    from sparseprefill.evals.report_page import write_report
+    from sparseprefill.evals.results import SCHEMA, EvalResult
+    from sparseprefill.evals.runner import load_unfinished, unfinished_runs
+
+    with clear_errors():
+        if path.is_file():
+            results = [EvalResult.load(path)]
+        else:
+            texts = {each: each.read_bytes()[:200] for each in sorted(path.glob("*.json"))}
+            whole = [each for each, text in texts.items() if SCHEMA.encode() in text and b'"complete"' in text]
+            results = [EvalResult.load(each) for each in whole]
+            results += [load_unfinished(path, task) for task in unfinished_runs(path)]
+        if not results:
+            raise ValueError(f"{path} holds no result of an evaluation: name the folder given as --out")
+        for result in results:
+            if not result.records:
+                click.echo(f"{result.task}: none of {result.planned} prompts is answered yet")
+                continue
+            show(result, markdown=markdown)
+            _say_written(write_report(result, path.parent if path.is_file() else path))
+    if not all(result.complete for result in results):
+        click.echo("INCOMPLETE: run the same command again to go on", file=sys.stderr)
+        ctx.exit(1)

@@ -1,0 +1,53 @@
+"""Types and habits that all commands share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    AnyType = click.ParamType[Any]
+else:  # click 8.1 has no types to fill in
+    AnyType = click.ParamType
+
+
+class Numbers(AnyType):
+    """`4096,8192` or `4k,8k`."""
+
+    name = "N[,N...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A tuple of positive integers."""
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = tuple(
+                int(part[:-1]) * 1024 if part.lower().endswith("k") else int(part) for part in value.split(",")
+            )
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers like 4096,8192 or 4k,8k", param, ctx)
+        if min(numbers) < 1:
+            self.fail("numbers must be positive", param, ctx)
+        return numbers
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """What the library refuses becomes a message without a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, ImportError, OSError, FloatingPointError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@contextmanager
+def progress_bar(total: int, what: str) -> Iterator[Callable[[int], Any]]:
+    """A function that adds steps to a bar on standard error."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, file=sys.stderr, dynamic_ncols=True) as bar:
+        yield bar.update
