@@ -119,7 +119,9 @@ class Fidelity:
             raise ValueError(f"lengths must be at least one, none of them twice, got {list(lengths)}")
         for length in lengths:
             if length < 2 * buckets or length < 2:
-                raise ValueError(f"a window of {length} tokens is too short for {buckets} parts: at least two tokens each")
+                raise ValueError(
+                    f"a window of {length} tokens is too short for {buckets} parts: at least two tokens each"
+                )
             if window is not None and length > window:
                 raise ValueError(f"{length} tokens exceed the model's window of {window}: choose a shorter length")
         self.tokenizer = tokenizer
@@ -138,7 +140,7 @@ class Fidelity:
         """What a reader must know of these numbers."""
         ahead = ", ".join(name for name, row in METHODS.items() if row.looks_ahead)
         return (
-            "KL and agreement compare with the same model dense, not with the truth; nll and perplexity are of the text",
+            "KL and agreement compare with the same model dense, not with the truth; perplexity is of the text",
             f"methods that look ahead ({ahead}; any method with last rows dense) choose what a token attends to by "
             "tokens that follow, which flatters their perplexity; their answers are marked",
             "every method chooses for a block of queries at a time, so up to a block less one token ahead plays in",
@@ -249,9 +251,7 @@ class Fidelity:
                 head, spec, ids, edges, min_length=attempt.min_length, **self._last_rows(attempt)
             )  # fmt: skip
             check_dense(own, dense.final)
-        return [
-            self._answer(attempt, tokens, part, edges, errors, own) for part in range(self.buckets)
-        ]
+        return [self._answer(attempt, tokens, part, edges, errors, own) for part in range(self.buckets)]
 
     @staticmethod
     def _last_rows(attempt: Attempt) -> dict[str, int]:

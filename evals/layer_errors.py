@@ -8,6 +8,7 @@ models as they run, earlier errors included.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def sampled_places(edges: Sequence[int], rows: int) -> list[Tensor]:
     """For each part of the positions, cut at `edges`, at most `rows` evenly spaced ones of it: int64 [rows]."""
     return [
         torch.linspace(start, stop - 1, min(rows, stop - start)).round().long()
-        for start, stop in zip(edges, edges[1:], strict=False)
+        for start, stop in itertools.pairwise(edges)
     ]
 
 
@@ -93,9 +94,7 @@ class OwnErrors:
 
 
 @torch.no_grad()
-def own_errors(
-    head: OutputHead, spec: MethodSpec, ids: Tensor, edges: Sequence[int], **settings: Any
-) -> OwnErrors:
+def own_errors(head: OutputHead, spec: MethodSpec, ids: Tensor, edges: Sequence[int], **settings: Any) -> OwnErrors:
     """Run every attention layer twice on what the dense model gives it, with the method and as it was before.
 
     The relative L2 error of a part is |sparse - dense| / |dense| over the outputs of the attention module, behind its
@@ -159,7 +158,7 @@ def _first(output: Any) -> Tensor:
 
 def _errors_of_parts(sparse: Tensor, dense: Tensor, edges: Sequence[int]) -> list[float]:
     found = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         apart = size = 0.0
         for at in range(start, stop, _ROWS_AT_ONCE):
             rows = slice(at, min(at + _ROWS_AT_ONCE, stop))

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparseprefill.huggingface_modules import attention_modules, text_config
+
 CHUNK_NUMBERS = 1 << 22
 """Logits in memory at once: positions x vocabulary; 32 MiB in float64."""
 _CHECKED = 8  # positions
@@ -39,7 +41,9 @@ class OutputHead:
 
     def __init__(self, model: PreTrainedModel) -> None:
         kind = type(model).__name__
-        if model.base_model is model or model.get_output_embeddings() is None:
+        body = _body(model)
+        embeddings = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it without types
+        if body is None or embeddings is None:
             raise NotImplementedError(f"{kind} has no output head over a body of its own: load it as a causal LM")
         if "logits_to_keep" not in inspect.signature(model.forward).parameters:
             raise NotImplementedError(
@@ -47,7 +51,7 @@ class OutputHead:
                 "use a newer transformers, or another evaluation"
             )
         self.model = model
-        self.body: nn.Module = model.base_model
+        self.body: nn.Module = body
         self._made: type[Any] | None = None  # what the body returns, known after a run
         self._vocabulary = 0  # as wide as the logits are, likewise
 
@@ -116,6 +120,14 @@ class OutputHead:
             yield slice(start, min(start + step, positions))
 
 
+def _body(model: PreTrainedModel) -> nn.Module | None:
+    """The part of a model that stands before its output head."""
+    if model.base_model is not model:
+        return model.base_model
+    layers = set(attention_modules(model, text_config(model)).values())  # some have their body under another name
+    return next((each for each in model.children() if layers <= set(each.modules())), None)
+
+
 def _logits(output: Any) -> Tensor:
     logits: Tensor = output[0] if isinstance(output, tuple) else output.logits
     return logits
@@ -153,7 +165,9 @@ def compare_next_tokens(head: OutputHead, ids: Tensor, first: Tensor, second: Te
     """
     length = ids.shape[1]
     if first.shape != second.shape or len(first) != length:
-        raise ValueError(f"states of {tuple(first.shape)} and {tuple(second.shape)} are not two runs of {length} tokens")
+        raise ValueError(
+            f"states of {tuple(first.shape)} and {tuple(second.shape)} are not two runs of {length} tokens"
+        )
     made = torch.zeros(4, length - 1, dtype=torch.float64)
     for part in head.chunks(length - 1):
         mine = head.logits(first[part])

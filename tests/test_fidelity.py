@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import weakref
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_model
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sparseprefill.evals import logits as chunked
@@ -78,7 +80,7 @@ HEADS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", HEADS)
 def test_every_number_is_the_direct_formula_over_full_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "CHUNK_NUMBERS", 128 * 37)  # chunks that end nowhere in particular
-    model = tiny_model(family, implementation="sdpa" if family != "gpt_oss" else "eager", **HEADS[family])
+    model = tiny_model(family, **HEADS[family])
     task = Fidelity(Letters(), [LENGTH], windows=1)
     _, answers = attempted(model, task, A_SHAPE)
     ids = torch.tensor([task.prepare("320/0").token_ids])
@@ -124,7 +126,7 @@ def test_dense_is_not_different_from_itself(dtype: torch.dtype) -> None:
 
 
 def test_bfloat16_models_are_compared_in_float64() -> None:
-    model = tiny_model("gemma2", final_logit_softcapping=0.05, implementation="sdpa").to(torch.bfloat16)
+    model = tiny_model("gemma2", final_logit_softcapping=0.05).to(torch.bfloat16)
     task = Fidelity(Letters(), [LENGTH], windows=1)
     _, answers = attempted(model, task, A_SHAPE)
     ids = torch.tensor([task.prepare("320/0").token_ids])
@@ -135,9 +137,9 @@ def test_bfloat16_models_are_compared_in_float64() -> None:
 
 
 def test_parts_that_the_window_covers_do_not_diverge() -> None:
-    """An A-shape of 32 + 128 tokens is dense for the first 128 of 640: the first part of five."""
+    """An A-shape of 32 + 64 tokens, in blocks of 64, is dense for the first 128 tokens of 640: one part of five."""
     task = Fidelity(Letters(), [640], windows=1, buckets=5)
-    _, answers = attempted(tiny_model("llama"), task, MethodSpec("a_shape", {"sink": 32, "window": 128}))
+    _, answers = attempted(tiny_model("llama"), task, A_SHAPE)
     first, *others = answers
     assert first.values["kl"] < 1e-9
     assert max(first.details["layer_errors"].values()) < 1e-5
@@ -242,29 +244,30 @@ def test_the_model_is_left_as_it_was() -> None:
     assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
-def test_logits_of_all_positions_are_never_in_memory() -> None:
+def test_logits_of_all_positions_are_never_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Full float32 logits would take 410 MB here, and their comparison in float64 several times as much."""
+    monkeypatch.setattr(chunked, "CHUNK_NUMBERS", 1 << 19)
     model = tiny_model("llama", vocab_size=100_000, num_hidden_layers=1)
     task = Fidelity(Letters(), [1024], windows=1)
-    attempted(model, Fidelity(Letters(), [64], windows=1), A_SHAPE)  # what is loaded on first use
     largest = [0]
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             output = function(*args, **(kwargs or {}))
             if isinstance(output, Tensor):
                 largest[0] = max(largest[0], output.numel())
             return output
 
+    with Watch():
+        attempted(model, Fidelity(Letters(), [256], windows=1), A_SHAPE)
+    assert largest[0] == 64 * 100_000, "nothing but the weights of the head itself is larger than a chunk"
     gc.collect()
     reset_peak_memory(model.device)
     before = peak_memory(model.device)
-    with Watch():
-        attempted(model, task, A_SHAPE)
+    attempted(model, task, A_SHAPE)
     after = peak_memory(model.device)
-    assert largest[0] < 1024 * 100_000 / 10
     if before is not None and after is not None:
-        assert after - before < 250e6
+        assert after - before < 200e6
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite"])
@@ -294,6 +297,19 @@ def test_a_model_whose_logits_cannot_be_made_in_chunks_is_refused() -> None:
         attempted(model, Fidelity(Letters(), [LENGTH], windows=1), DENSE)
 
 
+def test_models_that_return_tuples_are_compared_too() -> None:
+    task = Fidelity(Letters(), [LENGTH], windows=1)
+    model = tiny_model("granite", **HEADS["granite"])
+    _, want = attempted(model, task, A_SHAPE)
+    model.forward = functools.partial(_as_tuple, model)
+    _, got = attempted(model, task, A_SHAPE)
+    assert [answer.values for answer in got] == [answer.values for answer in want]
+
+
+def _as_tuple(model: PreTrainedModel, input_ids: Tensor, logits_to_keep: Any = 0, **options: Any) -> Any:
+    return type(model).forward(model, input_ids=input_ids, logits_to_keep=logits_to_keep, return_dict=False, **options)
+
+
 def test_models_without_an_output_head_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="load it as a causal LM"):
         OutputHead(tiny_model("llama").model)
@@ -317,7 +333,6 @@ def test_nan_is_an_error() -> None:
 def test_tokens_without_any_probability_add_nothing() -> None:
     """A vocabulary padded with -inf, as some models have it."""
     model = tiny_model("llama")
-    nn.utils.parametrize  # noqa: B018
     model.lm_head.register_forward_hook(
         lambda module, arguments, output: output.masked_fill(torch.arange(128) >= 120, float("-inf"))
     )
@@ -339,10 +354,10 @@ def test_methods_that_look_ahead_are_marked() -> None:
 
 def test_last_rows_dense_reach_the_second_pass_too() -> None:
     model = tiny_model("llama")
-    task = Fidelity(Letters(), [LENGTH], windows=1)
-    plain, helped = (attempted(model, task, A_SHAPE, last_rows_dense=rows)[1] for rows in (0, 128))
+    task = Fidelity(Letters(), [640], windows=1, buckets=5)
+    plain, helped = (attempted(model, task, A_SHAPE, last_rows_dense=rows)[1] for rows in (0, 192))
     assert helped[-1].values["layer_error"] < 1e-5 < plain[-1].values["layer_error"]
-    assert helped[1].values["layer_error"] == pytest.approx(plain[1].values["layer_error"])
+    assert helped[2].values["layer_error"] == pytest.approx(plain[2].values["layer_error"], rel=1e-5)
 
 
 def test_what_ran_densely_counts_as_dense() -> None:
