@@ -465,3 +465,17 @@ def test_prompts_and_methods_that_cannot_be_run_are_refused() -> None:
         attempted(model, Fidelity(Letters(), [LENGTH], windows=1), DENSE)
     with pytest.raises(ValueError, match="unknown method"):
         attempted(tiny_model("llama"), Fidelity(Letters(), [LENGTH], windows=1), MethodSpec("none"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_gpu_says_what_the_cpu_says(family: str, dtype: torch.dtype) -> None:
+    task = Fidelity(Letters(), [LENGTH], windows=1)
+    model = tiny_model(family, **HEADS[family]).to(dtype)
+    _, want = attempted(model, task, A_SHAPE)
+    attempt, got = attempted(model.to("cuda"), task, A_SHAPE, observe=True)
+    assert attempt.peak_bytes
+    tolerance = {torch.float32: 1e-2, torch.bfloat16: 0.2}[dtype]
+    for name in ("nll", "dense_nll", "kept_mass", "layer_error", "hidden_error"):
+        assert mean(got, name) == pytest.approx(mean(want, name), rel=tolerance)
