@@ -193,7 +193,7 @@ def _header(
 ) -> dict[str, Any]:  # fmt: skip
     return {
         "schema": SCHEMA, "task": task.name, "settings": settings,
-        "methods": [asdict(_method_record(spec)) for spec in methods],
+        "methods": [asdict(_method_record(spec, settings["last_rows_dense"])) for spec in methods],
         "metrics": [asdict(metric) for metric in task.metrics], "axes": list(task.axes), "notes": list(task.notes),
         "plan": list(plan),
     }  # fmt: skip
@@ -374,10 +374,12 @@ class _RunFiles:
         return result
 
 
-def _method_record(spec: MethodSpec) -> MethodRecord:
+def _method_record(spec: MethodSpec, last_rows_dense: int) -> MethodRecord:
     row = METHODS.get(spec.name)
+    # last rows that attend densely depend on where the prompt ends
+    ahead = spec.label != "dense" and (last_rows_dense > 0 or (row is not None and row.looks_ahead))
     plain = {key: x if isinstance(x, (str, int, float)) else repr(x) for key, x in spec.options.items()}
-    return MethodRecord(spec.label, spec.name, plain, row.looks_ahead if row else False)
+    return MethodRecord(spec.label, spec.name, plain, ahead)
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:

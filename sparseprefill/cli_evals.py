@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from sparseprefill.cli_options import clear_errors
+from sparseprefill.cli_options import Numbers, clear_errors
 
 GRID_METHODS = ("dense", "a_shape", "tri_shape", "vertical_slash", "block_sparse", "random")
 
@@ -196,3 +196,28 @@ def report(ctx: click.Context, path: Path, markdown: bool) -> None:
     if not all(result.complete for result in results):
         click.echo("INCOMPLETE: run the same command again to go on", file=sys.stderr)
         ctx.exit(1)
+
+
+@click.command()
+@click.option("--lengths", type=Numbers(), default="2k,4k,8k", help="Windows in tokens.")
+@click.option("--windows", default=2, help="Windows of each length.")
+@click.option(
+    "--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Long text; default: seeded prose."
+)
+@click.option("--parts", default=4, help="Parts of a window that are reported apart.")
+@click.option("--layers/--no-layers", default=True, help="Also the error of each layer, which takes a second pass.")
+@evaluation("fidelity")
+def fidelity(
+    run: RunOptions, lengths: tuple[int, ...], windows: int, text: Path | None, parts: int, layers: bool
+) -> None:  # fmt: skip
+    """How far a method's next tokens are from dense attention's, over long text and without any task."""
+    from sparseprefill.evals.fidelity import Fidelity
+    from sparseprefill.evals.generation import model_window
+
+    def make(model: Any, tokenizer: Any) -> Fidelity:
+        return Fidelity(
+            tokenizer, lengths, windows=windows, text=text, seed=run.seed, buckets=parts, layers=layers,
+            window=model_window(model),
+        )  # fmt: skip
+
+    evaluate(run, make)
