@@ -134,7 +134,7 @@ def load_rows(name: str, *, data: str | Path | None = None, fixture: bool = Fals
     if fixture:
         if data is not None:
             raise ValueError("fixture rows and a data path exclude each other: give one")
-        return _checked(name, fixture_rows(name), "fixture rows", "fixture")
+        return _checked(name, _placed(fixture_rows(name), "the fixture"), "the fixture", "fixture")
     if data is None and os.environ.get(DATA_VARIABLE):
         data = os.environ[DATA_VARIABLE]
     if data is None:
@@ -176,7 +176,8 @@ def _from_hub(name: str) -> Rows:
             rows = [dict(row) for row in load_dataset(_V2_HUB, split="train")]
         except Exception as error:  # whatever the hub, the network and the cache make it raise
             raise _nothing_found(name, error) from error
-        return _checked(name, rows, f"{_V2_HUB} on the hub", f"hub {_V2_HUB}")
+        said = f"{_V2_HUB} on the hub"
+        return _checked(name, _placed(rows, said), said, f"hub {_V2_HUB}")
     from huggingface_hub import hf_hub_download
 
     try:
@@ -194,7 +195,14 @@ def _nothing_found(name: str, error: Exception) -> FileNotFoundError:
     )
 
 
-def _read(path: Path, name: str) -> list[Any]:
+_Placed = list[tuple[str, Any]]  # where a row stands, for messages, and the row
+
+
+def _placed(rows: Sequence[Any], said: str) -> _Placed:
+    return [(f"row {number} of {said}", row) for number, row in enumerate(rows, 1)]
+
+
+def _read(path: Path, name: str) -> _Placed:
     """The rows of a file, unchecked."""
     said = f"the data set file {path}"
     if path.suffix == ".zip":
@@ -206,16 +214,16 @@ def _read(path: Path, name: str) -> list[Any]:
             raise ImportError(f'{said} needs pyarrow: pip install "sparseprefill[evals]"') from error
         with opened(path, "data set file") as file:
             try:
-                rows: list[Any] = pyarrow.parquet.read_table(file).to_pylist()
+                rows = pyarrow.parquet.read_table(file).to_pylist()
             except (pyarrow.ArrowException, OSError) as error:
                 raise ValueError(f"{said} is not a parquet file that can be read: {error}") from error
-        return rows
+        return _placed(rows, said)
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"{said} is none of .jsonl, .json, .parquet and .zip: name another file, or its folder")
     return _parse(read_text(path, "data set file", _MOST_ROWS_BYTES), path.suffix, said)
 
 
-def _read_zip(path: Path, name: str) -> list[Any]:
+def _read_zip(path: Path, name: str) -> _Placed:
     said = f"the data set file {path}"
     data, member = b"", None
     with opened(path, "data set file") as file:
@@ -239,15 +247,16 @@ def _read_zip(path: Path, name: str) -> list[Any]:
     return _parse(text, Path(member).suffix, f"{member} in {said}")
 
 
-def _parse(text: str, suffix: str, said: str) -> list[Any]:
+def _parse(text: str, suffix: str, said: str) -> _Placed:
     if suffix == ".jsonl":
         # by newline alone: texts hold other characters that str.splitlines takes for the end of a line
         lines = io.StringIO(text, newline="\n")
-        return [parse_json(line, f"line {i} of {said}", "row") for i, line in enumerate(lines, 1) if line.strip()]
+        named = ((f"line {number} of {said}", line) for number, line in enumerate(lines, 1) if line.strip())
+        return [(where, parse_json(line, where, "row")) for where, line in named]
     rows = parse_json(text, said, "data set")
     if not isinstance(rows, list):
         raise ValueError(f"{said} holds {type(rows).__name__} where a list of rows is wanted")
-    return rows
+    return _placed(rows, said)
 
 
 # the schema
@@ -264,23 +273,22 @@ _LABELS = {
 }
 
 
-def _checked(name: str, rows: Sequence[Any], said: str, source: str) -> Rows:
+def _checked(name: str, rows: _Placed, said: str, source: str) -> Rows:
     """The rows, with the fields of the schema alone. ValueError that names the row and the field otherwise."""
     if not rows:
         raise ValueError(f"{said} holds no row: is it whole?")
     check = _check_v2 if name == V2 else functools.partial(_check_v1, name)
     fields = _V2_FIELDS if name == V2 else _V1_FIELDS
-    seen: dict[str, int] = {}
+    seen: dict[str, str] = {}
     kept: list[Row] = []
-    for number, row in enumerate(rows, 1):
-        where = f"row {number} of {said}"
+    for where, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{where} is {shown(row)} where an object is wanted")
         if name != V2 and "input" not in row and "question" in row:
             raise ValueError(
                 f"{where} has a question where LongBench has an input: it is from a copy on the hub whose contexts "
-                f"already hold the instruction and whose few-shot inputs lack their cue, so that official prompts cannot "
-                f"be made of it: take the data.zip of {_V1_HUB}"
+                "already hold the instruction and whose few-shot inputs lack their cue, so that official prompts "
+                f"cannot be made of it: take the data.zip of {_V1_HUB}"
             )
         missing = [field for field in fields if field not in row]
         if missing:
@@ -294,10 +302,10 @@ def _checked(name: str, rows: Sequence[Any], said: str, source: str) -> Rows:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if row["_id"] in seen:
-            raise ValueError(f"{where}: _id {shown(row['_id'])} is also that of row {seen[row['_id']]}")
-        seen[row["_id"]] = number
+            raise ValueError(f"{where}: _id {shown(row['_id'])} is also that of {seen[row['_id']]}")
+        seen[row["_id"]] = where
         if kept and name != V2 and row["all_classes"] != kept[0]["all_classes"]:
-            raise ValueError(f"{where}: all_classes differs from that of row 1: a set has one list of classes")
+            raise ValueError(f"{where}: all_classes differs from that of the first row: a set has one list of classes")
         kept.append(row)
     digest = hashlib.sha256()
     for row in kept:
