@@ -160,8 +160,9 @@ class Prompting:
     def settings(self, limit: int) -> dict[str, Any]:
         """For the settings of a run."""
         template = getattr(self.tokenizer, "chat_template", None)
+        by_default = "window" if limit == self.limit() else "protocol"
         return {
-            "max_length": limit, "max_length_from": "window" if self.max_length is None else "given",
+            "max_length": limit, "max_length_from": by_default if self.max_length is None else "given",
             "chat_template": self.chat_template, "chat_template_sha256": template and digest(json.dumps(template)),
             "system": self.system, "double_bos": self.double_bos, "template_options": dict(self.template_options),
             "tokenizer": {

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import string
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -363,8 +364,11 @@ def test_every_layout_of_files_gives_the_same_rows(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["hotpotqa", V2])
-def test_offline_the_file_and_the_fixture_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_file_and_the_fixture_are_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(longbench_data.DATA_VARIABLE, raising=False)
+    # the data may lie in the cache of whoever runs this
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(FileNotFoundError, match=rf"{name}\.jsonl.*--data.*fixture=True"):
         load_rows(name)
 
@@ -394,6 +398,15 @@ def test_rows_from_the_hub_are_checked_too(archived: bool, tmp_path: Path, monke
         rows[2]["answer"] = "E"
         with pytest.raises(ValueError, match=r"row 3 .*answer is 'E'"):
             load_rows(V2)
+
+
+@pytest.mark.parametrize(("package", "name"), [("datasets", V2), ("pyarrow.parquet", "lcc")])
+def test_a_missing_reader_is_named(package: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(longbench_data.DATA_VARIABLE, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "lcc.parquet").write_bytes(b"")
+    with pytest.raises(ImportError, match=r"sparseprefill\[evals\]"):
+        load_rows(name, data=tmp_path if name == "lcc" else None)
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
@@ -613,6 +626,13 @@ def test_long_prompts_lose_their_middle_before_the_template() -> None:
         assert prompt.details == details
     whole = LongBench(tokenizer, 8192, ["hotpotqa"], fixture=True).prepare("hotpotqa/fixture-0")
     assert whole.details["truncated"] is False
+
+
+@pytest.mark.parametrize(("window", "limit", "of"), [(131072, 120000, "protocol"), (65536, 64512, "window")])
+def test_version_2_has_a_longest_prompt_of_its_own(window: int, limit: int, of: str, tmp_path: Path) -> None:
+    prompts = version_2_prompt(tmp_path)
+    found = LongBenchV2(byte_tokenizer(), window, fixture=True, prompts=prompts, verify=False).settings()
+    assert (found["max_length"], found["max_length_from"]) == (limit, of)
 
 
 def test_version_2_cuts_longer_ends(tmp_path: Path) -> None:
