@@ -13,8 +13,9 @@ import os
 import secrets
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # a profile of 128 layers and 128 heads takes 2 MiB; what is many times larger is no profile and would only fill memory
 MOST_JSON_BYTES = 16 << 20
@@ -24,8 +25,9 @@ MOST_TEXT_BYTES = 256 << 20
 MOST_NESTING = 16
 
 
-def read_text(path: str | Path, what: str, most_bytes: int = MOST_TEXT_BYTES) -> str:
-    """The text of a regular file in UTF-8. `what` names it in messages, as in "the profile /x/y.json is ..."."""
+@contextlib.contextmanager
+def opened(path: str | Path, what: str) -> Iterator[BinaryIO]:
+    """A regular file to read bytes from; whatever is wrong with it, then or later, is said as `read_text` says it."""
     name = f"the {what} {path}"
     try:
         # not blocking: a pipe must be refused, not waited for
@@ -33,7 +35,7 @@ def read_text(path: str | Path, what: str, most_bytes: int = MOST_TEXT_BYTES) ->
         with os.fdopen(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise ValueError(f"{name} is no regular file: name a file")
-            data = file.read(most_bytes + 1)
+            yield file
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no {what} at {path}: check the path") from error
     except PermissionError as error:
@@ -45,6 +47,13 @@ def read_text(path: str | Path, what: str, most_bytes: int = MOST_TEXT_BYTES) ->
         raise ValueError(f"{name} cannot be read: {'its links form a loop' if loop else error.strerror}") from error
     except ValueError as error:  # a path that no file can have
         raise error if str(error).startswith(name) else ValueError(f"{name} cannot be read: {error}") from error
+
+
+def read_text(path: str | Path, what: str, most_bytes: int = MOST_TEXT_BYTES) -> str:
+    """The text of a regular file in UTF-8. `what` names it in messages, as in "the profile /x/y.json is ..."."""
+    name = f"the {what} {path}"
+    with opened(path, what) as file:
+        data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
         raise ValueError(f"{name} is larger than {most_bytes} bytes, the most that is read: it is no {what}")
     try:
