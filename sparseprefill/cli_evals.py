@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from sparseprefill.cli_options import Numbers, clear_errors
+from sparseprefill.cli_options import Depths, Numbers, clear_errors
 
 GRID_METHODS = ("dense", "a_shape", "tri_shape", "vertical_slash", "block_sparse", "random")
 
@@ -160,7 +160,7 @@ HAYSTACK = click.option(
     "--haystack", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text to hide things in."
 )
 CHAT_TEMPLATE = click.option(
-    "--chat-template", type=click.Choice(["auto", "always", "none"]), default="auto", help="Of the model's tokenizer."
+    "--chat-template", type=click.Choice(["auto", "always", "none"]), help="Of the model's tokenizer.  [default: auto]"
 )
 
 
@@ -218,6 +218,119 @@ def fidelity(
         return Fidelity(
             tokenizer, lengths, windows=windows, text=text, seed=run.seed, buckets=parts, layers=layers,
             window=model_window(model),
+        )  # fmt: skip
+
+    evaluate(run, make)
+
+
+@click.command()
+@click.argument("sets", nargs=-1)
+@click.option("--edition", type=click.Choice(["1", "E", "2"]), default="1", help="LongBench, LongBench-E or version 2.")
+@click.option(
+    "--data", type=click.Path(exists=True, path_type=Path),
+    help="Folder, file or zip of the rows; default: $SPARSEPREFILL_DATA, else the hub.",
+)
+@click.option("--fixture", is_flag=True, help="A few made-up rows a set, to try things out: the scores mean nothing.")
+@click.option(
+    "--prompts", type=click.Path(exists=True, path_type=Path),
+    help="Official prompt texts as published; default: lm-eval's, put right.",
+)
+@click.option("--verify/--no-verify", default=True, help="Refuse prompt texts that are not the official ones.")
+@click.option("--samples", type=int, help="The first so many rows of a set (of a bucket in E).  [default: all]")
+@click.option("--max-length", type=int, help="Tokens of a prompt before it is cut in the middle.  [default: by window]")
+@CHAT_TEMPLATE
+@click.option("--system", help="A line in the system's role of the chat template.")
+@click.option("--double-bos", is_flag=True, help="Special tokens once more around the chat template.")
+@evaluation("longbench")
+def longbench(
+    run: RunOptions, sets: tuple[str, ...], edition: str, data: Path | None, fixture: bool, prompts: Path | None,
+    verify: bool, samples: int | None, max_length: int | None, chat_template: str, system: str | None,
+    double_bos: bool,
+) -> None:  # fmt: skip
+    """LongBench with the official prompts, truncation and scores, on SETS or all of them."""
+    from sparseprefill.evals.generation import model_window
+    from sparseprefill.evals.longbench import LongBench, LongBenchV2
+
+    if edition == "2" and sets:
+        raise ValueError(f"version 2 is one set of questions: leave out {', '.join(sets)}")
+    switches: dict[str, Any] = {
+        "data": data, "fixture": fixture, "prompts": prompts, "verify": verify, "samples": samples,
+        "max_length": max_length, "chat_template": chat_template or "auto", "system": system,
+        "double_bos": double_bos,
+    }  # fmt: skip
+
+    def make(model: Any, tokenizer: Any) -> Any:
+        window = model_window(model)
+        if edition == "2":
+            return LongBenchV2(tokenizer, window, **switches)
+        return LongBench(tokenizer, window, sets or None, extended=edition == "E", **switches)
+
+    evaluate(run, make)
+
+
+@click.command()
+@click.option(
+    "--kind", type=click.Choice(["classic", "multi", "passkey", "kv", "two_hop", "along"]), default="classic",
+    help="What is hidden; along: questions all along one prompt, graded in its prefill.",
+)
+@click.option("--lengths", type=Numbers(), default="4k,8k,16k,32k", help="Prompt and answer, in tokens.")
+@click.option("--depths", type=Depths(), help="How many, evenly from 0 to 100 %, or a list of percentages.  [default: 10]")
+@click.option("--samples", default=3, help="Prompts a depth and length; of along, a length.")
+@click.option("--needles", type=int, help="Facts a prompt, of multi, two_hop and along.")
+@click.option(
+    "--question", type=click.Choice(["start", "middle", "end"]), help="Where in the text it stands.  [default: end]"
+)
+@HAYSTACK
+@CHAT_TEMPLATE
+@evaluation("needle")
+def needle(
+    run: RunOptions, kind: str, lengths: tuple[int, ...], depths: Any, samples: int, needles: int | None,
+    question: str | None, haystack: Path | None, chat_template: str | None,
+) -> None:  # fmt: skip
+    """Needles in a haystack: does a method still find what dense attention finds, at every depth and length?"""
+    from sparseprefill.evals.generation import model_window
+    from sparseprefill.evals.needle_tasks import needle_task
+
+    given = {"depths": depths, "needles": needles, "question_at": question, "chat": chat_template}
+    options = {name: value for name, value in given.items() if value is not None}
+
+    def make(model: Any, tokenizer: Any) -> Any:
+        return needle_task(
+            kind, tokenizer, lengths, samples=samples, seed=run.seed, haystack=sentences(haystack),
+            window=model_window(model), **options,
+        )  # fmt: skip
+
+    evaluate(run, make)
+
+
+@click.command()
+@click.argument("tasks", nargs=-1)
+@click.option("--lengths", type=Numbers(), default="4k,8k,16k,32k", help="Prompt and answer, in tokens.")
+@click.option("--samples", default=10, help="A task and length.")
+@click.option(
+    "--official", is_flag=True, help="The official 13 tasks as lm-eval makes them, deviations listed in the result."
+)
+@HAYSTACK
+@CHAT_TEMPLATE
+@evaluation("ruler")
+def ruler(
+    run: RunOptions, tasks: tuple[str, ...], lengths: tuple[int, ...], samples: int, official: bool,
+    haystack: Path | None, chat_template: str | None,
+) -> None:  # fmt: skip
+    """RULER's TASKS, or all of them: retrieval, tracing and counting at growing lengths.
+
+    Without --official in words of our own, which need no data and no other package.
+    """
+    from sparseprefill.evals.generation import model_window
+    from sparseprefill.evals.ruler import Ruler
+
+    def make(model: Any, tokenizer: Any) -> Any:
+        options: dict[str, Any] = {"tasks": tasks} if tasks else {}
+        if chat_template is not None:
+            options["chat"] = chat_template
+        return Ruler(
+            tokenizer, lengths, samples=samples, seed=run.seed, haystack=sentences(haystack),
+            window=model_window(model), **options,
         )  # fmt: skip
 
     evaluate(run, make)

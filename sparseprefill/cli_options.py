@@ -35,6 +35,21 @@ class Numbers(AnyType):
         return numbers
 
 
+class Depths(AnyType):
+    """`10`, as many depths, or `0,25,50`, percentages."""
+
+    name = "N|P[,P...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A number of depths, or a tuple of percentages."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(",")) if "," in value else int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number of depths like 10 nor percentages like 0,25,50", param, ctx)
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """What the library refuses becomes a message without a traceback."""
