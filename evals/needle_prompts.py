@@ -71,8 +71,8 @@ def _multi(plan: Plan) -> Draft:
     def make(size: int) -> Sample:
         context, places = haystack.around(size, needles)
         return Sample(
-            INTRO_SOME, context, fact_question(keys), fact_cue(keys[0]), tuple(values), fact_reply(keys, values), places,
-            size,
+            INTRO_SOME, context, fact_question(keys), fact_cue(keys[0]), tuple(values), fact_reply(keys, values),
+            places, size,
         )  # fmt: skip
 
     return Draft(make)

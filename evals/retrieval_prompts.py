@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import random
 import string
 from collections.abc import Callable, Iterator, Sequence
@@ -430,10 +431,10 @@ def _numbered(words: Sequence[str], order: random.Random) -> tuple[str, ...]:
 
 
 def zeta(alpha: float) -> float:
-    """Riemann's zeta function of a real number above 1 (Euler and Maclaurin, good to ten digits)."""
+    """Riemann's zeta function of a real number above 1 (Euler and Maclaurin, good to nine digits)."""
     n = 50
-    head = sum(k**-alpha for k in range(1, n))
-    return head + n ** (1 - alpha) / (alpha - 1) + n**-alpha / 2 + alpha * n ** (-alpha - 1) / 12
+    head = sum(math.pow(k, -alpha) for k in range(1, n))
+    return head + math.pow(n, 1 - alpha) / (alpha - 1) + math.pow(n, -alpha) * (0.5 + alpha / n / 12)
 
 
 def _frequent_words(plan: Plan) -> Draft:
@@ -441,7 +442,7 @@ def _frequent_words(plan: Plan) -> Draft:
     draw, alpha = plan.draw, plan.difficulty.alpha
     words = ["......", *_draw_names(max(8, plan.length // 50), draw, 6, string.ascii_lowercase)]
     wanted = tuple(words[1:4])
-    shares = [rank**-alpha / zeta(alpha) for rank in range(1, len(words) + 1)]
+    shares = [math.pow(rank, -alpha) / zeta(alpha) for rank in range(1, len(words) + 1)]
     seed = draw.getrandbits(64)
     task = (
         "Below are coded words and dots, some of them many times. Ignore the dots. Remember the three coded words that "
