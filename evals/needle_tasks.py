@@ -66,7 +66,7 @@ class Needles:
             seed: of the samples; sample i of a length is the same whatever else is run, and at every depth.
             chat: chat template, "auto" (if there is one), "none" or "always".
             haystack: sentences; None: seeded prose.
-            new_tokens: budget of an answer, which gets more where a right one takes more; None: by kind.
+            new_tokens: budget of an answer; None: by kind; see `Renderer.room` for tokenizers that need more.
             window: of the model: longer lengths are refused; None: not known here, and refused when they are run.
 
         Raises:
@@ -168,7 +168,7 @@ class Needles:
         return self.renderer.token_ids(sample.text(self.question_at), sample.cue)
 
     def _budget(self, sample: Sample) -> int:
-        return max(self.new_tokens, len(plain_ids(self.tokenizer, sample.reply)))
+        return self.renderer.room(sample.reply, self.new_tokens)
 
 
 class NeedlesAlong:

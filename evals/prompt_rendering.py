@@ -44,6 +44,10 @@ class Renderer:
             ids.pop()
         return ids
 
+    def room(self, reply: str, usual: int) -> int:
+        """New tokens that an answer may have: as usual, and half as many again as a right one takes here."""
+        return max(usual, len(plain_ids(self.tokenizer, reply)) * 3 // 2)
+
     def settings(self) -> dict[str, Any]:
         """What prompts depend on, as JSON."""
         ids = plain_ids(self.tokenizer, _PROBE)

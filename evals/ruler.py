@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sparseprefill.evals.generation import generate
-from sparseprefill.evals.prompt_rendering import Renderer, haystack_settings, plain_ids
+from sparseprefill.evals.prompt_rendering import Renderer, haystack_settings
 from sparseprefill.evals.retrieval_prompts import (
     GENERATOR_VERSION,
     NEW_TOKENS,
@@ -58,8 +58,7 @@ class Ruler:
             chat: chat template, "auto" (if there is one), "none" or "always".
             haystack: sentences for the tasks in `TEXT_TASKS`; None: seeded prose.
             difficulty: the numbers of the tasks; None: RULER's.
-            new_tokens: budgets by task in place of `NEW_TOKENS`. Where a right answer takes more tokens than the
-                budget, it gets as many as it takes.
+            new_tokens: budgets by task in place of `NEW_TOKENS`; see `Renderer.room` for tokenizers that need more.
             window: of the model: longer lengths are refused; None: not known here, and refused when they are run.
 
         Raises:
@@ -162,7 +161,7 @@ class Ruler:
         return self.renderer.token_ids(sample.text(), sample.cue)
 
     def _budget(self, task: str, sample: Sample) -> int:
-        return max(self.new_tokens[task], len(plain_ids(self.tokenizer, sample.reply)))
+        return self.renderer.room(sample.reply, self.new_tokens[task])
 
 
 def sample_details(sample: Sample, ids: Sequence[int], new_tokens: int) -> dict[str, Any]:
