@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
-from sparseprefill.evals.needle import MethodSpec
+from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.guard import Guard, fails, sampled_rows
 from sparseprefill.huggingface import patch_model
 from sparseprefill.kernels import block_sparse_attention

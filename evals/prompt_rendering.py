@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 CHAT_CHOICES = ("auto", "none", "always")
 """Use the tokenizer's chat template: if it has one, never, or refuse a tokenizer without one."""
 
@@ -37,7 +39,7 @@ class Renderer:
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
             )
             return plain_ids(self.tokenizer, turn + cue.lstrip())
-        ids: list[int] = list(self.tokenizer(text + cue)["input_ids"])
+        ids = _encode(self.tokenizer, text + cue, True)
         # a tokenizer that closes every text would close this one before its answer
         end = getattr(self.tokenizer, "eos_token_id", None)
         while ids and ids[-1] == end:
@@ -65,13 +67,20 @@ class Renderer:
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids without special tokens."""
-    ids: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _encode(tokenizer, text, False)
+
+
+def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
+    settings: dict[str, Any] = {"add_special_tokens": special}
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        settings["verbose"] = False  # no warning of long texts: fitting tries some that are too long
+    ids: list[int] = list(tokenizer(text, **settings)["input_ids"])
     return ids
 
 
 def prefix_ids(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before every text: a BOS token, or nothing."""
-    ids, plain = list(tokenizer("a")["input_ids"]), plain_ids(tokenizer, "a")
+    ids, plain = _encode(tokenizer, "a", True), plain_ids(tokenizer, "a")
     for start in range(len(ids) - len(plain) + 1):
         if ids[start : start + len(plain)] == plain:
             return ids[:start]

@@ -25,6 +25,7 @@ QUESTION_PLACES = ("start", "middle", "end")
 
 _NOISE = " The tide comes in. The tide goes out. The sand is warm. Gulls fly over. Here we are, as every day."
 _DIGITS = 7
+_LONGEST_UNIT = 400  # characters of a user's text that stand together
 _GRID = 40  # a needle stands at one of so many depths
 _FROM_HERE_FULL_LISTS = 4096  # shorter lists of words repeat them less often
 
@@ -118,8 +119,18 @@ def prose(draw: random.Random, sentences: Sequence[str] | None) -> Haystack:
     if sentences is None:
         return Haystack(iter(Prose(draw.getrandbits(64))))
     check_sentences(sentences)
-    first = draw.randrange(len(sentences))
-    return Haystack(itertools.cycle([*sentences[first:], *sentences[:first]]))
+    units = [unit for sentence in sentences if sentence.strip() for unit in _cut(sentence)]
+    first = draw.randrange(len(units))
+    return Haystack(itertools.cycle([*units[first:], *units[:first]]))
+
+
+def _cut(sentence: str) -> Iterator[str]:
+    """A sentence in units that lengths can be fitted with: at blanks, and where there are none, anywhere."""
+    while len(sentence) > _LONGEST_UNIT:
+        at = sentence.rfind(" ", 1, _LONGEST_UNIT)
+        yield sentence[: at if at > 0 else _LONGEST_UNIT]
+        sentence = sentence[at if at > 0 else _LONGEST_UNIT :]
+    yield sentence
 
 
 def check_sentences(sentences: Sequence[str] | None) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparseprefill.evals.loading import provenance
-from sparseprefill.evals.needle import MethodSpec
+from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.huggingface import Patch, patch_model
 
 NAMES = ("dense", "a_shape", "tri_shape", "vertical_slash", "block_sparse", "random", "minference")

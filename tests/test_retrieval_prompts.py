@@ -211,6 +211,16 @@ def test_haystack_of_the_users_own() -> None:
         prose(random.Random(1), [" ", ""])
 
 
+@given(
+    st.lists(st.text("ab. 中", max_size=900), min_size=1, max_size=5).filter(lambda all_: any(s.strip() for s in all_))
+)
+def test_a_users_text_is_kept_in_units_that_can_be_fitted(sentences: list[str]) -> None:
+    kept = [sentence for sentence in sentences if sentence.strip()]
+    pieces, _ = prose(random.Random(1), sentences).around(60, [])
+    assert all(len(piece) <= 400 for piece in pieces)
+    assert "".join(pieces) in "".join(kept) * 61, "nothing is lost or changed"
+
+
 def test_numbers_are_not_in_the_users_text() -> None:
     most = [f" {number}" for number in range(10, 100) if number != 42]
     assert draw_numbers(1, random.Random(3), most, digits=2) == ["42"]
