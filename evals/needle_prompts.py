@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sparseprefill.evals.retrieval_prompts import (
@@ -16,6 +16,7 @@ from sparseprefill.evals.retrieval_prompts import (
     Draft,
     Haystack,
     Sample,
+    UserText,
     draw_hex,
     draw_keys,
     draw_numbers,
@@ -42,12 +43,12 @@ class Plan:
     draw: random.Random
     depth: float  # 0 to 1
     needles: int
-    sentences: Sequence[str] | None  # a user's text; None: seeded prose
+    text: UserText | None  # None: seeded prose
 
 
 def _classic(plan: Plan) -> Draft:
-    (key,), (value,) = draw_keys(1, plan.draw, plan.sentences), draw_numbers(1, plan.draw, plan.sentences)
-    haystack = prose(plan.draw, plan.sentences)
+    (key,), (value,) = draw_keys(1, plan.draw, plan.text), draw_numbers(1, plan.draw, plan.text)
+    haystack = prose(plan.draw, plan.text)
 
     def make(size: int) -> Sample:
         context, places = haystack.around(size, [(plan.depth, statement(key, value))])
@@ -61,8 +62,8 @@ def _classic(plan: Plan) -> Draft:
 def _multi(plan: Plan) -> Draft:
     """The first at the depth, the others evenly between it and the end; all are asked for."""
     count = plan.needles
-    keys, values = draw_keys(count, plan.draw, plan.sentences), draw_numbers(count, plan.draw, plan.sentences)
-    haystack = prose(plan.draw, plan.sentences)
+    keys, values = draw_keys(count, plan.draw, plan.text), draw_numbers(count, plan.draw, plan.text)
+    haystack = prose(plan.draw, plan.text)
     needles = [
         (plan.depth + k * (1 - plan.depth) / count, statement(key, value))
         for k, (key, value) in enumerate(zip(keys, values, strict=True))
@@ -114,9 +115,9 @@ def _key_value(plan: Plan) -> Draft:
 def _two_hop(plan: Plan) -> Draft:
     """One fact says what somebody owns, another the code of that; there are others of both forms."""
     count = plan.needles
-    keys, values = draw_keys(count, plan.draw, plan.sentences), draw_numbers(count, plan.draw, plan.sentences)
+    keys, values = draw_keys(count, plan.draw, plan.text), draw_numbers(count, plan.draw, plan.text)
     owners = plan.draw.sample(_OWNERS, count)
-    haystack = prose(plan.draw, plan.sentences)
+    haystack = prose(plan.draw, plan.text)
     facts = [statement(key, value) for key, value in zip(keys, values, strict=True)]
     facts += [f" {owner} owns the {key}." for owner, key in zip(owners, keys, strict=True)]
     needles = [(plan.draw.random(), fact) for fact in facts]
@@ -162,7 +163,7 @@ def needle_draft(
     seed: int = 1,
     index: int = 0,
     needles: int = 3,
-    sentences: Sequence[str] | None = None,
+    text: UserText | None = None,
 ) -> Draft:
     """Sample `index` of a kind at a length, of any size, with what is asked for at a depth from 0 to 1.
 
@@ -175,4 +176,4 @@ def needle_draft(
     if not 1 <= needles <= MOST_NEEDLES:
         raise ValueError(f"needles must be between 1 and {MOST_NEEDLES}, got {needles}")
     draw = random.Random(f"needles/{kind}/{seed}/{length}/{index}")
-    return KINDS[kind](Plan(draw, depth, needles, sentences))
+    return KINDS[kind](Plan(draw, depth, needles, text))

@@ -20,7 +20,7 @@ from sparseprefill.evals.retrieval_prompts import (
     QUESTION_PLACES,
     Draft,
     Sample,
-    check_sentences,
+    UserText,
     fitted,
 )
 from sparseprefill.evals.ruler import check_lengths, sample_details
@@ -86,7 +86,7 @@ class Needles:
             raise ValueError(f"needles must be between 1 and {MOST_NEEDLES}, got {needles}")
         if new_tokens is not None and new_tokens < 1:
             raise ValueError(f"an answer needs at least 1 new token, got {new_tokens}")
-        check_sentences(haystack)
+        text = None if haystack is None else UserText.of(haystack)
         if haystack is not None and kind not in TEXT_KINDS:
             raise ValueError(f"{kind!r} makes its own haystack: a text is for {', '.join(TEXT_KINDS)}")
         self.kind = kind
@@ -106,6 +106,7 @@ class Needles:
         self.question_at = question_at
         self.seed = seed
         self.haystack = haystack
+        self._text = text
         self.new_tokens = new_tokens or NEW_TOKENS[kind]
         self.renderer = Renderer.of(tokenizer, chat)
         self._cells = {
@@ -139,7 +140,7 @@ class Needles:
         def make(tokens: int) -> Draft:
             return needle_draft(
                 self.kind, tokens, depth / 100, seed=self.seed, index=index, needles=self.needles,
-                sentences=self.haystack,
+                text=self._text,
             )  # fmt: skip
 
         sample = fitted(make, length, lambda each: len(self._ids(each)) + self._budget(each), prompt)
@@ -208,7 +209,8 @@ class NeedlesAlong:
             raise ValueError(f"samples must be at least 1, got {samples}")
         if needles < 1:
             raise ValueError(f"needles must be at least 1, got {needles}")
-        check_sentences(haystack)
+        if haystack is not None:
+            UserText.of(haystack)  # refuses one that is empty
         self.name = "needle_along"
         self.metrics: tuple[Metric, ...] = (
             Metric("found", "the most likely token is right at every position of the answer", binary=True),

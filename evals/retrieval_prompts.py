@@ -26,6 +26,7 @@ QUESTION_PLACES = ("start", "middle", "end")
 _NOISE = " The tide comes in. The tide goes out. The sand is warm. Gulls fly over. Here we are, as every day."
 _DIGITS = 7
 _LONGEST_UNIT = 400  # characters of a user's text that stand together
+_MOST_DRAWN = 200_000  # keys of three words, and made-up words: there are 276 and 343 thousand of them
 _GRID = 40  # a needle stands at one of so many depths
 _FROM_HERE_FULL_LISTS = 4096  # shorter lists of words repeat them less often
 
@@ -114,14 +115,28 @@ def noise() -> Haystack:
     return Haystack(itertools.repeat(f"\n{_NOISE.strip()}"))
 
 
-def prose(draw: random.Random, sentences: Sequence[str] | None) -> Haystack:
+@dataclass(frozen=True, slots=True)
+class UserText:
+    """A text of the user's own to hide things in, made ready once for all samples."""
+
+    units: tuple[str, ...]  # sentences; long ones in parts
+    whole: str  # all of them
+
+    @staticmethod
+    def of(sentences: Sequence[str]) -> UserText:
+        """Raises ValueError where there is no text in them."""
+        units = tuple(unit for sentence in sentences if sentence.strip() for unit in _cut(sentence))
+        if not units:
+            raise ValueError("the haystack is empty: give it at least one sentence")
+        return UserText(units, "".join(units))
+
+
+def prose(draw: random.Random, text: UserText | None) -> Haystack:
     """Seeded prose, or a user's sentences from a random one on, over and over."""
-    if sentences is None:
+    if text is None:
         return Haystack(iter(Prose(draw.getrandbits(64))))
-    check_sentences(sentences)
-    units = [unit for sentence in sentences if sentence.strip() for unit in _cut(sentence)]
-    first = draw.randrange(len(units))
-    return Haystack(itertools.cycle([*units[first:], *units[:first]]))
+    units, first = text.units, draw.randrange(len(text.units))
+    return Haystack(units[(first + step) % len(units)] for step in itertools.count())
 
 
 def _cut(sentence: str) -> Iterator[str]:
@@ -133,20 +148,12 @@ def _cut(sentence: str) -> Iterator[str]:
     yield sentence
 
 
-def check_sentences(sentences: Sequence[str] | None) -> None:
-    """Raise ValueError for a haystack without text."""
-    if sentences is not None and not any(sentence.strip() for sentence in sentences):
-        raise ValueError("the haystack is empty: give it at least one sentence")
-
-
 # ---- draws
 
 
-def draw_numbers(
-    count: int, draw: random.Random, sentences: Sequence[str] | None = None, digits: int = _DIGITS
-) -> list[str]:
+def draw_numbers(count: int, draw: random.Random, text: UserText | None = None, digits: int = _DIGITS) -> list[str]:
     """Different numbers of as many digits, none of which a user's text contains."""
-    own = "" if sentences is None else "".join(sentences)
+    own = "" if text is None else text.whole
     numbers: dict[str, None] = {}
     while len(numbers) < count:
         number = str(draw.randrange(10 ** (digits - 1), 10**digits))
@@ -155,9 +162,9 @@ def draw_numbers(
     return list(numbers)
 
 
-def draw_keys(count: int, draw: random.Random, sentences: Sequence[str] | None = None) -> list[str]:
-    """Keys of two words that share none, and that no sentence of a user's text asks for."""
-    own = "" if sentences is None else "".join(sentences)
+def draw_keys(count: int, draw: random.Random, text: UserText | None = None) -> list[str]:
+    """Keys of two words that share none, and of which a user's text says nothing."""
+    own = "" if text is None else text.whole
     for _ in range(1000):
         adjectives, nouns = draw.sample(KEY_ADJECTIVES, count), draw.sample(KEY_NOUNS, count)
         keys = [f"{adjective} {noun}" for adjective, noun in zip(adjectives, nouns, strict=True)]
@@ -186,6 +193,8 @@ def _draw_names(count: int, draw: random.Random, letters: int, alphabet: str) ->
 
 def _draw_spoken(draw: random.Random, taken: set[str]) -> str:
     """A made-up word that is not `taken`, and then is. All have six letters: none contains another."""
+    if len(taken) > _MOST_DRAWN:
+        raise ValueError(f"no more than {_MOST_DRAWN} different words are made up: choose a shorter length")
     while True:
         word = "".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3))
         if word not in taken:
@@ -256,7 +265,7 @@ class Plan:
     draw: random.Random
     length: int  # tokens
     difficulty: Difficulty
-    sentences: Sequence[str] | None  # a user's text; None: seeded prose
+    text: UserText | None  # None: seeded prose
 
 
 INTRO_ONE = "A secret code is hidden in the text below. Remember it: you will be asked for it.\n\n"
@@ -296,25 +305,25 @@ def _single_noise(plan: Plan) -> Draft:
 
 
 def _single_text(plan: Plan) -> Draft:
-    keys, values = draw_keys(1, plan.draw, plan.sentences), draw_numbers(1, plan.draw, plan.sentences)
-    return _facts(prose(plan.draw, plan.sentences), keys, values, plan, intro=INTRO_ONE)
+    keys, values = draw_keys(1, plan.draw, plan.text), draw_numbers(1, plan.draw, plan.text)
+    return _facts(prose(plan.draw, plan.text), keys, values, plan, intro=INTRO_ONE)
 
 
 def _single_hex(plan: Plan) -> Draft:
-    keys = draw_keys(1, plan.draw, plan.sentences)
-    return _facts(prose(plan.draw, plan.sentences), keys, [draw_hex(plan.draw)], plan, intro=INTRO_ONE)
+    keys = draw_keys(1, plan.draw, plan.text)
+    return _facts(prose(plan.draw, plan.text), keys, [draw_hex(plan.draw)], plan, intro=INTRO_ONE)
 
 
 def _multi_key(plan: Plan) -> Draft:
     count = plan.difficulty.keys
-    keys, values = draw_keys(count, plan.draw, plan.sentences), draw_numbers(count, plan.draw, plan.sentences)
-    return _facts(prose(plan.draw, plan.sentences), keys, values, plan)
+    keys, values = draw_keys(count, plan.draw, plan.text), draw_numbers(count, plan.draw, plan.text)
+    return _facts(prose(plan.draw, plan.text), keys, values, plan)
 
 
 def _multi_query(plan: Plan) -> Draft:
     count = plan.difficulty.queries
-    keys, values = draw_keys(count, plan.draw, plan.sentences), draw_numbers(count, plan.draw, plan.sentences)
-    return _facts(prose(plan.draw, plan.sentences), keys, values, plan, asked=count)
+    keys, values = draw_keys(count, plan.draw, plan.text), draw_numbers(count, plan.draw, plan.text)
+    return _facts(prose(plan.draw, plan.text), keys, values, plan, asked=count)
 
 
 def _multi_key_haystack(plan: Plan) -> Draft:
@@ -324,6 +333,8 @@ def _multi_key_haystack(plan: Plan) -> Draft:
     values: set[str] = set()
 
     def fact() -> tuple[str, str]:
+        if len(keys) > _MOST_DRAWN:
+            raise ValueError(f"no more than {_MOST_DRAWN} facts have different keys: choose a shorter length")
         while True:
             first, second = draw.sample(KEY_ADJECTIVES, 2)
             key = f"{first} {second} {draw.choice(KEY_NOUNS)}"
@@ -346,9 +357,9 @@ def _multi_key_hex(plan: Plan) -> Draft:
 
 def _multi_value(plan: Plan) -> Draft:
     count = plan.difficulty.values
-    (key,) = draw_keys(1, plan.draw, plan.sentences)
-    values = draw_numbers(count, plan.draw, plan.sentences)
-    haystack = prose(plan.draw, plan.sentences)
+    (key,) = draw_keys(1, plan.draw, plan.text)
+    values = draw_numbers(count, plan.draw, plan.text)
+    haystack = prose(plan.draw, plan.text)
     needles = [
         (depth, f" One of the secret codes of the {key} is {value}.")
         for depth, value in zip(draw_depths(count, plan.draw), values, strict=True)
@@ -505,7 +516,7 @@ def draft(
     seed: int = 1,
     index: int = 0,
     difficulty: Difficulty | None = None,
-    sentences: Sequence[str] | None = None,
+    text: UserText | None = None,
 ) -> Draft:
     """Sample `index` of a task at a length, of any size.
 
@@ -514,7 +525,7 @@ def draft(
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
     draw = random.Random(f"retrieval/{task}/{seed}/{length}/{index}")
-    return TASKS[task](Plan(draw, length, difficulty or Difficulty(), sentences))
+    return TASKS[task](Plan(draw, length, difficulty or Difficulty(), text))
 
 
 # ---- length

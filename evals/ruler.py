@@ -19,8 +19,9 @@ from sparseprefill.evals.retrieval_prompts import (
     TASKS,
     TEXT_TASKS,
     Difficulty,
+    Draft,
     Sample,
-    check_sentences,
+    UserText,
     draft,
     fitted,
 )
@@ -69,7 +70,7 @@ class Ruler:
         check_lengths(lengths, window)
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
-        check_sentences(haystack)
+        text = None if haystack is None else UserText.of(haystack)
         if haystack is not None and not set(tasks) & set(TEXT_TASKS):
             raise ValueError(f"no task here hides anything in a text: one of {', '.join(TEXT_TASKS)} would")
         self.name = "ruler"
@@ -85,9 +86,14 @@ class Ruler:
         self.samples = samples
         self.seed = seed
         self.haystack = haystack
+        self._text = text
         self.difficulty = difficulty or Difficulty()
         self.new_tokens = {task: (new_tokens or {}).get(task, NEW_TOKENS[task]) for task in self.tasks}
         self.renderer = Renderer.of(tokenizer, chat)
+        self._cells = {
+            f"{task}/{length}/{i}": (task, length, i)
+            for length in self.lengths for task in self.tasks for i in range(samples)
+        }  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides prompts and grades."""
@@ -99,19 +105,21 @@ class Ruler:
 
     def plan(self) -> list[str]:
         """task/length/index."""
-        return [f"{task}/{n}/{i}" for n in self.lengths for task in self.tasks for i in range(self.samples)]
+        return list(self._cells)
 
     def prepare(self, prompt: str) -> Prompt:
         """The prompt of an id of the plan. ValueError where the length is too short for the task."""
-        task, length, index = split_id(prompt, self)
+        if prompt not in self._cells:
+            raise ValueError(f"{prompt!r} is no prompt of this plan")
+        task, length, index = self._cells[prompt]
 
         def need(sample: Sample) -> int:
             return len(self._ids(sample)) + self._budget(task, sample)
 
-        def make(tokens: int) -> Any:
+        def make(tokens: int) -> Draft:
             return draft(
                 task, tokens, seed=self.seed, index=index, difficulty=self.difficulty,
-                sentences=self.haystack if task in TEXT_TASKS else None,
+                text=self._text if task in TEXT_TASKS else None,
             )  # fmt: skip
 
         sample = fitted(make, length, need, prompt)
@@ -183,17 +191,6 @@ def check_lengths(lengths: Sequence[int], window: int | None) -> None:
             raise ValueError(f"lengths are numbers of tokens, got {length}")
         if window is not None and length > window:
             raise ValueError(f"{length} tokens exceed the model's window of {window}: choose shorter lengths")
-
-
-def split_id(prompt: str, task: Any) -> tuple[str, int, int]:
-    """(task, length, index) of an id of the plan. ValueError for another."""
-    parts = prompt.split("/")
-    if len(parts) == 3 and parts[1].isdecimal() and parts[2].isdecimal():
-        name, length, index = parts[0], int(parts[1]), int(parts[2])
-        known = name in task.tasks and length in task.lengths and index < task.samples
-        if known and prompt == f"{name}/{length}/{index}":
-            return name, length, index
-    raise ValueError(f"{prompt!r} is no prompt of this plan")
 
 
 def _check_names(tasks: Sequence[str], new_tokens: dict[str, int] | None) -> None:

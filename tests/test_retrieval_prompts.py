@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from sparseprefill.evals import retrieval_prompts
 from sparseprefill.evals.needle_prompts import KINDS, needle_draft
 from sparseprefill.evals.retrieval_prompts import (
     QUESTION_PLACES,
@@ -21,6 +22,7 @@ from sparseprefill.evals.retrieval_prompts import (
     Difficulty,
     Haystack,
     Sample,
+    UserText,
     draft,
     draw_keys,
     draw_numbers,
@@ -202,13 +204,13 @@ def test_question_places(kind: str) -> None:
 
 def test_haystack_of_the_users_own() -> None:
     own = [" Alpha 1234567 beta.", " Gamma."]
-    sample = draft("multi_key", 2000, sentences=own).make(50)
+    sample = draft("multi_key", 2000, text=UserText.of(own)).make(50)
     assert set(sample.context) - set(own) == {
         sample.context[k] for k in range(len(sample.context)) if FACT.search(sample.context[k])
     }
     assert len(FACT.findall("".join(sample.context))) == 4
     with pytest.raises(ValueError, match="the haystack is empty"):
-        prose(random.Random(1), [" ", ""])
+        UserText.of([" ", ""])
 
 
 @given(
@@ -216,15 +218,15 @@ def test_haystack_of_the_users_own() -> None:
 )
 def test_a_users_text_is_kept_in_units_that_can_be_fitted(sentences: list[str]) -> None:
     kept = [sentence for sentence in sentences if sentence.strip()]
-    pieces, _ = prose(random.Random(1), sentences).around(60, [])
+    pieces, _ = prose(random.Random(1), UserText.of(sentences)).around(60, [])
     assert all(len(piece) <= 400 for piece in pieces)
     assert "".join(pieces) in "".join(kept) * 61, "nothing is lost or changed"
 
 
 def test_numbers_are_not_in_the_users_text() -> None:
     most = [f" {number}" for number in range(10, 100) if number != 42]
-    assert draw_numbers(1, random.Random(3), most, digits=2) == ["42"]
-    everything = [statement(f"{adjective} {noun}", "1") for adjective in KEY_ADJECTIVES for noun in KEY_NOUNS]
+    assert draw_numbers(1, random.Random(3), UserText.of(most), digits=2) == ["42"]
+    everything = UserText.of([statement(f"{first} {second}", "1") for first in KEY_ADJECTIVES for second in KEY_NOUNS])
     with pytest.raises(ValueError, match="states facts"):
         draw_keys(1, random.Random(3), everything)
 
@@ -260,6 +262,13 @@ def test_the_largest_size_that_fits(steps: list[int], slope: int, room: int, lea
 def test_a_tokenizer_that_swallows_the_haystack() -> None:
     with pytest.raises(ValueError, match="into no tokens"):
         fitted(lambda tokens: draft("single_text", tokens), 1000, lambda sample: 50, "x")
+
+
+@pytest.mark.parametrize("task", ["multi_key_haystack", "common_words"])
+def test_words_that_run_out(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval_prompts, "_MOST_DRAWN", 60)
+    with pytest.raises(ValueError, match="no more than 60 .* choose a shorter length"):
+        filled(task, 5000)
 
 
 @pytest.mark.parametrize("task", TASKS)
