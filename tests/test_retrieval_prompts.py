@@ -267,7 +267,7 @@ def test_a_tokenizer_that_swallows_the_haystack() -> None:
 @pytest.mark.parametrize("task", ["multi_key_haystack", "common_words"])
 def test_words_that_run_out(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieval_prompts, "_MOST_DRAWN", 60)
-    with pytest.raises(ValueError, match="no more than 60 .* choose a shorter length"):
+    with pytest.raises(ValueError, match=r"no more than 60 .* choose a shorter length"):
         filled(task, 5000)
 
 
