@@ -15,6 +15,7 @@ from sparseprefill.evals.report_words import (
     interval,
     one_line,
     score,
+    some,
     times,
 )
 from sparseprefill.evals.results import EvalResult
@@ -72,8 +73,8 @@ class Setting:
 
 def state_of(result: EvalResult) -> str:
     """ "complete", or how much of the plan has been answered."""
-    done = f"{len(result.records)} of {result.planned} prompts"
-    return f"complete, {result.planned} prompts" if result.complete else f"INCOMPLETE: {done}"
+    done = f"{len(result.records)} of {some(result.planned, 'prompt')}"
+    return f"complete, {some(result.planned, 'prompt')}" if result.complete else f"INCOMPLETE: {done}"
 
 
 def state_of_difference(paired: Paired, metric: Metric) -> str:
@@ -137,25 +138,27 @@ def _verdict(result: EvalResult, summary: Summary, method: str) -> Verdict:
             f"test of the method, which scores {score(paired.value, metric)}"  # fmt: skip
     elif state == "no item differs":
         share = 100 * most_flips(paired.prompts)
-        text = f"not one of {paired.items} items differs from dense ({score(paired.dense, metric)}); with " \
-            f"{_prompts(paired.prompts)}, up to {share:.2g}% of such prompts may still differ (95% confidence)"  # fmt: skip
+        text = f"none of {some(paired.items, 'item')} differs from dense ({score(paired.dense, metric)}); with " \
+            f"{some(paired.prompts, "prompt")}, up to {share:.2g}% of such prompts may still differ (95% confidence)"  # fmt: skip
     elif state == "one prompt":
-        text = f"{_way(paired, metric)} by {amount} {unit} on a single prompt ({against}): nothing is known of the spread"
+        text = (
+            f"{_way(paired, metric)} by {amount} {unit} on a single prompt ({against}): nothing is known of the spread"
+        )
     elif state == "no difference shown":
         worst = (-paired.low if metric.higher_is_better else paired.high) if paired.low is not None else None
         margin = "" if not worst or worst <= 0 else \
             f"; a loss of {change(worst, metric).lstrip('+')} {unit} is not excluded"  # fmt: skip
-        text = f"no difference beyond chance: {against}, difference {change(paired.difference, metric)} ({spread}){margin}"
+        text = (
+            f"no difference beyond chance: {against}, difference {change(paired.difference, metric)} ({spread}){margin}"
+        )
     else:
-        text = f"{state} {amount} {unit}: {against} ({spread}, which leaves out zero)"
+        # what is better when it is low is not lost but rises
+        done = f"{state} {amount}" if metric.higher_is_better else f"{_way(paired, metric)} by {amount}"
+        text = f"{done} {unit}: {against} ({spread}, which leaves out zero)"
     sentence = f"{text}; {_at_what_cost(overall_cost(summary, method))}."
     if not result.complete:
         sentence = f"so far ({len(result.records)} of {result.planned} prompts, not final): {sentence}"
     return Verdict(method, state, sentence[0].upper() + sentence[1:])
-
-
-def _prompts(count: int) -> str:
-    return "1 prompt" if count == 1 else f"{count} prompts"
 
 
 def _way(paired: Paired, metric: Metric) -> str:
@@ -230,13 +233,17 @@ def _about_methods(result: EvalResult, summary: Summary) -> Iterator[str]:
             ]
             if idle:
                 yield f"{name} never ran sparsely at length {', '.join(idle)}: its scores there are those of dense attention."
-        for metric in result.metrics:
-            paired = overall(summary, method.label, metric)
-            if paired.better + paired.worse == 0 and cost.kernels:
-                yield f"No item differs between {name} and dense in {metric.name}. The interval has no width, which is no " \
-                    f"proof that nothing changed: with {_prompts(paired.prompts)}, up to " \
-                    f"{100 * most_flips(paired.prompts):.2g}% of such prompts may still differ (95% confidence)."  # fmt: skip
-                break
+    same = [
+        one_line(each.label)
+        for each in result.methods
+        if each.label != "dense"
+        and state_of_difference(overall(summary, each.label, result.metrics[0]), result.metrics[0]) == "no item differs"
+    ]
+    if same:
+        prompts = len(result.records)
+        yield f"No item differs from dense with {', '.join(same)}. An interval without width is no proof that nothing " \
+            f"changed: with {some(prompts, 'prompt')}, up to {100 * most_flips(prompts):.2g}% of such prompts may still " \
+            "differ (95% confidence)."  # fmt: skip
     ahead = [one_line(each.label) for each in result.methods if each.looks_ahead]
     if ahead:
         yield f"{', '.join(ahead)} looks ahead (marked \N{DAGGER}): blocks are chosen with tokens that come later. " \
@@ -254,9 +261,11 @@ def _about_runs(result: EvalResult) -> Iterator[str]:
             "them, are of another method."  # fmt: skip
     if "min_length" in result.settings and result.settings["min_length"] != 0:
         least = result.settings["min_length"]
-        yield "Short prompts ran densely by plan " + (
-            "(min_length left to the cost model)" if least is None else f"(min_length={least})"
-        ) + ": what they score says nothing about a method."
+        yield (
+            "Short prompts ran densely by plan "
+            + ("(min_length left to the cost model)" if least is None else f"(min_length={least})")
+            + ": what they score says nothing about a method."
+        )
 
 
 def _machine(found: dict[str, Any]) -> str:

@@ -81,7 +81,7 @@ def change(value: float | None, metric: Metric) -> str:
 
 
 def interval(low: float | None, high: float | None, metric: Metric) -> str:
-    """"[-6.3, -2.1]", or a dash."""
+    """ "[-6.3, -2.1]", or a dash."""
     return "-" if low is None or high is None else f"[{change(low, metric)}, {change(high, metric)}]"
 
 
@@ -136,6 +136,16 @@ def group_value(axis: str, value: str | int | float) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def some(count: int, noun: str) -> str:
+    """ "1 prompt", "2 prompts"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+_NUMBER = re.compile(
+    r"-|<?[-+]?\d[\d.]*(e[-+]?\d+)?( ?(x|s|ms|GiB|%))?|\[[-+\d., e]+\]|\d+ / \d+|[-+]?\d[\d.]*(e[-+]?\d+)? (\[[-+\d., e]+\]|-)"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """A table in words, before it is HTML, Markdown or text."""
@@ -143,3 +153,8 @@ class Table:
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Of each column: does it hold numbers, intervals and dashes alone?"""
+        return [all(_NUMBER.fullmatch(row[c]) for row in self.rows) for c in range(len(self.head))]
