@@ -111,7 +111,7 @@ def summarise(result: EvalResult, *, resamples: int = RESAMPLES, seed: int = 0) 
     if not result.records:
         raise ValueError("this result holds no answers yet: run the evaluation")
     return Summary(
-        tuple(_cells(result)),
+        tuple(mean_cells(result)),
         tuple(
             paired
             for metric in result.metrics
@@ -124,7 +124,8 @@ def summarise(result: EvalResult, *, resamples: int = RESAMPLES, seed: int = 0) 
     )
 
 
-def _cells(result: EvalResult) -> list[Cell]:
+def mean_cells(result: EvalResult) -> list[Cell]:
+    """The mean of every metric of every method: over all items, over each row, and over each cell of two axes."""
     cells = []
     headline = result.metrics[0].name
     for method in result.methods:
@@ -144,6 +145,12 @@ def _cells(result: EvalResult) -> list[Cell]:
                          chance if metric.name == headline else None)
                 )  # fmt: skip
     return cells
+
+
+def row_mean(cells: Sequence[Cell], method: str, metric: str) -> float:
+    """What `Paired.value` is, for any method, dense among them: the mean of its row means."""
+    rows = [cell.mean for cell in cells if len(cell.group) == 1 and (cell.method, cell.metric) == (method, metric)]
+    return math.fsum(rows) / len(rows)
 
 
 def _all_paired(result: EvalResult, label: str, metric: Metric, resamples: int, seed: int) -> list[Paired]:
@@ -228,20 +235,20 @@ def bootstrap_interval(
     prompts = len(differences)
     if prompts < 2:
         return None, None
-    members: dict[Any, list[int]] = {}
+    by_stratum: dict[Any, list[int]] = {}
     for p, stratum in enumerate(strata):
-        members.setdefault(stratum, []).append(p)
-    alone = [each[0] for each in members.values() if len(each) == 1]
-    members = {stratum: each for stratum, each in members.items() if len(each) > 1}
+        by_stratum.setdefault(stratum, []).append(p)
+    members = [each for each in by_stratum.values() if len(each) > 1]
+    alone = [each[0] for each in by_stratum.values() if len(each) == 1]
     if alone:
-        members["alone"] = alone
+        members.append(alone)
     draw = np.random.default_rng(seed)
     estimates = []
     step = max(1, min(resamples, 4_000_000 // max(1, prompts)))
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
         weights = np.zeros((size, prompts))
-        for each in members.values():
+        for each in members:
             weights[:, each] = draw.multinomial(len(each), np.full(len(each), 1 / len(each)), size)
         with np.errstate(invalid="ignore", divide="ignore"):  # a row that no drawn prompt stands in counts for nothing
             estimates.append(np.nanmean((weights @ differences) / (weights @ counts), axis=1))
