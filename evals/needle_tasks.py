@@ -110,7 +110,7 @@ class Needles:
         self.new_tokens = new_tokens or NEW_TOKENS[kind]
         self.renderer = Renderer.of(tokenizer, chat)
         self._cells = {
-            f"{kind}/{length}/{depth:g}/{i}": (length, depth, i)
+            f"{kind}/{length}/{depth:g}-{i}": (length, depth, i)
             for length in self.lengths for depth in self.depths for i in range(samples)
         }  # fmt: skip
 
@@ -128,7 +128,7 @@ class Needles:
         return found
 
     def plan(self) -> list[str]:
-        """kind/length/depth/index."""
+        """kind/length/depth-index."""
         return list(self._cells)
 
     def prepare(self, prompt: str) -> Prompt:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sparseprefill import __version__
-from sparseprefill.cli_evals import specs
+from sparseprefill.cli_evals import DEMO, along, fidelity, longbench, needle, report, ruler, specs
 from sparseprefill.cli_options import Numbers, clear_errors, progress_bar
 
 
@@ -34,65 +35,8 @@ def methods(as_json: bool, markdown: bool) -> None:
         click.echo(table(list(rows[0]), [list(row.values()) for row in rows], markdown=markdown))
 
 
-@main.command()
-@click.option("--model", help="Hub name or folder; default: the model that ships inside.")
-@click.option("--method", "chosen", multiple=True, metavar="NAME[:OPTION=VALUE,...]", help="Methods, may be repeated.")
-@click.option("--density", default=0.2, help="Budget of methods given without options.")
-@click.option("--lengths", type=Numbers(), default="4k,8k,16k,32k", help="Prompt lengths in tokens.")
-@click.option("--depths", default=5, help="Needles a prompt, one in each of as many equal parts.")
-@click.option("--samples", default=5, help="Prompts a length.")
-@click.option("--generated", type=int, help="Of these, how many also use generate.  [default: all]")
-@click.option(
-    "--haystack", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text to hide needles in."
-)
-@click.option("--last-rows-dense", default=0, help="Dense last queries for every method.")
-@click.option("--seed", default=1, help="Of the prompts.")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
-@click.option("--device", help="cpu or cuda; default: what is there.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("needle"), help="Folder of the results."
-)
-@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
-def needle(
-    model: str | None, chosen: tuple[str, ...], density: float, lengths: tuple[int, ...], depths: int, samples: int,
-    generated: int | None, haystack: Path | None, last_rows_dense: int, seed: int, dtype: str, device: str | None,
-    trust_remote_code: bool, out: Path, markdown: bool,
-) -> None:  # fmt: skip
-    """Find needles all along long prompts, with dense attention and with the chosen methods.
-
-    Writes OUT/needle.json (every cell) and OUT/needle.png (depth by length).
-    """
-    from sparseprefill.evals.loading import load_model
-
-    with clear_errors():
-        loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        _run_needle(
-            loaded, tokenizer, specs(chosen, density), lengths, depths, samples, generated, haystack, last_rows_dense,
-            seed, out, "needle", markdown,
-        )  # fmt: skip
-
-
-def _run_needle(
-    model: Any, tokenizer: Any, specs: list[Any], lengths: tuple[int, ...], depths: int, samples: int,
-    generated: int | None, haystack: Path | None, last_rows_dense: int, seed: int, out: Path, name: str, markdown: bool,
-) -> None:  # fmt: skip
-    from sparseprefill.evals.needle import passes, plot_heat_map, run_needle
-    from sparseprefill.files import read_text
-    from sparseprefill.prompts import text_sentences
-
-    sentences = None if haystack is None else text_sentences(read_text(haystack, "haystack"))
-    out.mkdir(parents=True, exist_ok=True)
-    total = passes(len(specs), len(lengths), samples, samples if generated is None else generated)
-    with progress_bar(total, name) as progress:
-        result = run_needle(
-            model, tokenizer, specs, lengths, needles=depths, samples=samples, generated=generated, seed=seed,
-            haystack=sentences, last_rows_dense=last_rows_dense, progress=progress,
-        )  # fmt: skip
-    result.save(out / f"{name}.json")
-    plot_heat_map(result, out / f"{name}.png")
-    click.echo(result.table(markdown=markdown))
-    click.echo(f"wrote {out / name}.json and {out / name}.png")
+for each in (needle, ruler, longbench, fidelity, report):
+    main.add_command(each)
 
 
 @main.command()
@@ -187,15 +131,11 @@ def bench(
 @click.option("--samples", default=2, help="Prompts a length.")
 def demo(out: Path, lengths: tuple[int, ...], density: float, samples: int) -> None:
     """The whole walk on the model inside: needles found with dense and with sparse attention, and how fast."""
-    from sparseprefill.evals.loading import load_model
-
     with clear_errors():
-        model, tokenizer = load_model()
         click.echo(f"Needles in prompts of {', '.join(map(str, lengths))} tokens, every method at density {density}:")
-        chosen = specs((), density)
-        _run_needle(model, tokenizer, chosen, lengths, 5, samples, 0, None, 0, 1, out, "needle", False)
+        along(replace(DEMO, out=out, density=density), lengths, samples)
         click.echo("\nThe same with the last 64 rows dense in every method, on one prompt a length, not timed:")
-        _run_needle(model, tokenizer, chosen, lengths, 5, 1, 0, None, 64, 1, out, "last_rows_dense", False)
+        along(replace(DEMO, out=out / "last_rows_dense", density=density, last_rows_dense=64), lengths, 1)
 
 
 if __name__ == "__main__":

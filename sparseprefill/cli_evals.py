@@ -35,6 +35,9 @@ class RunOptions:
     markdown: bool
 
 
+DEMO = RunOptions(None, (), 0.2, 0, 1, 1, "auto", None, False, Path("demo"), True, False)
+"""Every method of the grid at one density on the model inside, begun anew."""
+
 _OPTIONS = (
     click.option("--model", help="Hub name or folder; default: the model that ships inside."),
     click.option(
@@ -227,12 +230,14 @@ def fidelity(
 @click.argument("sets", nargs=-1)
 @click.option("--edition", type=click.Choice(["1", "E", "2"]), default="1", help="LongBench, LongBench-E or version 2.")
 @click.option(
-    "--data", type=click.Path(exists=True, path_type=Path),
+    "--data",
+    type=click.Path(exists=True, path_type=Path),
     help="Folder, file or zip of the rows; default: $SPARSEPREFILL_DATA, else the hub.",
 )
 @click.option("--fixture", is_flag=True, help="A few made-up rows a set, to try things out: the scores mean nothing.")
 @click.option(
-    "--prompts", type=click.Path(exists=True, path_type=Path),
+    "--prompts",
+    type=click.Path(exists=True, path_type=Path),
     help="Official prompt texts as published; default: lm-eval's, put right.",
 )
 @click.option("--verify/--no-verify", default=True, help="Refuse prompt texts that are not the official ones.")
@@ -270,11 +275,15 @@ def longbench(
 
 @click.command()
 @click.option(
-    "--kind", type=click.Choice(["classic", "multi", "passkey", "kv", "two_hop", "along"]), default="classic",
+    "--kind",
+    type=click.Choice(["classic", "multi", "passkey", "kv", "two_hop", "along"]),
+    default="classic",
     help="What is hidden; along: questions all along one prompt, graded in its prefill.",
 )
 @click.option("--lengths", type=Numbers(), default="4k,8k,16k,32k", help="Prompt and answer, in tokens.")
-@click.option("--depths", type=Depths(), help="How many, evenly from 0 to 100 %, or a list of percentages.  [default: 10]")
+@click.option(
+    "--depths", type=Depths(), help="How many, evenly from 0 to 100 %, or a list of percentages.  [default: 10]"
+)
 @click.option("--samples", default=3, help="Prompts a depth and length; of along, a length.")
 @click.option("--needles", type=int, help="Facts a prompt, of multi, two_hop and along.")
 @click.option(
@@ -301,6 +310,18 @@ def needle(
         )  # fmt: skip
 
     evaluate(run, make)
+
+
+def along(run: RunOptions, lengths: tuple[int, ...], samples: int) -> None:
+    """Needles all along the prompt, as the demonstration has them."""
+    from sparseprefill.evals.generation import model_window
+    from sparseprefill.evals.needle_tasks import NeedlesAlong
+
+    evaluate(
+        run, lambda model, tokenizer: NeedlesAlong(
+            tokenizer, lengths, samples=samples, seed=run.seed, window=model_window(model)
+        ),
+    )  # fmt: skip
 
 
 @click.command()
