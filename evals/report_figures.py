@@ -104,7 +104,7 @@ def _colours(metric: Metric) -> Any:
 
 def _draw_map(
     axes: Axes, values: list[list[float | None]], metric: Metric, ends: tuple[float, float], rows: Sequence[str],
-    columns: Sequence[str],
+    columns: Sequence[str], panels: int = 1,
 ) -> Any:  # fmt: skip
     import numpy as np
     from matplotlib.colors import Normalize
@@ -116,7 +116,8 @@ def _draw_map(
     )
     texts = [[None if value is None else in_cell(value, metric) for value in line] for line in values]
     longest = max((len(text) for line in texts for text in line if text), default=1)
-    size = max(4.5, min(8.5, 24 / longest if len(columns) < 9 else 20 / longest))
+    room = 72 * (axes.get_figure().get_figwidth() / panels - 1) / len(columns)
+    size = max(4.5, min(8.0, room / (0.65 * longest + 0.5)))
     for r, line in enumerate(texts):
         for c, text in enumerate(line):
             if text is None:
@@ -144,7 +145,7 @@ def heat_map(result: EvalResult, cells: Sequence[Cell], metric: Metric, method: 
     if max(len(rows), len(columns)) > MOST_ROWS:
         return None
     with _style(_INK):
-        figure = Figure(figsize=(max(4.2, 1.2 + 0.36 * len(columns)), 0.75 + 0.27 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(max(3.6, 1.2 + 0.36 * len(columns)), 0.75 + 0.27 * len(rows)), layout="constrained")
         axes = figure.subplots()
         _draw_map(axes, _grid(result, cells, metric, method), metric, limits(result, cells, metric),
                   *([short(group_value(axis, value), 24) for value in values]
@@ -189,7 +190,8 @@ def plot_heat_maps(result: EvalResult, metric: str | None = None) -> Figure:
             figure = Figure(figsize=(across * width + 0.6, down * height + 0.7), layout="constrained")
             panels = list(figure.subplots(down, across, squeeze=False).flatten())
             for axes, method in zip(panels, result.methods, strict=False):
-                image = _draw_map(axes, _grid(result, cells, chosen, method.label), chosen, ends, names[0], names[1])
+                grid = _grid(result, cells, chosen, method.label)
+                image = _draw_map(axes, grid, chosen, ends, names[0], names[1], across)
                 axes.set_title(short(method.label, 40) + (" \N{DAGGER}" if method.looks_ahead else ""))
                 axes.set_xlabel(short(result.axes[1]))
                 axes.set_ylabel(short(result.axes[0]))
@@ -203,7 +205,7 @@ def plot_heat_maps(result: EvalResult, metric: str | None = None) -> Figure:
                 figsize=(max(4.5, 3.0 + 0.8 * len(labels)), 1.9 + 0.25 * len(grid)), layout="constrained"
             )  # fmt: skip
             panels = [figure.subplots()]
-            image = _draw_map(panels[0], grid, chosen, ends, names[0], [short(label, 24) for label in labels])
+            image = _draw_map(panels[0], grid, chosen, ends, names[0], [short(label, 30) for label in labels])
             panels[0].tick_params(axis="x", labelrotation=35)
             for tick in panels[0].get_xticklabels():
                 tick.set_horizontalalignment("right")
@@ -274,7 +276,7 @@ def forest(paired: Sequence[Paired], names: Sequence[str], metric: Metric, ends:
         return None
     factor = 100 if metric.percent else 1
     with _style(_INK):
-        figure = Figure(figsize=(4.6, 0.85 + 0.27 * len(paired)), layout="constrained")
+        figure = Figure(figsize=(3.9, 0.85 + 0.26 * len(paired)), layout="constrained")
         axes = figure.subplots()
         _lines(axes, range(len(paired)))
         axes.axvline(0, color=_INK, lw=1, alpha=0.7)
@@ -289,14 +291,15 @@ def forest(paired: Sequence[Paired], names: Sequence[str], metric: Metric, ends:
             axes.plot([factor * each.difference], [place], ls="none", ms=6.5, mew=1.4, color=tint,
                       marker=("^" if (each.difference > 0) else "v") if clear else "o" if known else "x",
                       markerfacecolor=tint if clear else "none")  # fmt: skip
-        axes.set_yticks(range(len(paired)), [short(name, 30) for name in names])
+        axes.set_yticks(range(len(paired)), [short(name, 28) for name in names])
         axes.set_ylim(len(paired) - 0.5, -0.5)
         low, high = (factor * end for end in ends)
         pad = 0.06 * (high - low) or 1.0
         axes.set_xlim(low - pad, high + pad)
         less, more = ("worse", "better") if metric.higher_is_better else ("better", "worse")
         unit = "points" if metric.percent else short(metric.name, 20)
-        axes.set_xlabel(f"\N{LEFTWARDS ARROW} {less}   difference to dense ({unit})   {more} \N{RIGHTWARDS ARROW}")
+        gap = "\N{NO-BREAK SPACE}" * 3  # plain blanks run together in a page
+        axes.set_xlabel(f"\N{LEFTWARDS ARROW} {less}{gap}difference ({unit}){gap}{more} \N{RIGHTWARDS ARROW}")
     return figure
 
 
@@ -320,7 +323,7 @@ def score_against(
     if all(costs[label] is None for label in others):
         return None
     with _style(_INK):
-        figure = Figure(figsize=(4.6, 2.6 + 0.18 * (len(others) + 2)), layout="constrained")
+        figure = Figure(figsize=(4.2, 2.6 + 0.18 * (len(others) + 2)), layout="constrained")
         axes = figure.subplots()
         axes.axhline(factor * dense, color=_INK, lw=1.2, ls="--", label=f"dense ({score(dense, metric)})")
         if chance is not None:
@@ -340,7 +343,8 @@ def score_against(
             axes.set_xlabel("density (less computed to the left)")
         else:
             axes.axvline(1, color=_INK, lw=0.8, alpha=0.5)
-            axes.set_xlim(left=0)
+            fastest = max(1.0, *(each for each in costs.values() if each is not None))
+            axes.set_xlim(0, 1.1 * fastest)
             axes.set_xlabel("speed-up of the first token over dense (faster to the right)")
         axes.set_ylabel(short(metric.name) + (" (0 to 100)" if metric.percent else ""))
         axes.margins(y=0.12)
@@ -367,10 +371,11 @@ def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
     assert size is not None
     wide = float(size[1])
     opening = (
-        f'<svg {size[0]} '
-        f'role="img" aria-labelledby="{name}-title {name}-desc" style="max-width:{1.5 * wide:.0f}px;'
+        f"<svg {size[0]} "
+        f'role="img" aria-labelledby="{name}-title {name}-desc" style="max-width:{1.6 * wide:.0f}px;'
         f'min-width:{0.9 * wide if wide > 350 else 0:.0f}px">'
-        f'<title id="{name}-title">{escape(clean(title))}</title><desc id="{name}-desc">{escape(clean(description))}</desc>'
+        f'<title id="{name}-title">{escape(clean(title))}</title>'
+        f'<desc id="{name}-desc">{escape(clean(description))}</desc>'
     )
     return opening + text[text.index(">") + 1 :].strip()
 

@@ -32,7 +32,6 @@ from sparseprefill.evals.report_findings import (
     Setting,
     Verdict,
     chance_of,
-    nothing_to_lose,
     overall,
     overall_cost,
     settings_of,
@@ -55,6 +54,7 @@ from sparseprefill.evals.report_words import (
     probability,
     score,
     seconds,
+    some,
     times,
 )
 from sparseprefill.evals.results import EvalResult, MethodRecord
@@ -146,7 +146,7 @@ def _drawn(result: EvalResult) -> bool:
 
 
 def _name(method: MethodRecord) -> str:
-    return f"{one_line(method.label)}{' ' + LOOKS_AHEAD if method.looks_ahead else ''}"
+    return f"{cut(one_line(method.label), 120)}{' ' + LOOKS_AHEAD if method.looks_ahead else ''}"
 
 
 def _names(result: EvalResult) -> dict[str, str]:
@@ -226,9 +226,7 @@ def row_differences(result: EvalResult, summary: Summary, metric: Metric) -> Tab
     names, first = _names(result), result.axes[0]
     others = [method.label for method in result.methods if method.label != "dense"]
     found = {
-        (each.group[first], each.method): each
-        for each in summary.paired
-        if each.group and each.metric == metric.name
+        (each.group[first], each.method): each for each in summary.paired if each.group and each.metric == metric.name
     }
     if not found or not others:
         return None
@@ -260,7 +258,17 @@ def totals_table(result: EvalResult) -> Table | None:
 def cost_tables(result: EvalResult, summary: Summary) -> list[Table]:
     """Time, memory and work, over all prompts and by length."""
     names = _names(result)
-    head = ["method", "timed prompts", "TTFT p50", "TTFT p90", "speed-up", "peak memory", "density", "tile work", "kept mass"]
+    head = [
+        "method",
+        "timed prompts",
+        "TTFT p50",
+        "TTFT p90",
+        "speed-up",
+        "peak memory",
+        "density",
+        "tile work",
+        "kept mass",
+    ]
     tables = []
     groups = list(dict.fromkeys(tuple(each.group.items()) for each in summary.costs))
     for group in groups:
@@ -372,8 +380,8 @@ def _what_ran(result: EvalResult, escape: Any = one_line) -> str:
     lengths = [record.tokens for record in result.records]
     span = f"{min(lengths)} tokens" if min(lengths) == max(lengths) else f"{min(lengths)} to {max(lengths)} tokens"
     who = f"Model {escape(str(name))}, " if name else ""
-    return f"{who}{len(result.records)} of {result.planned} prompts of {span}, {items} items, " \
-        f"{len(result.methods)} methods."  # fmt: skip
+    return f"{who}{len(result.records)} of {some(result.planned, 'prompt')} of {span}, {some(items, 'item')}, " \
+        f"{some(len(result.methods), 'method')}."  # fmt: skip
 
 
 def report_text(result: EvalResult, summary: Summary) -> str:
@@ -417,7 +425,6 @@ def report_html(result: EvalResult, summary: Summary) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
     )
     environment.filters["nice"] = _nice
-    environment.tests["numeric"] = _numeric
     page = environment.from_string(text).render(_context(result, summary))
     return page if page.endswith("\n") else page + "\n"
 
@@ -434,10 +441,6 @@ def _nice(text: str) -> str:
     return re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", text)
 
 
-def _numeric(text: str) -> bool:
-    return bool(re.fullmatch(r"[-+<]?[\d.]+(e[-+]?\d+)?( ?(x|s|ms|GiB|%))?|-|\[.*\d\]|\d+ / \d+|[-+][\d.e-]+ \[.*\]|0\.0 \[.*\]", text))
-
-
 def _context(result: EvalResult, summary: Summary) -> dict[str, Any]:
     headline = result.metrics[0]
     chance = chance_of(result, summary)
@@ -450,7 +453,6 @@ def _context(result: EvalResult, summary: Summary) -> dict[str, Any]:
         "verdicts": [(each, _badge(each)) for each in verdicts(result, summary)],
         "warnings": warnings(result, summary), "looks_ahead": {m.label for m in result.methods if m.looks_ahead},
         "dagger": LOOKS_AHEAD, "dense": score(dense, headline), "chance": score(chance, headline),
-        "nothing_to_lose": nothing_to_lose(dense, chance, len(result.records), headline),
         "summaries": [summary_table(result, summary, metric) for metric in result.metrics],
         "totals": totals_table(result), "pictures": _pictures(result, summary),
         "cost_all": costs[0], "cost_lengths": costs[1:], "kernels": kernel_table(result, summary),
@@ -498,10 +500,12 @@ def _pictures(result: EvalResult, summary: Summary) -> dict[str, Any]:
         ends = forest_ends([*by_row, *wholes]) if by_row else ends
         for i, label in enumerate(others):
             mine = _in_order(result, [each for each in by_row if each.method == label])
-            figure = forest(mine, [group_value(result.axes[0], each.group[result.axes[0]]) for each in mine], metric, ends)
+            figure = forest(
+                mine, [group_value(result.axes[0], each.group[result.axes[0]]) for each in mine], metric, ends
+            )
             if figure is not None:
                 clear = sum(state_of_difference(each, metric) in ("lost", "gained") for each in mine)
-                told = f"{len(mine)} rows, of which {clear} have an interval that leaves out zero; the table has the numbers"
+                told = f"{clear} of {some(len(mine), 'row')} have an interval that leaves out zero; see the table."
                 pictures["forests"].append(_Picture(
                     _markup(to_svg(figure, f"forest{i}", f"{label}: difference to dense by {result.axes[0]}", told)),
                     label,
@@ -534,9 +538,9 @@ def _scores(result: EvalResult, summary: Summary, metric: Metric, order: int) ->
     cells = summary.cells
     if len(result.axes) == 1:
         figure = points_by_row(result, summary, metric)
-        pictures = [] if figure is None else [_Picture(
-            _markup(to_svg(figure, f"rows{order}", f"{metric.name} by {result.axes[0]}", "The table has the numbers.")), ""
-        )]  # fmt: skip
+        title = f"{metric.name} by {result.axes[0]}"
+        told = "A line for each row, a mark for each method; the table has the numbers."
+        pictures = [] if figure is None else [_Picture(_markup(to_svg(figure, f"rows{order}", title, told)), "")]
         return {"pictures": pictures, "maps": False, "colours": ""}
     pictures = []
     for i, method in enumerate(result.methods):
@@ -546,14 +550,14 @@ def _scores(result: EvalResult, summary: Summary, metric: Metric, order: int) ->
         mean = score(row_mean(cells, method.label, metric.name), metric)
         told = f"Overall {mean}. Rows: {result.axes[0]}; columns: {result.axes[1]}. The tables have the numbers."
         svg = to_svg(figure, f"map{order}-{i}", f"{method.label}: {metric.name} by {' and '.join(result.axes)}", told)
-        pictures.append(_Picture(_markup(svg), f"{_name(method)}: {mean} overall"))
+        pictures.append(_Picture(_markup(svg), f"{_name(method)}\n{mean} overall"))
     low, high = limits(result, cells, metric)
     if metric.percent:
         best, worst = ("100", "0") if metric.higher_is_better else ("0", "100")
         colours = f"Colours run from red at {worst} over yellow at 50 to green at {best}, in every map of every report."
     else:
-        colours = f"Colours run from light at {score(low, metric)} to dark at {score(high, metric)}, the same ends in " \
-            "all these maps."  # fmt: skip
+        light, dark = score(low, metric), score(high, metric)
+        colours = f"Colours run from light at {light} to dark at {dark}, the same in all these maps."
     return {"pictures": pictures, "maps": True, "colours": colours}
 
 

@@ -25,7 +25,7 @@ _LINE_START = re.compile(r"^(\s*)(#|[-+=>](?=\s|$|[-=])|\d+[.)](?=\s))")
 
 
 def clean(text: str) -> str:
-    """A text that can be written as UTF-8 and shown: control characters become visible, lone surrogates "\\ufffd".
+    """A text that can be written as UTF-8 and shown: control characters become visible, lone surrogates a placeholder.
 
     Line breaks and tabs stay. Characters that turn the direction of what follows are shown by their number.
     """
@@ -81,7 +81,7 @@ def change(value: float | None, metric: Metric) -> str:
 
 
 def interval(low: float | None, high: float | None, metric: Metric) -> str:
-    """"[-6.3, -2.1]", or a dash."""
+    """As in "[-6.3, -2.1]"; a dash for none."""
     return "-" if low is None or high is None else f"[{change(low, metric)}, {change(high, metric)}]"
 
 
@@ -136,6 +136,17 @@ def group_value(axis: str, value: str | int | float) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def some(count: int, noun: str) -> str:
+    """As in "1 prompt" and "2 prompts"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+_NUMBER = re.compile(
+    r"-|<?[-+]?\d[\d.]*(e[-+]?\d+)?( ?(x|s|ms|GiB|%))?|\d+ / \d+|\[[-+\d., e]+\]"
+    r"|[-+]?\d[\d.]*(e[-+]?\d+)? (\[[-+\d., e]+\]|-)"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """A table in words, before it is HTML, Markdown or text."""
@@ -143,3 +154,8 @@ class Table:
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Of each column: does it hold numbers, intervals and dashes alone?"""
+        return [all(_NUMBER.fullmatch(row[c]) for row in self.rows) for c in range(len(self.head))]

@@ -79,13 +79,17 @@ def needle_result(
     for length in lengths:
         for depth in depths:
             for sample in range(samples):
-                item = Item(f"{length}/{depth}/{sample}", {"depth": depth, "length": length}, (f"{7000 + sample}",), 0.001)
+                item = Item(
+                    f"{length}/{depth}/{sample}", {"depth": depth, "length": length}, (f"{7000 + sample}",), 0.001
+                )
                 dense = draw.random() < 0.97
                 runs = {}
                 for method in methods:
                     far = 1 - 0.5 * depth * length / 32768
                     right = dense and draw.random() < (KEEPS[method.name] ** (2 - far))
-                    answer = Answer(item.id, {"right": float(right)}, f"The number is {7000 + sample if right else 12}.")
+                    answer = Answer(
+                        item.id, {"right": float(right)}, f"The number is {7000 + sample if right else 12}."
+                    )
                     runs[method.label] = make_run(method, [answer], length, draw, sample == 0)
                 records.append(Record(item.id, length, "0" * 64, (item,), {}, runs))
     return assemble(
