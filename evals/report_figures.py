@@ -104,7 +104,7 @@ def _colours(metric: Metric) -> Any:
 
 def _draw_map(
     axes: Axes, values: list[list[float | None]], metric: Metric, ends: tuple[float, float], rows: Sequence[str],
-    columns: Sequence[str],
+    columns: Sequence[str], panels: int = 1,
 ) -> Any:  # fmt: skip
     import numpy as np
     from matplotlib.colors import Normalize
@@ -116,7 +116,8 @@ def _draw_map(
     )
     texts = [[None if value is None else in_cell(value, metric) for value in line] for line in values]
     longest = max((len(text) for line in texts for text in line if text), default=1)
-    size = max(4.5, min(8.0, (24 if len(columns) < 9 else 20) / longest))
+    room = 72 * (axes.get_figure().get_figwidth() / panels - 1) / len(columns)
+    size = max(4.5, min(8.0, room / (0.65 * longest + 0.5)))
     for r, line in enumerate(texts):
         for c, text in enumerate(line):
             if text is None:
@@ -189,7 +190,8 @@ def plot_heat_maps(result: EvalResult, metric: str | None = None) -> Figure:
             figure = Figure(figsize=(across * width + 0.6, down * height + 0.7), layout="constrained")
             panels = list(figure.subplots(down, across, squeeze=False).flatten())
             for axes, method in zip(panels, result.methods, strict=False):
-                image = _draw_map(axes, _grid(result, cells, chosen, method.label), chosen, ends, names[0], names[1])
+                grid = _grid(result, cells, chosen, method.label)
+                image = _draw_map(axes, grid, chosen, ends, names[0], names[1], across)
                 axes.set_title(short(method.label, 40) + (" \N{DAGGER}" if method.looks_ahead else ""))
                 axes.set_xlabel(short(result.axes[1]))
                 axes.set_ylabel(short(result.axes[0]))

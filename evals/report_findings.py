@@ -31,16 +31,16 @@ TERMS: tuple[tuple[str, str], ...] = (
      "the difference taken each time; the middle 95% of these lie in the interval. Where it holds zero, the difference "
      "may be luck. Of twenty intervals one misses the truth by chance, so one row that stands out among many is no "
      "finding by itself."),
-    ("better, worse", "Items on which the method scores higher or lower than dense (for a metric where less is better: "
-     "the other way round). A method can lose some and gain others and keep its mean."),
-    ("McNemar p", "How often flips would fall at least this unevenly if either way were equally likely. Only for scores "
-     "that are right or wrong and prompts with a single item."),
+    ("better, worse", "Items on which the method scores higher or lower than dense (where less is better: lower or "
+     "higher). A method can lose some and gain others and keep its mean."),
+    ("McNemar p", "How often flips would fall at least this unevenly if either way were equally likely. Only for "
+     "scores that are right or wrong and prompts with a single item."),
     ("chance", "The score of a guess that has not read the prompt. Where dense attention is no better than that, "
      "nothing can be lost, and the method is not tested."),
     ("density", "The pairs of a query and a key that were computed, of all pairs that dense attention computes."),
     ("tile work", "The same counted in whole tiles, as a kernel works: what the time should follow."),
-    ("kept mass", "The share of the softmax weight, under dense attention, that falls on the computed pairs. 1: nothing "
-     "of weight was skipped."),
+    ("kept mass", "The share of the softmax weight, under dense attention, that falls on the computed pairs. 1: "
+     "nothing of weight was skipped."),
     ("TTFT", "Time to first token: the whole model on the whole prompt, until the first new token is known. p50 is the "
      "median over prompts, p90 is exceeded by one in ten. The speed-up is the median over prompts of dense's time by "
      "the method's, each pair measured in the same minutes. Prompts that warm up or are observed are not timed."),
@@ -72,7 +72,7 @@ class Setting:
 
 
 def state_of(result: EvalResult) -> str:
-    """ "complete", or how much of the plan has been answered."""
+    """Whether a result is complete, or how much of the plan has been answered."""
     done = f"{len(result.records)} of {some(result.planned, 'prompt')}"
     return f"complete, {some(result.planned, 'prompt')}" if result.complete else f"INCOMPLETE: {done}"
 
@@ -138,8 +138,10 @@ def _verdict(result: EvalResult, summary: Summary, method: str) -> Verdict:
             f"test of the method, which scores {score(paired.value, metric)}"  # fmt: skip
     elif state == "no item differs":
         share = 100 * most_flips(paired.prompts)
-        text = f"none of {some(paired.items, 'item')} differs from dense ({score(paired.dense, metric)}); with " \
-            f"{some(paired.prompts, "prompt")}, up to {share:.2g}% of such prompts may still differ (95% confidence)"  # fmt: skip
+        text = (
+            f"none of {some(paired.items, 'item')} differs from dense ({score(paired.dense, metric)}); with "
+            f"{some(paired.prompts, 'prompt')}, up to {share:.2g}% of such prompts may still differ (95% confidence)"
+        )
     elif state == "one prompt":
         text = (
             f"{_way(paired, metric)} by {amount} {unit} on a single prompt ({against}): nothing is known of the spread"
@@ -190,8 +192,11 @@ def _about_answers(result: EvalResult, summary: Summary) -> Iterator[str]:
     else:
         empty = _untested_rows(result, summary)
         if empty:
-            yield f"Dense attention is no better than a guess in {len(empty)} of the rows ({', '.join(empty[:12])}" \
-                f"{', ...' if len(empty) > 12 else ''}): nothing can be lost in them, and they dilute the mean."  # fmt: skip
+            names = ", ".join([*empty[:12], *(["..."] if len(empty) > 12 else [])])
+            yield (
+                f"Dense attention is no better than a guess in {some(len(empty), 'row')} ({names}): nothing can be lost "
+                "there, and the mean hides that."
+            )
     if chance is None and metric.percent and metric.higher_is_better:
         yield "What a guess would score is not known for these items: a low score of dense may be no more than one."
     if prompts == 1:
@@ -224,7 +229,8 @@ def _about_methods(result: EvalResult, summary: Summary) -> Iterator[str]:
         cost = overall_cost(summary, method.label)
         if not cost.kernels:
             why = ", ".join(f"{reason} ({count} calls)" for reason, count in cost.previous_calls.items())
-            yield f"{name} never ran sparsely{': ' + one_line(why) if why else ''}. Its scores are those of dense attention."
+            why = f": {one_line(why)}" if why else ""
+            yield f"{name} never ran sparsely{why}. Its scores are those of dense attention."
         else:
             idle = [
                 group_value("length", each.group["length"])
@@ -232,22 +238,30 @@ def _about_methods(result: EvalResult, summary: Summary) -> Iterator[str]:
                 if each.method == method.label and each.group and not each.kernels
             ]
             if idle:
-                yield f"{name} never ran sparsely at length {', '.join(idle)}: its scores there are those of dense attention."
+                yield (
+                    f"{name} never ran sparsely at length {', '.join(idle)}: its scores there are those of dense "
+                    "attention."
+                )
+    headline = result.metrics[0].name
     same = [
-        one_line(each.label)
-        for each in result.methods
-        if each.label != "dense"
-        and state_of_difference(overall(summary, each.label, result.metrics[0]), result.metrics[0]) == "no item differs"
+        one_line(each.method)
+        for each in summary.paired
+        if not each.group and each.metric == headline and each.better + each.worse == 0
     ]
     if same:
         prompts = len(result.records)
-        yield f"No item differs from dense with {', '.join(same)}. An interval without width is no proof that nothing " \
-            f"changed: with {some(prompts, 'prompt')}, up to {100 * most_flips(prompts):.2g}% of such prompts may still " \
-            "differ (95% confidence)."  # fmt: skip
+        yield (
+            f"No item differs from dense with {', '.join(same)}. An interval without width is no proof that nothing "
+            f"changed: with {some(prompts, 'prompt')}, up to {100 * most_flips(prompts):.2g}% of such prompts may "
+            "still differ (95% confidence)."
+        )
     ahead = [one_line(each.label) for each in result.methods if each.looks_ahead]
     if ahead:
-        yield f"{', '.join(ahead)} looks ahead (marked \N{DAGGER}): blocks are chosen with tokens that come later. " \
-            "Perplexity, and whatever else is read inside the prompt, flatters it; generated answers are fair."  # fmt: skip
+        yield (
+            f"{', '.join(ahead)}: looks ahead (marked \N{DAGGER}), which is to say that blocks are chosen with tokens "
+            "that come later. Perplexity, and whatever else is read inside the prompt, flatters that; generated answers "
+            "are fair."
+        )
 
 
 def _about_runs(result: EvalResult) -> Iterator[str]:
@@ -257,8 +271,10 @@ def _about_runs(result: EvalResult) -> Iterator[str]:
             "taken prompt by prompt and hold; the times themselves are of different machines."  # fmt: skip
     rows = result.settings.get("last_rows_dense")
     if rows:
-        yield f"The last {rows} rows of every prompt ran densely (last_rows_dense): results with other values, 0 among " \
-            "them, are of another method."  # fmt: skip
+        yield (
+            f"The last {rows} rows of every prompt ran densely (last_rows_dense): results with other values, 0 among "
+            "them, are of another method."
+        )
     if "min_length" in result.settings and result.settings["min_length"] != 0:
         least = result.settings["min_length"]
         yield (

@@ -505,7 +505,7 @@ def _pictures(result: EvalResult, summary: Summary) -> dict[str, Any]:
             )
             if figure is not None:
                 clear = sum(state_of_difference(each, metric) in ("lost", "gained") for each in mine)
-                told = f"{len(mine)} rows, of which {clear} have an interval that leaves out zero; the table has the numbers"
+                told = f"{clear} of {some(len(mine), 'row')} have an interval that leaves out zero; see the table."
                 pictures["forests"].append(_Picture(
                     _markup(to_svg(figure, f"forest{i}", f"{label}: difference to dense by {result.axes[0]}", told)),
                     label,
@@ -538,9 +538,9 @@ def _scores(result: EvalResult, summary: Summary, metric: Metric, order: int) ->
     cells = summary.cells
     if len(result.axes) == 1:
         figure = points_by_row(result, summary, metric)
-        pictures = [] if figure is None else [_Picture(
-            _markup(to_svg(figure, f"rows{order}", f"{metric.name} by {result.axes[0]}", "The table has the numbers.")), ""
-        )]  # fmt: skip
+        title = f"{metric.name} by {result.axes[0]}"
+        told = "A line for each row, a mark for each method; the table has the numbers."
+        pictures = [] if figure is None else [_Picture(_markup(to_svg(figure, f"rows{order}", title, told)), "")]
         return {"pictures": pictures, "maps": False, "colours": ""}
     pictures = []
     for i, method in enumerate(result.methods):
@@ -556,8 +556,8 @@ def _scores(result: EvalResult, summary: Summary, metric: Metric, order: int) ->
         best, worst = ("100", "0") if metric.higher_is_better else ("0", "100")
         colours = f"Colours run from red at {worst} over yellow at 50 to green at {best}, in every map of every report."
     else:
-        colours = f"Colours run from light at {score(low, metric)} to dark at {score(high, metric)}, the same ends in " \
-            "all these maps."  # fmt: skip
+        light, dark = score(low, metric), score(high, metric)
+        colours = f"Colours run from light at {light} to dark at {dark}, the same in all these maps."
     return {"pictures": pictures, "maps": True, "colours": colours}
 
 

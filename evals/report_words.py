@@ -25,7 +25,7 @@ _LINE_START = re.compile(r"^(\s*)(#|[-+=>](?=\s|$|[-=])|\d+[.)](?=\s))")
 
 
 def clean(text: str) -> str:
-    """A text that can be written as UTF-8 and shown: control characters become visible, lone surrogates "\\ufffd".
+    """A text that can be written as UTF-8 and shown: control characters become visible, lone surrogates a placeholder.
 
     Line breaks and tabs stay. Characters that turn the direction of what follows are shown by their number.
     """
@@ -81,7 +81,7 @@ def change(value: float | None, metric: Metric) -> str:
 
 
 def interval(low: float | None, high: float | None, metric: Metric) -> str:
-    """ "[-6.3, -2.1]", or a dash."""
+    """As in "[-6.3, -2.1]"; a dash for none."""
     return "-" if low is None or high is None else f"[{change(low, metric)}, {change(high, metric)}]"
 
 
@@ -137,12 +137,13 @@ def group_value(axis: str, value: str | int | float) -> str:
 
 
 def some(count: int, noun: str) -> str:
-    """ "1 prompt", "2 prompts"."""
+    """As in "1 prompt" and "2 prompts"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 _NUMBER = re.compile(
-    r"-|<?[-+]?\d[\d.]*(e[-+]?\d+)?( ?(x|s|ms|GiB|%))?|\[[-+\d., e]+\]|\d+ / \d+|[-+]?\d[\d.]*(e[-+]?\d+)? (\[[-+\d., e]+\]|-)"
+    r"-|<?[-+]?\d[\d.]*(e[-+]?\d+)?( ?(x|s|ms|GiB|%))?|\d+ / \d+|\[[-+\d., e]+\]"
+    r"|[-+]?\d[\d.]*(e[-+]?\d+)? (\[[-+\d., e]+\]|-)"
 )
 
 
