@@ -52,9 +52,9 @@ class MethodSpec:
 
     @contextlib.contextmanager
     def applied(self, model: PreTrainedModel, **settings: Any) -> Iterator[Patch | None]:
-        """The model with this method; None for the stock model."""
+        """The model with this method; None for the stock model. Options of its own win over `settings`."""
         if self.name == "dense" and not self.options:
             yield None
             return
-        with patch_model(model, self.name, **settings, **self.options) as patch:
+        with patch_model(model, self.name, **{**settings, **self.options}) as patch:
             yield patch

@@ -116,11 +116,12 @@ def evaluate(run: RunOptions, make_task: Callable[[Any, Any], Any], *, echo: boo
     from sparseprefill.evals.report_page import write_report
     from sparseprefill.evals.runner import Workers, load_unfinished, run_eval, unfinished_runs
 
+    chosen = specs(run.chosen, run.density)  # refused before a model is loaded
     model, tokenizer = loaded_model(run)
     task = make_task(model, tokenizer)
     try:
         result = run_eval(
-            task, model, tokenizer, specs(run.chosen, run.density), run.out, last_rows_dense=run.last_rows_dense,
+            task, model, tokenizer, chosen, run.out, last_rows_dense=run.last_rows_dense,
             observe=run.observe, again=run.again, progress=True,
         )  # fmt: skip
     except KeyboardInterrupt:

@@ -13,7 +13,8 @@ from sparseprefill.cli import main
 from sparseprefill.evals import bench as benches
 from sparseprefill.evals.loading import load_model
 from sparseprefill.evals.methods import MethodSpec
-from sparseprefill.evals.needle import run_needle
+from sparseprefill.evals.needle_tasks import NeedlesAlong
+from sparseprefill.evals.runner import run_eval
 from sparseprefill.prefill import METHODS
 
 
@@ -39,48 +40,19 @@ def test_methods_lists_every_method() -> None:
     assert run("methods", "--markdown").startswith("| method")
 
 
-def test_needle_writes_every_cell_and_a_picture(tmp_path: Path) -> None:
-    output = run(
-        "needle", "--lengths", "1k", "--samples", "2", "--generated", "1", "--depths", "3", "--out", str(tmp_path),
-        "--method", "dense", "--method", "a_shape:sink=64,window=128", "--method", "random",
-    )  # fmt: skip
-    assert "a_shape:sink=64,window=128" in output
-    data = json.loads((tmp_path / "needle.json").read_text())
-    assert [s["method"] for s in data["scores"]] == ["dense", "a_shape:sink=64,window=128", "random:keep=0.2"]
-    dense, a_shape, _ = data["scores"]
-    assert sum(dense["asked"]) == 6
-    assert dense["asked"] == [2, 2, 2]
-    assert sum(dense["right"]) == 6, "the model inside retrieves at 1k"
-    assert dense["generated_right"] == 1
-    assert dense["density"] is None
-    assert 0 < a_shape["density"] < 0.5
-    assert a_shape["kernels"] == {"cpu": 4}
-    assert len(a_shape["seconds"]) == 1
-    assert data["provenance"]["versions"]["torch"]
-    assert (tmp_path / "needle.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_needle_reads_a_haystack(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("The rain fell on the hills. " * 50)
-    run(
-        "needle", "--lengths", "600", "--samples", "1", "--depths", "2", "--method", "dense", "--generated", "0",
-        "--haystack", str(tmp_path / "text.txt"), "--out", str(tmp_path),
-    )  # fmt: skip
-    data = json.loads((tmp_path / "needle.json").read_text())
-    assert data["settings"]["haystack"] == "file"
-    assert data["scores"][0]["seconds"] == [], "one prompt warms up and is not timed"
-
-
-def test_a_dense_patch_scores_what_the_stock_model_scores() -> None:
+def test_a_dense_patch_scores_what_the_stock_model_scores(tmp_path: Path) -> None:
     """The whole walk: the same answers through our kernel as through the stock model."""
     model, tokenizer = load_model()
     specs = [MethodSpec("dense"), MethodSpec("block_sparse", {"keep": 1.0}), MethodSpec("minference", {"density": 1.0})]
-    result = run_needle(model, tokenizer, specs, [1024], samples=2)
-    stock, blocks, slashes = result.scores
-    assert stock.right == blocks.right == slashes.right
-    assert blocks.kept_mass == pytest.approx(1.0, abs=1e-3)
-    assert blocks.density == pytest.approx(1.0)
-    assert result.speed_up(stock) == 1.0
+    result = run_eval(NeedlesAlong(tokenizer, [1024], samples=2), model, tokenizer, specs, tmp_path)
+    assert result is not None
+    stock, *ours = ([answer for _, answer in result.answers(spec.label)] for spec in specs)
+    assert all(answers == stock for answers in ours)
+    assert sum(answer.values["found"] for answer in stock) == 10, "the model inside retrieves at 1k"
+    for spec in specs[1:]:
+        observed = result.records[0].runs[spec.label].observed
+        assert observed is not None
+        assert (observed.density, observed.kept_mass) == (pytest.approx(1.0), pytest.approx(1.0, abs=1e-3))
 
 
 def test_bench_checks_before_it_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,13 +77,12 @@ def test_bench_needs_a_compiler_for_flex(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_errors_are_messages(tmp_path: Path) -> None:
     assert "Did you mean 'a_shape'" in failed("needle", "--method", "a_shap")
-    assert "no option 'windows'" in failed(
-        "needle", "--lengths", "600", "--depths", "2", "--method", "a_shape:windows=3"
-    )
-    assert "exceed the model's window of 32768" in failed("needle", "--lengths", "64k")
-    assert "samples must be at least 1" in failed("needle", "--samples", "0")
+    out = ("--out", str(tmp_path / "out"))
+    assert "no option 'windows'" in failed("needle", "--lengths", "600", "--method", "a_shape:windows=3", *out)
+    assert "exceed the model's window of 32768" in failed("needle", "--lengths", "64k", *out)
+    assert "samples must be at least 1" in failed("needle", "--samples", "0", *out)
     assert "multiples of 128" in failed("bench", "--device", "cpu", "--lengths", "500")
-    assert "too short" in failed("needle", "--lengths", "50")
+    assert "too short" in failed("needle", "--lengths", "50", "--method", "dense", *out)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{")
     assert "cannot be loaded" in failed("needle", "--model", str(tmp_path / "model"))

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid,
 from sparseprefill.evals import guard as evals
 from sparseprefill.evals.loading import load_model
 from sparseprefill.evals.methods import MethodSpec
-from sparseprefill.evals.needle import run_needle
+from sparseprefill.evals.needle_tasks import NeedlesAlong
+from sparseprefill.evals.runner import run_eval
 from sparseprefill.guard import Guard, check, fails, guarded, sampled_rows
 from sparseprefill.huggingface_masks import NAME
 from sparseprefill.kernels import block_sparse_attention
@@ -470,8 +472,12 @@ class TestEvals:
         assert min(cost.checks, cost.reruns, cost.attention, cost.first_token) > 0
         assert "32/32" in evals.cost_table([cost])
 
-    def test_a_needle_run_takes_a_floor_as_an_option(self) -> None:
+    def test_an_evaluation_takes_a_floor_as_an_option(self, tmp_path: Path) -> None:
         model, tokenizer = load_model()
         spec = MethodSpec.parse("a_shape:sink=64,window=64,min_mass=1.0")
-        (score,) = run_needle(model, tokenizer, [spec], [600], needles=2, samples=1, generated=0).scores
-        assert score.density == pytest.approx(1.0)
+        task = NeedlesAlong(tokenizer, [600], needles=2, samples=1)
+        result = run_eval(task, model, tokenizer, [MethodSpec("dense"), spec], tmp_path)
+        assert result is not None
+        observed = result.records[0].runs[spec.label].observed
+        assert observed is not None
+        assert observed.density == pytest.approx(1.0)
