@@ -12,19 +12,16 @@ import inspect
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from sparseprefill.evals.loading import load_model
 from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.prefill import METHODS
 from sparseprefill.reports import PatchReport
-
-if TYPE_CHECKING:
-    from sparseprefill.evals.lm_eval import SparsePrefillLM as SparsePrefillLM  # made by `model_class`
 
 MODEL_TYPE = "sparseprefill"
 """What `--model` calls it."""
@@ -48,7 +45,7 @@ def require_harness() -> None:
 def register() -> None:
     """Let the harness of this process know the model type `sparseprefill`. Calling it again does nothing."""
     require_harness()
-    import lm_eval.models  # fills the registry, which otherwise happens only while it is empty
+    import lm_eval.models  # noqa: F401  # fills the registry, which otherwise happens only while it is empty
     from lm_eval.api.registry import register_model
 
     register_model(MODEL_TYPE)(model_class())
@@ -126,6 +123,8 @@ def model_class() -> Any:
                     raise ValueError("dtype and device belong to loading: a loaded model has them")
                 model = pretrained
             else:
+                if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+                    raise ValueError(f"device={device}: there is no GPU that torch can use here; leave it out, or cpu")
                 name = None if pretrained in (None, INSIDE) else str(pretrained)
                 model, own = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
                 if isinstance(tokenizer, str):
@@ -182,8 +181,6 @@ def model_class() -> Any:
         def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
             if attn_mask is not None or labels is not None:
                 raise NotImplementedError("encoder-decoder models are not served")
-            import torch
-
             settings: dict[str, Any] = {}
             if self._scored is not None and self._takes_scored:
                 settings["logits_to_keep"] = self._scored
