@@ -241,9 +241,7 @@ def _check_alone() -> None:
 
 def _batch_rows(batch_size: int | str, max_batch_size: int | None) -> int:
     if max_batch_size is not None:
-        raise ValueError(
-            "max_batch_size goes with batch_size=auto, which sparseprefill does not offer: give batch_size"
-        )
+        raise ValueError("max_batch_size goes with batch_size=auto, which is not offered here: give batch_size")
     if not str(batch_size).isdecimal() or int(batch_size) < 1:
         raise ValueError(f"batch_size must be a whole number above 0, got {batch_size!r}: there is no auto here")
     return int(batch_size)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from sparseprefill.evals.generation import generate
@@ -392,10 +393,9 @@ def run_lm_eval(
         if unknown or not tasks:
             raise ValueError(f"no task of lm_eval: {', '.join(unknown) or 'none given'} (see lm_eval ls tasks)")
         loaded = manager.load(list(tasks))
-    for task in loaded["tasks"].values():
-        if num_fewshot is not None:
+    if num_fewshot is not None:
+        for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=num_fewshot)
-        task.set_fewshot_seed(seed=1234)
     runs = []
     settings = {"min_length": min_length, "last_rows_dense": last_rows_dense, "observe": observe}
     for spec in specs:
@@ -406,7 +406,8 @@ def run_lm_eval(
         )  # fmt: skip
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed=1234)
-        with spec.applied(model, **settings) as patch, _seeded(0):
+        with spec.applied(model, **settings) as patch, _seeded(0), torch.random.fork_rng():
+            torch.manual_seed(1234)
             found = evaluate(
                 adapter, loaded, limit=limit, bootstrap_iters=0, log_samples=True,
                 apply_chat_template=apply_chat_template, fewshot_as_multiturn=apply_chat_template,
@@ -425,6 +426,7 @@ def _run_of(spec: MethodSpec, found: dict[str, Any], report: PatchReport | None)
             documents[task, number] = sample["doc_hash"]
             for metric in sample["metrics"]:
                 value = sample[metric]
-                if isinstance(value, bool | int | float):
+                absent = task in RULER_TASKS and value == -1  # its mark for lengths that a document has not
+                if isinstance(value, bool | int | float) and not absent:
                     scores.setdefault((task, f"{metric},{sample['filter']}"), {})[number] = float(value)
     return LmEvalRun(spec.label, {**found["results"], **found.get("groups", {})}, scores, documents, report)
