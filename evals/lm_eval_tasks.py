@@ -43,6 +43,9 @@ OFFLINE_TASKS = tuple(task for task in RULER_TASKS if task not in (*NEEDS_ESSAYS
 MADE = 500
 """Documents the harness makes for each task and length, however few are asked for."""
 
+LEAST = 1024
+"""The shortest length: every task fits, with a tokenizer that takes up to some seven tokens a word."""
+
 NOTES = (
     "lm-evaluation-harness' version of RULER: compare it with numbers from that harness, not with published RULER",
     "haystacks are sized by the 2024 rule, in steps, without the answer's first words: a prompt can exceed its length "
@@ -101,8 +104,11 @@ class LmEvalRuler:
             )
         if len({*tasks}) < len(tasks) or len({*lengths}) < len(lengths):
             raise ValueError("tasks and lengths are named once each")
-        if not lengths or min(lengths) < 1:
-            raise ValueError(f"lengths must be tokens above 0, got {list(lengths)}")
+        if not lengths or min(lengths) < LEAST:
+            raise ValueError(
+                f"lengths must be at least {LEAST} tokens, got {list(lengths)}: where a task does not fit, the harness' "
+                "generators look for a smaller one without end"
+            )
         if not 1 <= samples <= MADE:
             raise ValueError(f"samples must be 1 to {MADE}, which is what the harness makes of each, got {samples}")
         if chat_template and not getattr(tokenizer, "chat_template", None):

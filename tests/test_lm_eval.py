@@ -27,10 +27,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "dense": {},
     "a_shape": {"sink": 64, "window": 128},
     "tri_shape": {"sink": 64, "window": 128, "last": 64},
-    "vertical_slash": {"density": 0.3},
+    "vertical_slash": {"density": 0.7},
     "block_sparse": {"keep": 0.3},
     "random": {"keep": 0.3},
-    "minference": {"density": 0.3},
+    "minference": {"density": 0.7},
     "a_shape, last rows dense": {"sink": 64, "window": 128, "last_rows_dense": 70},
     "block_sparse, everything kept": {"keep": 1.0},
 }
@@ -49,13 +49,13 @@ def loaded() -> tuple[Any, Any]:
 @pytest.fixture(scope="module")
 def asked(loaded: tuple[Any, Any]) -> list[tuple[str, str]]:
     """Prompts of three lengths, two of one, each with a question that the model inside can answer, and its answer."""
-    tokenizer = loaded[1]
-    pairs = []
-    for index, length in enumerate((300, 460, 300, 390)):
-        prompt = needle_prompt(lambda text: tokenizer.encode(text), length, seed=7, index=index, needles=3)
-        last = prompt.answers[-1]
-        pairs.append((tokenizer.decode(prompt.token_ids[: last.start]), last.needle.answer))
-    return pairs
+    return [question(loaded[1], index, length) for index, length in enumerate((300, 460, 300, 390))]
+
+
+def question(tokenizer: Any, index: int, length: int) -> tuple[str, str]:
+    prompt = needle_prompt(lambda text: tokenizer.encode(text), length, seed=7, index=index, needles=3)
+    last = prompt.answers[-1]
+    return tokenizer.decode(prompt.token_ids[: last.start]), last.needle.answer
 
 
 def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
@@ -69,8 +69,8 @@ def likelihoods(lm: Any, asked: list[tuple[str, str]]) -> list[tuple[float, bool
 
 
 def generated(lm: Any, asked: list[tuple[str, str]]) -> list[str]:
-    settings = {"until": ["."], "max_gen_toks": 6, "do_sample": False}
-    return list(lm.generate_until(requests("generate_until", [(c, settings) for c, _ in asked]), disable_tqdm=True))
+    settings = {"until": ["."], "max_gen_toks": 5, "do_sample": False}
+    return list(lm.generate_until(requests("generate_until", [(c, settings) for c, _ in asked[:3]]), disable_tqdm=True))
 
 
 def assert_same(got: list[tuple[float, bool]], want: list[tuple[float, bool]]) -> None:
@@ -105,8 +105,8 @@ def test_dense_is_what_the_harness_says(loaded: Any, asked: Any, stock: Any, nam
         assert generated(lm, asked) == stock[1]
     finally:
         lm.remove()
-    found = [text[:5] == answer[:5] for text, (_, answer) in zip(stock[1], asked, strict=True)]
-    assert sum(found) >= 3, "the model inside does not answer, so that texts say little"
+    found = [text[:5] == answer[:5] for text, (_, answer) in zip(stock[1], asked[:3], strict=True)]
+    assert all(found), "the model inside does not answer, so that texts say little"
 
 
 @pytest.mark.parametrize("name", [name for name in WAYS if name != "dense"])
@@ -123,17 +123,19 @@ def test_a_batch_says_what_each_says_alone(loaded: Any, asked: Any, name: str) -
     assert found[1][1] == found[0][1]
 
 
-@pytest.mark.parametrize("name", ["vertical_slash", "tri_shape"])
-def test_the_harness_own_padding_would_be_wrong_on_a_patched_model(loaded: Any, asked: Any, name: str) -> None:
-    """Why prompts are batched by length: with padding on the right the last queries are padding."""
-    options = way(name)
-    with patch_model(loaded[0], options.pop("method"), min_length=0, **options):
-        wanted = requests("loglikelihood", asked[:2])
+@pytest.mark.parametrize(("method", "options"), [("tri_shape", {"window": 64}), ("vertical_slash", {"density": 0.6})])
+def test_padding_on_the_right_would_be_wrong(loaded: Any, method: str, options: dict[str, Any]) -> None:
+    """Why prompts are batched by length: the harness pads them, and what a method takes for the last queries is not."""
+    wanted = requests("loglikelihood", [question(loaded[1], index, length) for index, length in enumerate((700, 1300))])
+    with patch_model(loaded[0], method, min_length=0, **options):
         alone, padded = (
             HFLM(pretrained=loaded[0], tokenizer=loaded[1], batch_size=rows).loglikelihood(wanted, disable_tqdm=True)
             for rows in (1, 2)
         )
-    assert max(abs(a - b) for (a, _), (b, _) in zip(alone, padded, strict=True)) > 100 * CLOSE
+    ours = model_class()(loaded[0], tokenizer=loaded[1], method=method, batch_size=2, **options)
+    assert_same(ours.loglikelihood(wanted, disable_tqdm=True), alone)
+    ours.remove()
+    assert abs(padded[0][0] - alone[0][0]) > 1
 
 
 @pytest.mark.parametrize("name", [name for name in WAYS if name != "dense"])
@@ -157,7 +159,7 @@ def last_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tens
 
 
 def test_perplexity_windows_are_those_of_the_harness(loaded: Any, asked: Any) -> None:
-    rolling = requests("loglikelihood_rolling", [(context,) for context, _ in asked])
+    rolling = requests("loglikelihood_rolling", [(context,) for context, _ in asked[:2]])
     want = HFLM(pretrained=loaded[0], tokenizer=loaded[1], batch_size=1, max_length=200)
     lm = model_class()(loaded[0], tokenizer=loaded[1], batch_size=2, max_length=200, method="dense")
     got = lm.loglikelihood_rolling(rolling, disable_tqdm=True)
@@ -186,9 +188,7 @@ def test_logits_beyond_the_stated_size_are_refused_before_anything_runs(loaded: 
     calls: list[int] = []
     hook = loaded[0].register_forward_hook(lambda *_: calls.append(1))
     try:
-        with pytest.raises(
-            ValueError, match=r"max_logits_gib is 0.000976562: choose a smaller batch_size, a smaller max_le"
-        ):
+        with pytest.raises(ValueError, match=r"max_logits_gib is 0.000976562: choose a smaller batch_size"):
             lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(asked[0][0],)]), disable_tqdm=True)
     finally:
         hook.remove()
