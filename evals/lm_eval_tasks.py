@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import logging
 import random
@@ -54,8 +55,7 @@ NOTES = (
     "qa counts the share of the references that the answer contains, where RULER asks for any of them",
     "essays come from another collection, joined by blanks; scores are shown times 100, which the harness does not",
     "each task and length is drawn by itself, so samples do not depend on what else was chosen; the harness' own "
-    "command line draws them after one another from one seed, and has the same samples only for a task run alone at "
-    "one length",
+    "command line draws all after one another from one seed, so its samples are others",
 )
 """How these numbers differ from RULER's, and from the harness' command line."""
 
@@ -71,7 +71,7 @@ class LmEvalRuler:
         tasks: of `RULER_TASKS`. `OFFLINE_TASKS` need no data; others fetch essays or questions on first use.
         lengths: in tokens, as the harness understands them (see `NOTES`).
         samples: documents of each task and length, at most `MADE`.
-        seed: of the documents; 0 is what the harness' own default draws.
+        seed: of the documents.
         chat_template: put each prompt into the tokenizer's chat template, the answer's first words after it.
         window: the model's, in tokens; with it a prompt that will not fit is refused when it is prepared.
 
@@ -106,8 +106,8 @@ class LmEvalRuler:
             raise ValueError("tasks and lengths are named once each")
         if not lengths or min(lengths) < LEAST:
             raise ValueError(
-                f"lengths must be at least {LEAST} tokens, got {list(lengths)}: where a task does not fit, the harness' "
-                "generators look for a smaller one without end"
+                f"lengths must be at least {LEAST} tokens, got {list(lengths)}: where a task does not fit, generators "
+                "of the harness look for a smaller one without end"
             )
         if not 1 <= samples <= MADE:
             raise ValueError(f"samples must be 1 to {MADE}, which is what the harness makes of each, got {samples}")
@@ -301,6 +301,9 @@ def _load(name: str, length: int, tokenizer: str, seed: int) -> Any:
     import lm_eval.tasks
 
     folder = Path(lm_eval.tasks.__file__).parent / "ruler"
+    with _quiet_making():
+        for module in sorted(folder.glob("*_utils.py")):  # a first import draws numbers, a second does not
+            importlib.import_module(f"lm_eval.tasks.ruler.{module.stem}")
     sys.modules.pop("lm_eval.tasks.ruler.cwe_utils", None)  # it has a generator of its own, which would go on
     with _quiet_making(), _seeded(seed):
         manager = lm_eval.tasks.TaskManager(
