@@ -36,7 +36,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("context",),
     ("profile",),
     ("evals",),
-    ("doctor", "plan"),
+    ("doctor", "plan", "lm_eval"),
     ("cli",),
     ("__main__",),
 )
