@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -341,12 +341,18 @@ def ruler(
 ) -> None:  # fmt: skip
     """RULER's TASKS, or all of them: retrieval, tracing and counting at growing lengths.
 
-    Without --official in words of our own, which need no data and no other package.
+    Without --official in words of our own, which need no data and no other package; with it those that lm-eval can make
+    offline, unless TASKS name others.
     """
     from sparseprefill.evals.generation import model_window
     from sparseprefill.evals.ruler import Ruler
 
+    if official and haystack is not None:
+        raise ValueError("the official tasks have haystacks of their own: leave --haystack out, or --official")
+
     def make(model: Any, tokenizer: Any) -> Any:
+        if official:
+            return _official_ruler(model, tokenizer, tasks, lengths, samples, run.seed, chat_template)
         options: dict[str, Any] = {"tasks": tasks} if tasks else {}
         if chat_template is not None:
             options["chat"] = chat_template
@@ -356,3 +362,17 @@ def ruler(
         )  # fmt: skip
 
     evaluate(run, make)
+
+
+def _official_ruler(
+    model: Any, tokenizer: Any, tasks: tuple[str, ...], lengths: tuple[int, ...], samples: int, seed: int,
+    chat_template: str | None,
+) -> Any:  # fmt: skip
+    from sparseprefill.evals.generation import model_window
+    from sparseprefill.evals.lm_eval_tasks import OFFLINE_TASKS, LmEvalRuler
+
+    has = bool(getattr(tokenizer, "chat_template", None))
+    return LmEvalRuler(
+        tokenizer, tasks or OFFLINE_TASKS, lengths, samples, seed=seed, window=model_window(model),
+        chat_template=chat_template == "always" or (chat_template != "none" and has),
+    )  # fmt: skip
