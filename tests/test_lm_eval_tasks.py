@@ -187,7 +187,7 @@ def test_what_cannot_be_done_is_refused(loaded: Any, arguments: dict[str, Any], 
 
 
 def test_a_prompt_beyond_the_window_is_refused(loaded: Any) -> None:
-    made = LmEvalRuler(loaded[1], QUICK[:1], (1024,), 1, window=1024)
+    made = LmEvalRuler(loaded[1], QUICK[:1], (1024,), 1, window=960)
     with pytest.raises(ValueError, match="choose a length somewhat below the window"):
         made.prepare("ruler_fwe/1024/0")
 
