@@ -162,8 +162,12 @@ class Needles:
         return Answer(item.id, values, text)
 
     def totals(self, answers: dict[str, list[tuple[Item, Answer]]]) -> list[Total]:
-        """Means over all items, of both metrics."""
-        return mean_totals(answers, "found") + mean_totals(answers, "contained", "mean of all items, contained")
+        """Means over all items, of both metrics, and of the first by length."""
+        return (
+            length_totals(self.lengths, answers)
+            + mean_totals(answers, "found")
+            + mean_totals(answers, "contained", "mean of all items, contained")
+        )
 
     def _ids(self, sample: Sample) -> list[int]:
         return self.renderer.token_ids(sample.text(self.question_at), sample.cue)
@@ -285,8 +289,17 @@ class NeedlesAlong:
         return graded
 
     def totals(self, answers: dict[str, list[tuple[Item, Answer]]]) -> list[Total]:
-        """The mean over all items."""
-        return mean_totals(answers, "found")
+        """Means by length and over all items."""
+        return length_totals(self.lengths, answers) + mean_totals(answers, "found")
+
+
+def length_totals(lengths: Sequence[int], answers: dict[str, list[tuple[Item, Answer]]]) -> list[Total]:
+    """What was found at each length, over all depths."""
+    found: list[Total] = []
+    for length in lengths:
+        own = {method: [p for p in pairs if p[0].group["length"] == length] for method, pairs in answers.items()}
+        found += mean_totals(own, "found", f"{length} tokens")
+    return found
 
 
 def needle_task(kind: str, tokenizer: Any, lengths: Sequence[int], **options: Any) -> Needles | NeedlesAlong:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_ruler import LENGTHS, model_inside, score, with_replies
 
-from sparseprefill.evals import needle, needle_tasks
+from sparseprefill.evals import needle_tasks
 from sparseprefill.evals.generation import model_window
 from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.evals.needle_prompts import KINDS, NEW_TOKENS, TEXT_KINDS, needle_draft
@@ -199,19 +199,24 @@ def test_along_grades_token_for_token() -> None:
 
 
 @pytest.mark.parametrize("method", ["dense", "a_shape:window=128"])
-def test_along_is_what_the_old_evaluation_measures(method: str) -> None:
+@torch.no_grad()
+def test_along_grades_the_most_likely_tokens_of_all_logits(method: str) -> None:
     model, tokenizer = model_inside()
     spec = MethodSpec.parse(method)
     task = NeedlesAlong(tokenizer, [1024], samples=2, window=model_window(model))
-    old = needle.run_needle(model, tokenizer, [spec], [1024], samples=2, generated=0).scores[0]
     right = 0.0
     for name in task.plan():
-        attempt = Attempt(model, tokenizer, task.prepare(name), spec, observe=True)
-        right += sum(answer.values["found"] for answer in task.run(attempt))
+        prompt = task.prepare(name)
+        attempt = Attempt(model, tokenizer, prompt, spec, observe=True)
+        found = [answer.values["found"] for answer in task.run(attempt)]
+        right += sum(found)
+        with spec.applied(model, min_length=0):
+            guesses = model(input_ids=torch.tensor([prompt.token_ids])).logits[0].argmax(-1).tolist()
+        spans = [(each.start, each.stop) for each in prompt.data.answers]
+        assert found == [guesses[a - 1 : b - 1] == list(prompt.token_ids[a:b]) for a, b in spans]
         assert attempt.first_token_seconds is not None
         assert attempt.new_tokens == 0
         assert (attempt.report is None) == (method == "dense")
-    assert right == sum(old.right)
     if method == "dense":
         assert right == 10, "the model inside answers all of them"
     else:
