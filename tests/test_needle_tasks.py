@@ -165,10 +165,14 @@ def test_refusals() -> None:
 
 
 def test_totals_are_means() -> None:
-    task = Needles(inside(), [500])
-    pairs = [(Item(str(v), {}), Answer(str(v), {"found": v, "contained": 1.0})) for v in (0.0, 1.0, 1.0, 1.0)]
-    values = [total.value for total in task.totals({"dense": pairs})]
-    assert values == [75.0, 100.0]
+    task = Needles(inside(), [500, 600])
+    pairs = [
+        (Item(f"{i}", {"length": length}), Answer(f"{i}", {"found": value, "contained": 1.0}))
+        for i, (length, value) in enumerate([(500, 0.0), (500, 1.0), (600, 1.0), (600, 1.0)])
+    ]
+    totals = {total.name: total.value for total in task.totals({"dense": pairs})}
+    assert list(totals) == ["500 tokens", "600 tokens", "mean of all items", "mean of all items, contained"]
+    assert list(totals.values()) == [50.0, 100.0, 75.0, 100.0]
 
 
 # ---- all along the prompt
