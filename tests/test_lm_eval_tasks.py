@@ -60,7 +60,8 @@ def test_the_plan_is_task_length_number(ruler: LmEvalRuler) -> None:
     assert len(plan) == len(set(plan)) == 8
 
 
-@pytest.mark.parametrize("task", [*QUICK[:2], pytest.param(QUICK[2], marks=pytest.mark.slow)])
+@pytest.mark.slow  # as all that makes documents: importing the generators of the harness takes seconds
+@pytest.mark.parametrize("task", QUICK)
 def test_documents_are_those_of_the_harness(loaded: Any, task: str) -> None:
     made = LmEvalRuler(loaded[1], [task], lengths=(1024,), samples=3)
     for number, document in enumerate(made_by_the_harness(task, 1024)[:3]):
@@ -72,6 +73,7 @@ def test_documents_are_those_of_the_harness(loaded: Any, task: str) -> None:
         assert prompt.items[0].group == {"task": task, "length": 1024}
 
 
+@pytest.mark.slow
 def test_a_prompt_is_the_same_whatever_was_made_before(ruler: LmEvalRuler, loaded: Any) -> None:
     first = {prompt: ruler.prepare(prompt).token_ids for prompt in ruler.plan()}
     other = LmEvalRuler(loaded[1], QUICK[1::-1], lengths=(1100, 1024), samples=2)
@@ -82,11 +84,13 @@ def test_a_prompt_is_the_same_whatever_was_made_before(ruler: LmEvalRuler, loade
     assert len({tuple(ids) for ids in first.values()}) == len(first)
 
 
+@pytest.mark.slow
 def test_another_seed_makes_other_documents(loaded: Any) -> None:
     prompts = [LmEvalRuler(loaded[1], QUICK[:1], (1024,), 1, seed=seed).prepare("ruler_fwe/1024/0") for seed in (0, 1)]
     assert prompts[0].token_ids != prompts[1].token_ids
 
 
+@pytest.mark.slow
 def test_the_global_generators_are_left_alone(ruler: LmEvalRuler) -> None:
     random.seed(5)
     np.random.seed(5)
@@ -110,6 +114,7 @@ class Writer:
         return list(self.ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "want"), [(1.0, 1.0), (0.5, 0.5), (0.0, 0.0)])
 def test_grades_are_those_of_the_harness(
     ruler: LmEvalRuler, loaded: Any, monkeypatch: pytest.MonkeyPatch, share: float, want: float
@@ -125,6 +130,7 @@ def test_grades_are_those_of_the_harness(
     assert writer.asked == [120], "the task's own number of new tokens"
 
 
+@pytest.mark.slow
 def test_methods_answer_the_same_prompt(ruler: LmEvalRuler, loaded: Any) -> None:
     prompt = ruler.prepare("ruler_fwe/1100/0")
     texts = {}
@@ -157,6 +163,7 @@ def test_settings_name_what_decides_the_samples(ruler: LmEvalRuler, loaded: Any)
     assert any("2024" in note for note in ruler.notes)
 
 
+@pytest.mark.slow
 def test_a_chat_template_is_put_round_the_prompt(loaded: Any) -> None:
     _, tokenizer = load_model(dtype="float32", device="cpu")
     tokenizer.chat_template = (
@@ -186,6 +193,7 @@ def test_what_cannot_be_done_is_refused(loaded: Any, arguments: dict[str, Any], 
         LmEvalRuler(loaded[1], **arguments)
 
 
+@pytest.mark.slow
 def test_a_prompt_beyond_the_window_is_refused(loaded: Any) -> None:
     made = LmEvalRuler(loaded[1], QUICK[:1], (1024,), 1, window=960)
     with pytest.raises(ValueError, match="choose a length somewhat below the window"):
