@@ -53,7 +53,7 @@ def _style(ink: str, font: float = 8.5) -> Iterator[None]:
         "text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "xtick.labelcolor",
         "ytick.labelcolor", "axes.titlecolor",
     )  # fmt: skip
-    settings: dict[str, Any] = {
+    settings: Any = {  # matplotlib's types name every key
         **dict.fromkeys(inked, ink), "font.size": font, "font.family": "sans-serif", "axes.titlesize": font + 0.5,
         "text.parse_math": False,  # a dollar sign in a label is a dollar sign
         "text.usetex": False, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False,
@@ -104,7 +104,7 @@ def _colours(metric: Metric) -> Any:
 
 def _draw_map(
     axes: Axes, values: list[list[float | None]], metric: Metric, ends: tuple[float, float], rows: Sequence[str],
-    columns: Sequence[str], panels: int = 1,
+    columns: Sequence[str], width: float,
 ) -> Any:  # fmt: skip
     import numpy as np
     from matplotlib.colors import Normalize
@@ -114,19 +114,18 @@ def _draw_map(
     image = axes.pcolormesh(
         np.ma.masked_invalid(filled), cmap=colours, norm=norm, edgecolors="none", linewidth=0, antialiased=False
     )
-    texts = [[None if value is None else in_cell(value, metric) for value in line] for line in values]
-    longest = max((len(text) for line in texts for text in line if text), default=1)
-    room = 72 * (axes.get_figure().get_figwidth() / panels - 1) / len(columns)
+    longest = max((len(in_cell(value, metric)) for line in values for value in line if value is not None), default=1)
+    room = 72 * (width - 1) / len(columns)  # points a cell, less what the labels of the rows take
     size = max(4.5, min(8.0, room / (0.65 * longest + 0.5)))
-    for r, line in enumerate(texts):
-        for c, text in enumerate(line):
-            if text is None:
-                axes.text(c + 0.5, r + 0.5, "\N{EN DASH}", ha="center", va="center", fontsize=size)
+    for r, line in enumerate(values):
+        for c, value in enumerate(line):
+            where: dict[str, Any] = {"x": c + 0.5, "y": r + 0.5, "ha": "center", "va": "center", "fontsize": size}
+            if value is None:
+                axes.text(s="\N{EN DASH}", **where)
                 continue
-            red, green, blue, _ = colours(norm(values[r][c]))
+            red, green, blue, _ = colours(norm(value))
             dark = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.18
-            axes.text(c + 0.5, r + 0.5, text, ha="center", va="center", fontsize=size,
-                      color="#ffffff" if dark else "#111111")  # fmt: skip
+            axes.text(s=in_cell(value, metric), color="#ffffff" if dark else "#111111", **where)
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.tick_params(length=0)
@@ -145,11 +144,13 @@ def heat_map(result: EvalResult, cells: Sequence[Cell], metric: Metric, method: 
     if max(len(rows), len(columns)) > MOST_ROWS:
         return None
     with _style(_INK):
-        figure = Figure(figsize=(max(3.6, 1.2 + 0.36 * len(columns)), 0.75 + 0.27 * len(rows)), layout="constrained")
+        width = max(3.6, 1.2 + 0.36 * len(columns))
+        figure = Figure(figsize=(width, 0.75 + 0.27 * len(rows)), layout="constrained")
         axes = figure.subplots()
-        _draw_map(axes, _grid(result, cells, metric, method), metric, limits(result, cells, metric),
-                  *([short(group_value(axis, value), 24) for value in values]
-                    for axis, values in zip(result.axes, (rows, columns), strict=True)))  # fmt: skip
+        names = [[short(group_value(axis, value), 24) for value in values]
+                 for axis, values in zip(result.axes, (rows, columns), strict=True)]  # fmt: skip
+        grid = _grid(result, cells, metric, method)
+        _draw_map(axes, grid, metric, limits(result, cells, metric), names[0], names[1], width)
         axes.set_ylabel(short(result.axes[0]))
         axes.set_xlabel(short(result.axes[1]))
     return figure
@@ -184,14 +185,14 @@ def plot_heat_maps(result: EvalResult, metric: str | None = None) -> Figure:
     labels = [method.label for method in result.methods]
     with _style("#1a1a1a"), mpl.rc_context({"figure.dpi": 100}):
         if len(result.axes) == 2:
-            across = min(3, len(labels))
-            down = -(-len(labels) // across)
+            abreast = min(3, len(labels))
+            down = -(-len(labels) // abreast)
             width, height = max(3.0, 1.0 + 0.36 * len(names[1])), max(1.5, 0.9 + 0.27 * len(names[0]))
-            figure = Figure(figsize=(across * width + 0.6, down * height + 0.7), layout="constrained")
-            panels = list(figure.subplots(down, across, squeeze=False).flatten())
+            figure = Figure(figsize=(abreast * width + 0.6, down * height + 0.7), layout="constrained")
+            panels = list(figure.subplots(down, abreast, squeeze=False).flatten())
             for axes, method in zip(panels, result.methods, strict=False):
                 grid = _grid(result, cells, chosen, method.label)
-                image = _draw_map(axes, grid, chosen, ends, names[0], names[1], across)
+                image = _draw_map(axes, grid, chosen, ends, names[0], names[1], width)
                 axes.set_title(short(method.label, 40) + (" \N{DAGGER}" if method.looks_ahead else ""))
                 axes.set_xlabel(short(result.axes[1]))
                 axes.set_ylabel(short(result.axes[0]))
@@ -201,17 +202,17 @@ def plot_heat_maps(result: EvalResult, metric: str | None = None) -> Figure:
             table = {(cell.group[result.axes[0]], cell.method): cell.mean for cell in cells
                      if len(cell.group) == 1 and cell.metric == chosen.name}  # fmt: skip
             grid = [[table.get((row, label)) for label in labels] for row in values[0]]
-            figure = Figure(
-                figsize=(max(4.5, 3.0 + 0.8 * len(labels)), 1.9 + 0.25 * len(grid)), layout="constrained"
-            )  # fmt: skip
+            width = max(4.5, 3.0 + 0.8 * len(labels))
+            figure = Figure(figsize=(width, 1.9 + 0.25 * len(grid)), layout="constrained")
             panels = [figure.subplots()]
-            image = _draw_map(panels[0], grid, chosen, ends, names[0], [short(label, 30) for label in labels])
+            across = [short(label, 30) for label in labels]
+            image = _draw_map(panels[0], grid, chosen, ends, names[0], across, width)
             panels[0].tick_params(axis="x", labelrotation=35)
             for tick in panels[0].get_xticklabels():
                 tick.set_horizontalalignment("right")
             panels[0].set_ylabel(short(result.axes[0]))
         bar = figure.colorbar(image, ax=panels, shrink=0.8, label=short(chosen.what or chosen.name, 60))
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         if chosen.percent:
             bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0%", "25%", "50%", "75%", "100%"])
         title = short(result.task, 60)

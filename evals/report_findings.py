@@ -58,7 +58,7 @@ class Verdict:
     """What one method did to the headline score."""
 
     method: str
-    state: str  # "lost", "gained", "no difference shown", "no item differs", "one prompt", "not tested"
+    state: str  # of `state_of_difference`, or "not tested"
     sentence: str
 
 
@@ -78,14 +78,20 @@ def state_of(result: EvalResult) -> str:
 
 
 def state_of_difference(paired: Paired, metric: Metric) -> str:
-    """The state of a verdict, from numbers alone."""
+    """The state of a verdict, from numbers alone.
+
+    "lost" or "gained" ("worse" or "better" where less is better), "no difference shown", "no item differs" or
+    "one prompt".
+    """
     if paired.better + paired.worse == 0:
         return "no item differs"
     if paired.low is None or paired.high is None:
         return "one prompt"
     if paired.low <= 0 <= paired.high:
         return "no difference shown"
-    return "gained" if (paired.low > 0) == metric.higher_is_better else "lost"
+    if not metric.higher_is_better:
+        return "worse" if paired.low > 0 else "better"
+    return "gained" if paired.low > 0 else "lost"
 
 
 def overall(summary: Summary, method: str, metric: Metric) -> Paired:
@@ -154,8 +160,7 @@ def _verdict(result: EvalResult, summary: Summary, method: str) -> Verdict:
             f"no difference beyond chance: {against}, difference {change(paired.difference, metric)} ({spread}){margin}"
         )
     else:
-        # what is better when it is low is not lost but rises
-        done = f"{state} {amount}" if metric.higher_is_better else f"{_way(paired, metric)} by {amount}"
+        done = f"{state} {amount}" if metric.higher_is_better else f"{state} by {amount}"
         text = f"{done} {unit}: {against} ({spread}, which leaves out zero)"
     sentence = f"{text}; {_at_what_cost(overall_cost(summary, method))}."
     if not result.complete:
@@ -194,8 +199,8 @@ def _about_answers(result: EvalResult, summary: Summary) -> Iterator[str]:
         if empty:
             names = ", ".join([*empty[:12], *(["..."] if len(empty) > 12 else [])])
             yield (
-                f"Dense attention is no better than a guess in {some(len(empty), 'row')} ({names}): nothing can be lost "
-                "there, and the mean hides that."
+                f"Dense attention is no better than a guess in {some(len(empty), 'row')} ({names}): nothing can be "
+                "lost there, and the mean hides that."
             )
     if chance is None and metric.percent and metric.higher_is_better:
         yield "What a guess would score is not known for these items: a low score of dense may be no more than one."
@@ -259,8 +264,8 @@ def _about_methods(result: EvalResult, summary: Summary) -> Iterator[str]:
     if ahead:
         yield (
             f"{', '.join(ahead)}: looks ahead (marked \N{DAGGER}), which is to say that blocks are chosen with tokens "
-            "that come later. Perplexity, and whatever else is read inside the prompt, flatters that; generated answers "
-            "are fair."
+            "that come later. Perplexity, and whatever else is read inside the prompt, flatters that; generated "
+            "answers are fair."
         )
 
 

@@ -462,10 +462,14 @@ def _context(result: EvalResult, summary: Summary) -> dict[str, Any]:
     }  # fmt: skip
 
 
+_CLEAR = ("lost", "gained", "worse", "better")
+
+
 def _badge(verdict: Verdict) -> tuple[str, str]:
     """A sign and the class of a verdict's colour; the words stand beside it."""
+    down, up = "\N{BLACK DOWN-POINTING TRIANGLE}", "\N{BLACK UP-POINTING TRIANGLE}"
     return {
-        "lost": ("\N{BLACK DOWN-POINTING TRIANGLE}", "bad"), "gained": ("\N{BLACK UP-POINTING TRIANGLE}", "good"),
+        "lost": (down, "bad"), "gained": (up, "good"), "worse": (up, "bad"), "better": (down, "good"),
         "no difference shown": ("\N{ALMOST EQUAL TO}", "even"), "no item differs": ("=", "even"),
         "one prompt": ("?", "open"), "not tested": ("\N{EMPTY SET}", "open"),
     }[verdict.state]  # fmt: skip
@@ -504,7 +508,7 @@ def _pictures(result: EvalResult, summary: Summary) -> dict[str, Any]:
                 mine, [group_value(result.axes[0], each.group[result.axes[0]]) for each in mine], metric, ends
             )
             if figure is not None:
-                clear = sum(state_of_difference(each, metric) in ("lost", "gained") for each in mine)
+                clear = sum(state_of_difference(each, metric) in _CLEAR for each in mine)
                 told = f"{clear} of {some(len(mine), 'row')} have an interval that leaves out zero; see the table."
                 pictures["forests"].append(_Picture(
                     _markup(to_svg(figure, f"forest{i}", f"{label}: difference to dense by {result.axes[0]}", told)),

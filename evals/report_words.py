@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from sparseprefill.evals.tasks import Metric
 
 _PLACEHOLDER = "\N{REPLACEMENT CHARACTER}"
+_UNSEEN = (
+    *(code for code in range(0x20) if chr(code) not in "\n\t"), *range(0x7F, 0xA0),  # control characters
+    0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A),  # they turn what stands around a text
+    0x200B, 0x2028, 0x2029, 0x2060, 0xFEFF,  # not seen, or taken for the end of a line
+)  # fmt: skip
 _TABLE: dict[int, str] = {
-    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
-    0x7F: "\N{SYMBOL FOR DELETE}",
-    **{code: f"\N{LEFT ANGLE BRACKET}U+{code:04X}\N{RIGHT ANGLE BRACKET}" for code in (
-        *range(0x80, 0xA0),  # a second set of control characters
-        0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A),  # they turn what stands around a text
-        0x200B, 0x2028, 0x2029, 0x2060, 0xFEFF,  # not seen, or taken for the end of a line
-    )},
-    0xFFFE: _PLACEHOLDER, 0xFFFF: _PLACEHOLDER,
+    **{code: f"[U+{code:04X}]" for code in _UNSEEN}, 0xFFFE: _PLACEHOLDER, 0xFFFF: _PLACEHOLDER,
 }  # fmt: skip
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _MARKS = re.compile(r"([\\`*\[\]|~$])|(?<![0-9A-Za-z])(_)|(_)(?![0-9A-Za-z])")
@@ -25,9 +23,10 @@ _LINE_START = re.compile(r"^(\s*)(#|[-+=>](?=\s|$|[-=])|\d+[.)](?=\s))")
 
 
 def clean(text: str) -> str:
-    """A text that can be written as UTF-8 and shown: control characters become visible, lone surrogates a placeholder.
+    """A text that can be written as UTF-8 and shown.
 
-    Line breaks and tabs stay. Characters that turn the direction of what follows are shown by their number.
+    Control characters, and others that are not seen or turn the direction of what follows, are shown by their number,
+    as in "[U+202E]"; lone surrogates become a placeholder. Line breaks and tabs stay.
     """
     return _SURROGATES.sub(_PLACEHOLDER, text).translate(_TABLE)
 

@@ -126,7 +126,7 @@ def longbench_result(samples: int = 6, planned: int | None = None, seed: int = 1
     )  # fmt: skip
 
 
-def fidelity_result(prompts: int = 8, seed: int = 2) -> EvalResult:
+def fidelity_result(prompts: int = 8, methods: Sequence[MethodRecord] = METHODS, seed: int = 2) -> EvalResult:
     """KL and perplexity by length: lower is better, not percent, no texts, beside agreement in percent."""
     draw = random.Random(seed)
     metrics = (
@@ -140,9 +140,9 @@ def fidelity_result(prompts: int = 8, seed: int = 2) -> EvalResult:
                 item = Item(f"{domain}/{length}/{sample}", {"domain": domain, "length": length})
                 base = draw.uniform(8, 12)
                 runs = {}
-                for method in METHODS:
+                for method in methods:
                     kl = 0.0 if method.name == "dense" else (1.02 - KEEPS[method.name]) * draw.uniform(0.05, 0.2)
                     values = {"KL": kl, "perplexity": base * (1 + kl), "agreement": 1 - min(1.0, 2 * kl)}
                     runs[method.label] = make_run(method, [Answer(item.id, values)], length, draw, sample == 0)
                 records.append(Record(item.id, length, "0" * 64, (item,), {}, runs))
-    return assemble("fidelity", METHODS, metrics, ["domain", "length"], records)
+    return assemble("fidelity", methods, metrics, ["domain", "length"], records)
