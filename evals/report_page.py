@@ -402,11 +402,24 @@ def report_text(result: EvalResult, summary: Summary) -> str:
                 names[method.label], score(each.value, metric), change(each.difference, metric),
                 interval(each.low, each.high, metric), f"{each.better} / {each.worse}",
             ]  # fmt: skip
-        rows.append([*row, seconds(cost.first_token_p50), times(cost.speed_up), number(cost.density)])
-    head = ["method", "score", "difference", "95% interval", "better / worse", "TTFT p50", "speed-up", "density"]
+        rows.append(
+            [*row, seconds(cost.first_token_p50), times(cost.speed_up), number(cost.density), number(cost.kept_mass)]
+        )
+    head = [
+        "method",
+        "score",
+        "difference",
+        "95% interval",
+        "better / worse",
+        "TTFT p50",
+        "speed-up",
+        "density",
+        "kept mass",
+    ]
     lines += [table(head, rows), ""]
     lines += [f"{one_line(each.method)}: {one_line(each.sentence)}" for each in verdicts(result, summary)]
     lines += [f"! {one_line(each)}" for each in warnings(result, summary)]
+    lines += [f"* {one_line(each)}" for each in result.notes]
     totals = totals_table(result)
     if totals is not None:
         lines += ["", totals.caption, table(totals.head, totals.rows)]
