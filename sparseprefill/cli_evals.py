@@ -15,6 +15,7 @@ import click
 from sparseprefill.cli_options import Depths, Numbers, clear_errors
 
 GRID_METHODS = ("dense", "a_shape", "tri_shape", "vertical_slash", "block_sparse", "random")
+"""What runs where no method is named: those that a density can be given to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +161,10 @@ def sentences(haystack: Path | None) -> list[str] | None:
     return None if haystack is None else text_sentences(read_text(haystack, "haystack"))
 
 
-HAYSTACK = click.option(
+_HAYSTACK = click.option(
     "--haystack", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text to hide things in."
 )
-CHAT_TEMPLATE = click.option(
+_CHAT_TEMPLATE = click.option(
     "--chat-template", type=click.Choice(["auto", "always", "none"]), help="Of the model's tokenizer.  [default: auto]"
 )
 
@@ -244,7 +245,7 @@ def fidelity(
 @click.option("--verify/--no-verify", default=True, help="Refuse prompt texts that are not the official ones.")
 @click.option("--samples", type=int, help="The first so many rows of a set (of a bucket in E).  [default: all]")
 @click.option("--max-length", type=int, help="Tokens of a prompt before it is cut in the middle.  [default: by window]")
-@CHAT_TEMPLATE
+@_CHAT_TEMPLATE
 @click.option("--system", help="A line in the system's role of the chat template.")
 @click.option("--double-bos", is_flag=True, help="Special tokens once more around the chat template.")
 @evaluation("longbench")
@@ -290,8 +291,8 @@ def longbench(
 @click.option(
     "--question", type=click.Choice(["start", "middle", "end"]), help="Where in the text it stands.  [default: end]"
 )
-@HAYSTACK
-@CHAT_TEMPLATE
+@_HAYSTACK
+@_CHAT_TEMPLATE
 @evaluation("needle")
 def needle(
     run: RunOptions, kind: str, lengths: tuple[int, ...], depths: Any, samples: int, needles: int | None,
@@ -332,8 +333,8 @@ def along(run: RunOptions, lengths: tuple[int, ...], samples: int) -> None:
 @click.option(
     "--official", is_flag=True, help="The official 13 tasks as lm-eval makes them, deviations listed in the result."
 )
-@HAYSTACK
-@CHAT_TEMPLATE
+@_HAYSTACK
+@_CHAT_TEMPLATE
 @evaluation("ruler")
 def ruler(
     run: RunOptions, tasks: tuple[str, ...], lengths: tuple[int, ...], samples: int, official: bool,
