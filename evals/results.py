@@ -94,16 +94,16 @@ class Record:
 class EvalResult:
     """Every answer of a run, and what it depends on."""
 
-    task: str
+    task: str  # its name
     settings: dict[str, Any]  # what decides prompts, grades and answers; equal settings may be resumed
     methods: tuple[MethodRecord, ...]  # dense first
     metrics: tuple[Metric, ...]  # the headline first
     axes: tuple[str, ...]  # keys of the items' groups: rows and columns
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what a reader must know of these numbers
     provenance: tuple[dict[str, Any], ...]  # of each process that took part, without repetition
     planned: int  # prompts
     records: tuple[Record, ...]  # in the order of the plan
-    totals: tuple[Total, ...] = ()  # of a complete run
+    totals: tuple[Total, ...] = ()  # averages with rules of their own, of a complete run
 
     @property
     def complete(self) -> bool:
