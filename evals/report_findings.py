@@ -83,10 +83,10 @@ def state_of_difference(paired: Paired, metric: Metric) -> str:
     "lost" or "gained" ("worse" or "better" where less is better), "no difference shown", "no item differs" or
     "one prompt".
     """
-    if paired.better + paired.worse == 0:
-        return "no item differs"
     if paired.low is None or paired.high is None:
         return "one prompt"
+    if paired.better + paired.worse == 0:
+        return "no item differs"
     if paired.low <= 0 <= paired.high:
         return "no difference shown"
     if not metric.higher_is_better:
@@ -253,8 +253,8 @@ def _about_methods(result: EvalResult, summary: Summary) -> Iterator[str]:
         for each in summary.paired
         if not each.group and each.metric == headline and each.better + each.worse == 0
     ]
-    if same:
-        prompts = len(result.records)
+    prompts = len(result.records)
+    if same and prompts > 1:
         yield (
             f"No item differs from dense with {', '.join(same)}. An interval without width is no proof that nothing "
             f"changed: with {some(prompts, 'prompt')}, up to {100 * most_flips(prompts):.2g}% of such prompts may "

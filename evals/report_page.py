@@ -50,6 +50,7 @@ from sparseprefill.evals.report_words import (
     group_value,
     interval,
     markdown,
+    markdown_cell,
     one_line,
     probability,
     score,
@@ -369,8 +370,11 @@ def report_markdown(result: EvalResult, summary: Summary) -> str:
 
 
 def _markdown_table(found: Table) -> list[str]:
-    rows = [[markdown(cell) for cell in row] for row in found.rows]
-    return [f"**{markdown(found.caption)}**", table([markdown(each) for each in found.head], rows, markdown=True)]
+    head, rows = (
+        [markdown_cell(each) for each in found.head],
+        [[markdown_cell(cell) for cell in row] for row in found.rows],
+    )
+    return [f"**{markdown(found.caption)}**", table(head, rows, markdown=True)]
 
 
 def _what_ran(result: EvalResult, escape: Any = one_line) -> str:
