@@ -149,9 +149,9 @@ def _verdict(result: EvalResult, summary: Summary, method: str) -> Verdict:
             f"{some(paired.prompts, 'prompt')}, up to {share:.2g}% of such prompts may still differ (95% confidence)"
         )
     elif state == "one prompt":
-        text = (
-            f"{_way(paired, metric)} by {amount} {unit} on a single prompt ({against}): nothing is known of the spread"
-        )
+        same = paired.better + paired.worse == 0
+        way = "the same as dense" if same else f"{_way(paired, metric)} by {amount} {unit}"
+        text = f"{way} on a single prompt ({against}): nothing is known of the spread"
     elif state == "no difference shown":
         worst = (-paired.low if metric.higher_is_better else paired.high) if paired.low is not None else None
         margin = "" if not worst or worst <= 0 else \
