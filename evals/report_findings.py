@@ -25,6 +25,8 @@ FEW_PROMPTS = 10
 """Below so many prompts a bootstrap interval is too narrow to be trusted."""
 
 TERMS: tuple[tuple[str, str], ...] = (
+    ("overall", "The mean of the means of all rows (values of the first axis), so that a row counts once however many "
+     "items it has. The averages of a benchmark follow rules of their own."),
     ("difference", "A method's score less dense attention's on the very same items. Scores of two runs on different "
      "samples cannot be compared nearly as finely."),
     ("95% interval", "Prompts were drawn again and again from those that were asked, whole, with all their items, and "
