@@ -25,6 +25,8 @@ FEW_PROMPTS = 10
 """Below so many prompts a bootstrap interval is too narrow to be trusted."""
 
 TERMS: tuple[tuple[str, str], ...] = (
+    ("overall", "The mean of the means of all rows (values of the first axis), so that a row counts once however many "
+     "items it has. The averages of a benchmark follow rules of their own."),
     ("difference", "A method's score less dense attention's on the very same items. Scores of two runs on different "
      "samples cannot be compared nearly as finely."),
     ("95% interval", "Prompts were drawn again and again from those that were asked, whole, with all their items, and "
@@ -83,10 +85,10 @@ def state_of_difference(paired: Paired, metric: Metric) -> str:
     "lost" or "gained" ("worse" or "better" where less is better), "no difference shown", "no item differs" or
     "one prompt".
     """
-    if paired.better + paired.worse == 0:
-        return "no item differs"
     if paired.low is None or paired.high is None:
         return "one prompt"
+    if paired.better + paired.worse == 0:
+        return "no item differs"
     if paired.low <= 0 <= paired.high:
         return "no difference shown"
     if not metric.higher_is_better:
@@ -149,9 +151,9 @@ def _verdict(result: EvalResult, summary: Summary, method: str) -> Verdict:
             f"{some(paired.prompts, 'prompt')}, up to {share:.2g}% of such prompts may still differ (95% confidence)"
         )
     elif state == "one prompt":
-        text = (
-            f"{_way(paired, metric)} by {amount} {unit} on a single prompt ({against}): nothing is known of the spread"
-        )
+        same = paired.better + paired.worse == 0
+        way = "the same as dense" if same else f"{_way(paired, metric)} by {amount} {unit}"
+        text = f"{way} on a single prompt ({against}): nothing is known of the spread"
     elif state == "no difference shown":
         worst = (-paired.low if metric.higher_is_better else paired.high) if paired.low is not None else None
         margin = "" if not worst or worst <= 0 else \
@@ -253,8 +255,8 @@ def _about_methods(result: EvalResult, summary: Summary) -> Iterator[str]:
         for each in summary.paired
         if not each.group and each.metric == headline and each.better + each.worse == 0
     ]
-    if same:
-        prompts = len(result.records)
+    prompts = len(result.records)
+    if same and prompts > 1:
         yield (
             f"No item differs from dense with {', '.join(same)}. An interval without width is no proof that nothing "
             f"changed: with {some(prompts, 'prompt')}, up to {100 * most_flips(prompts):.2g}% of such prompts may "

@@ -16,6 +16,7 @@ from typing import Any
 
 from sparseprefill.evals.compare import Cell, Flip, Paired, Summary, row_mean, summarise
 from sparseprefill.evals.report_figures import (
+    MOST_ROWS,
     axis_values,
     forest,
     forest_ends,
@@ -50,6 +51,7 @@ from sparseprefill.evals.report_words import (
     group_value,
     interval,
     markdown,
+    markdown_cell,
     one_line,
     probability,
     score,
@@ -100,11 +102,15 @@ class _FlipList:
     rows: list[tuple[str, list[_FlipRow]]]  # heading: rows
 
 
-def write_report(result: EvalResult, folder: str | Path) -> list[Path]:
+def write_report(result: EvalResult, folder: str | Path, *, summary: Summary | None = None) -> list[Path]:
     """Write `TASK.html`, `TASK.md` and `TASK.png`; of an incomplete result `TASK.incomplete.html` and so on.
 
     Each file is written whole or not at all. Reports of the incomplete run are removed when it has been completed. No
     picture is written where an axis is too long to draw.
+
+    Args:
+        summary: what `summarise` made of this result; None: it is made here, which takes seconds for thousands of
+            prompts.
 
     Returns:
         The files, the page first.
@@ -119,7 +125,7 @@ def write_report(result: EvalResult, folder: str | Path) -> list[Path]:
     names = {end: folder / f"{result.task}{'' if result.complete else '.incomplete'}.{end}" for end in _ENDS}
     for path in names.values():
         check_folder(path)
-    summary = summarise(result)
+    summary = summary or summarise(result)
     page, document = report_html(result, summary), report_markdown(result, summary)
     write_text(names["html"], page)
     write_text(names["md"], document)
@@ -137,8 +143,6 @@ _ENDS = ("html", "md", "png")
 
 
 def _drawn(result: EvalResult) -> bool:
-    from sparseprefill.evals.report_figures import MOST_ROWS
-
     return all(len(axis_values(result, axis)) <= MOST_ROWS for axis in result.axes)
 
 
@@ -369,8 +373,11 @@ def report_markdown(result: EvalResult, summary: Summary) -> str:
 
 
 def _markdown_table(found: Table) -> list[str]:
-    rows = [[markdown(cell) for cell in row] for row in found.rows]
-    return [f"**{markdown(found.caption)}**", table([markdown(each) for each in found.head], rows, markdown=True)]
+    head, rows = (
+        [markdown_cell(each) for each in found.head],
+        [[markdown_cell(cell) for cell in row] for row in found.rows],
+    )
+    return [f"**{markdown(found.caption)}**", table(head, rows, markdown=True)]
 
 
 def _what_ran(result: EvalResult, escape: Any = one_line) -> str:

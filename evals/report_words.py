@@ -18,6 +18,10 @@ _TABLE: dict[int, str] = {
     **{code: f"[U+{code:04X}]" for code in _UNSEEN}, 0xFFFE: _PLACEHOLDER, 0xFFFF: _PLACEHOLDER,
 }  # fmt: skip
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_NUMBER = re.compile(
+    r"-|<?[-+]?\d[\d.]*(e[-+]?\d+)?( ?(x|s|ms|GiB|%))?|\d+ / \d+|\[[-+\d., e]+\]"
+    r"|[-+]?\d[\d.]*(e[-+]?\d+)? (\[[-+\d., e]+\]|-)"
+)
 _MARKS = re.compile(r"([\\`*\[\]|~$])|(?<![0-9A-Za-z])(_)|(_)(?![0-9A-Za-z])")
 _LINE_START = re.compile(r"^(\s*)(#|[-+=>](?=\s|$|[-=])|\d+[.)](?=\s))")
 
@@ -53,11 +57,20 @@ def short(text: str, most: int = 34) -> str:
 
 
 def markdown(text: str) -> str:
-    """One line in which nothing means anything to Markdown or is taken for HTML."""
-    line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    line = _MARKS.sub(lambda found: "\\" + found.group(0), line)
+    """One line in which nothing means anything to Markdown or is taken for HTML, at its start or further on."""
+    line = _unmarked(text)
     return _LINE_START.sub(lambda found: f"{found[1]}\\{found[2]}" if not found[2][0].isdigit() else
                            f"{found[1]}{found[2][:-1]}\\{found[2][-1]}", line)  # fmt: skip
+
+
+def markdown_cell(text: str) -> str:
+    """As `markdown`, inside a table, where no line begins; numbers and intervals stay as they are."""
+    return text.replace("<", "&lt;") if _NUMBER.fullmatch(text) else _unmarked(text)
+
+
+def _unmarked(text: str) -> str:
+    line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKS.sub(lambda found: "\\" + found.group(0), line)
 
 
 def score(value: float | None, metric: Metric) -> str:
@@ -138,12 +151,6 @@ def group_value(axis: str, value: str | int | float) -> str:
 def some(count: int, noun: str) -> str:
     """As in "1 prompt" and "2 prompts"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-_NUMBER = re.compile(
-    r"-|<?[-+]?\d[\d.]*(e[-+]?\d+)?( ?(x|s|ms|GiB|%))?|\d+ / \d+|\[[-+\d., e]+\]"
-    r"|[-+]?\d[\d.]*(e[-+]?\d+)? (\[[-+\d., e]+\]|-)"
-)
 
 
 @dataclass(frozen=True, slots=True)

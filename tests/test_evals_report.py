@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from eval_results import MACHINE, METHODS, SETS, fidelity_result, longbench_result, needle_result
+from eval_tasks import SPECS, Parity
 
 from sparseprefill.evals.compare import Summary, summarise
+from sparseprefill.evals.loading import load_model
 from sparseprefill.evals.report_figures import SCALE, limits, plot_heat_maps
 from sparseprefill.evals.report_findings import nothing_to_lose, verdicts, warnings
 from sparseprefill.evals.report_page import (
@@ -26,7 +28,8 @@ from sparseprefill.evals.report_page import (
 )
 from sparseprefill.evals.report_words import change, clean, cut, in_cell, markdown, one_line, probability, short
 from sparseprefill.evals.results import Cost, EvalResult
-from sparseprefill.evals.tasks import Metric
+from sparseprefill.evals.runner import run_eval
+from sparseprefill.evals.tasks import Metric, Total
 
 PERCENT, PLAIN = Metric("p", "percent"), Metric("k", "plain", higher_is_better=False, percent=False)
 HOSTILE = (
@@ -109,7 +112,8 @@ def longbench_page(longbench: tuple[EvalResult, Summary]) -> str:
 
 @pytest.fixture(scope="module")
 def half() -> tuple[EvalResult, Summary]:
-    return of(needle_result(samples=1, planned=100))
+    part = needle_result(samples=1, planned=100)
+    return of(replace(part, totals=(Total("an average", "dense", 51.37),)))  # nobody should have made it
 
 
 def test_a_page_fetches_nothing_and_runs_nothing(needle_page: str, longbench_page: str) -> None:
@@ -230,6 +234,7 @@ def test_an_incomplete_result_is_never_shown_as_complete(form: Any, half: tuple[
     assert not re.search(r"(?<!in)complete, ", text, re.IGNORECASE)
     assert "so far (20 of 100 prompts, not final)" in text.lower()
     assert "Totals" not in text
+    assert "51.37" not in text
     if form is report_html:
         page = Page(text)
         assert re.search(r"<title>INCOMPLETE: 20 of 100 prompts - needle", text)
@@ -334,6 +339,28 @@ def test_texts_that_mean_harm_stay_texts(tmp_path: Path) -> None:
     assert all(path.stat().st_size for path in write_report(result, tmp_path))
 
 
+def test_a_formula_in_a_label_is_not_set_as_one(tmp_path: Path) -> None:
+    result = needle_result(samples=1, methods=METHODS[:2], lengths=(1024,), depths=(0.0,))
+    record = result.records[0]
+    item = replace(record.items[0], group={"depth": r"$\frac{a$", "length": "$a_1$"})
+    result = replace(result, records=(replace(record, items=(item,)),))
+    assert r">$\frac{a$</text>" in report_html(*of(result))
+    assert len(write_report(result, tmp_path)) == 3
+
+
+def test_a_real_run_has_a_report(tmp_path: Path) -> None:
+    result = run_eval(Parity(2), *load_model(device="cpu"), SPECS, tmp_path)
+    assert result is not None
+    page, document, _ = write_report(EvalResult.load(tmp_path / "parity.json"), tmp_path)
+    text = Page(page.read_text(encoding="utf-8")).text
+    for spec in SPECS:
+        assert spec.label in text
+    assert "mean of all items" in text
+    assert "no item differs" in text, "all blocks are dense attention"
+    assert "first token not timed" not in text
+    assert document.read_text(encoding="utf-8").startswith("# parity: complete, 4 prompts\n")
+
+
 def markdown_cells(line: str) -> list[str]:
     """Cells of a row as GitHub splits them: at bars that no backslash stands before."""
     return re.split(r"(?<!\\)\|", line.strip().removeprefix("|").removesuffix("|"))
@@ -376,8 +403,9 @@ def test_verdicts_name_what_was_shown_and_no_more() -> None:
 
 def test_a_single_prompt_has_no_interval_and_says_so() -> None:
     result, summary = of(needle_result(samples=1, lengths=(4096,), depths=(0.5,)))
-    assert {each.state for each in verdicts(result, summary)} <= {"no item differs", "one prompt"}
-    assert "one prompt" in {each.state for each in verdicts(result, summary)}
+    found = verdicts(result, summary)
+    assert {each.state for each in found} == {"one prompt"}
+    assert {each.sentence.split(" on a")[0] for each in found} == {"The same as dense", "Worse by 100.0 points"}
     assert any("single prompt" in each for each in warnings(result, summary))
     for form in (report_html, report_markdown, report_text):
         assert "nothing is known of the spread" in form(result, summary)
