@@ -112,7 +112,7 @@ def loaded_model(run: RunOptions) -> tuple[Any, Any]:
     return load_model(run.model, dtype=run.dtype, device=device, trust_remote_code=run.trust_remote_code)
 
 
-def evaluate(run: RunOptions, make_task: Callable[[Any, Any], Any], *, echo: bool = True) -> Any:
+def evaluate(run: RunOptions, make_task: Callable[[Any, Any], Any]) -> Any:
     """Load the model, run the task with every method, write and print the report; the result, or None in a helper."""
     from sparseprefill.evals.report_page import write_report
     from sparseprefill.evals.runner import Workers, load_unfinished, run_eval, unfinished_runs
@@ -134,19 +134,19 @@ def evaluate(run: RunOptions, make_task: Callable[[Any, Any], Any], *, echo: boo
         raise
     if result is None:
         return None
-    paths = write_report(result, run.out)
-    if echo:
-        show(result, markdown=run.markdown)
+    paths = show(result, run.out, markdown=run.markdown)
     _say_written([run.out / f"{task.name}.json", *paths])
     return result
 
 
-def show(result: Any, *, markdown: bool) -> None:
-    """Print the report."""
+def show(result: Any, folder: Path, *, markdown: bool) -> list[Path]:
+    """Print the report and write it; the files."""
     from sparseprefill.evals.compare import summarise
-    from sparseprefill.evals.report_page import report_markdown, report_text
+    from sparseprefill.evals.report_page import report_markdown, report_text, write_report
 
-    click.echo((report_markdown if markdown else report_text)(result, summarise(result)))
+    summary = summarise(result)
+    click.echo((report_markdown if markdown else report_text)(result, summary))
+    return write_report(result, folder, summary=summary)
 
 
 def _say_written(paths: list[Path]) -> None:
@@ -178,7 +178,6 @@ def report(ctx: click.Context, path: Path, markdown: bool) -> None:
 
     An unfinished run is reported as incomplete, into files of that name, and the exit status is 1.
     """
-    from sparseprefill.evals.report_page import write_report
     from sparseprefill.evals.results import SCHEMA, EvalResult
     from sparseprefill.evals.runner import load_unfinished, unfinished_runs
 
@@ -196,8 +195,7 @@ def report(ctx: click.Context, path: Path, markdown: bool) -> None:
             if not result.records:
                 click.echo(f"{result.task}: none of {result.planned} prompts is answered yet")
                 continue
-            show(result, markdown=markdown)
-            _say_written(write_report(result, path.parent if path.is_file() else path))
+            _say_written(show(result, path.parent if path.is_file() else path, markdown=markdown))
     if not all(result.complete for result in results):
         click.echo("INCOMPLETE: run the same command again to go on", file=sys.stderr)
         ctx.exit(1)
