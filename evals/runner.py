@@ -427,9 +427,11 @@ def model_identity(model: PreTrainedModel) -> dict[str, Any]:
     config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
+        if parameter.is_meta:  # offloaded: its values are elsewhere until the layer runs
+            continue
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu")
-        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return {
         "name": Path(str(model.name_or_path)).name, "dtype": str(model.dtype).removeprefix("torch."),

@@ -202,7 +202,7 @@ def report(ctx: click.Context, path: Path, markdown: bool) -> None:
 
 
 @click.command()
-@click.option("--lengths", type=Numbers(), default="2k,4k,8k", help="Windows in tokens.")
+@click.option("--lengths", type=Numbers(), default="2k,4k", help="Windows in tokens.")
 @click.option("--windows", default=2, help="Windows of each length.")
 @click.option(
     "--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Long text; default: seeded prose."
@@ -300,6 +300,7 @@ def needle(
     from sparseprefill.evals.generation import model_window
     from sparseprefill.evals.needle_tasks import needle_task
 
+    depths = 5 if depths is None and kind != "along" else depths
     given = {"depths": depths, "needles": needles, "question_at": question, "chat": chat_template}
     options = {name: value for name, value in given.items() if value is not None}
 
@@ -326,8 +327,8 @@ def along(run: RunOptions, lengths: tuple[int, ...], samples: int) -> None:
 
 @click.command()
 @click.argument("tasks", nargs=-1)
-@click.option("--lengths", type=Numbers(), default="4k,8k,16k,32k", help="Prompt and answer, in tokens.")
-@click.option("--samples", default=10, help="A task and length.")
+@click.option("--lengths", type=Numbers(), default="4k", help="Prompt and answer, in tokens.")
+@click.option("--samples", default=4, help="A task and length.")
 @click.option(
     "--official", is_flag=True, help="The official 13 tasks as lm-eval makes them, deviations listed in the result."
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
-import json
 import re
 import shlex
 import subprocess
@@ -21,7 +20,9 @@ import pytest
 import sparseprefill
 from sparseprefill import cli
 from sparseprefill.evals.bench import first_token_times
+from sparseprefill.evals.compare import summarise
 from sparseprefill.evals.methods import MethodSpec
+from sparseprefill.evals.results import EvalResult
 from sparseprefill.huggingface import patch_model
 from sparseprefill.huggingface_layers import Settings
 from sparseprefill.prefill import COST_MODELS, METHODS, expected_density, resolve_method
@@ -178,17 +179,19 @@ def test_every_method_is_explained() -> None:
 
 
 def test_figures_on_which_method_are_those_of_the_results() -> None:
-    cells = json.loads((ROOT / "docs/results/needle_cpu.json").read_text(encoding="utf-8"))["scores"]
-    by_name = {(cell["method"].partition(":")[0], cell["length"]): cell for cell in cells}
+    result = EvalResult.load(ROOT / "docs/results/needle_cpu.json")
+    labels = {method.name: method.label for method in result.methods}
+    costs = {(each.method, each.group.get("length")): each for each in summarise(result, resamples=10).costs}
     section = WHICH.partition("## What was measured")[2]
     rows = re.findall(r"^\| `(\w+)`[^|]*((?:\| [\d.]+[%x]? )+)\|$", section, flags=re.MULTILINE)[:6]
-    assert len(rows) == 6
+    assert [name for name, _ in rows] == list(labels)
     for name, figures in rows:
-        found = {n: by_name[name, n] for n in (4096, 8192, 16384, 32768)}
-        dense = {n: by_name["dense", n]["seconds"][0] for n in found}
-        expected = [f"{100 * sum(c['right']) / sum(c['asked']):.0f}%" for c in found.values()]
-        expected += [f"{dense[n] / found[n]['seconds'][0]:.2f}x" for n in (16384, 32768)]
-        expected.append(f"{found[16384]['kept_mass'] or 1:.3f}")
+        expected = []
+        for length in (4096, 8192, 16384, 32768):
+            found = [a.values["found"] for i, a in result.answers(labels[name]) if i.group["length"] == length]
+            expected.append(f"{100 * sum(found) / len(found):.0f}%")
+        expected += [f"{costs[labels[name], n].speed_up:.2f}x" for n in (16384, 32768)]
+        expected.append(f"{costs[labels[name], 16384].kept_mass or 1:.3f}")
         assert figures.strip("| ").split(" | ") == expected, name
 
 
