@@ -211,7 +211,8 @@ def plot_heat_maps(result: EvalResult, metric: str | None = None) -> Figure:
             for tick in panels[0].get_xticklabels():
                 tick.set_horizontalalignment("right")
             panels[0].set_ylabel(short(result.axes[0]))
-        bar = figure.colorbar(image, ax=panels, shrink=0.8, label=short(chosen.what or chosen.name, 60))
+        label = chosen.what if 0 < len(chosen.what) <= 60 else chosen.name
+        bar = figure.colorbar(image, ax=panels, shrink=0.8, label=label)
         bar.outline.set_visible(False)
         if chosen.percent:
             bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0%", "25%", "50%", "75%", "100%"])

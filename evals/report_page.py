@@ -256,7 +256,8 @@ def totals_table(result: EvalResult) -> Table | None:
         [one_line(name), *(number(found.get((name, what, label)), 2) for label in labels), one_line(what) or "-"]
         for name, what in kinds
     ]
-    return Table("Totals, as they are published", ["total", *_names(result).values(), "how it is averaged"], lines)
+    caption = "Totals: aggregates that have rules of their own"
+    return Table(caption, ["total", *_names(result).values(), "how it is averaged"], lines)
 
 
 def cost_tables(result: EvalResult, summary: Summary) -> list[Table]:

@@ -185,5 +185,6 @@ def mean_totals(
     totals = []
     for method, pairs in answers.items():
         values = [answer.values[metric] for _, answer in pairs]
-        totals.append(Total(name, method, scale * sum(values) / len(values) if values else None))
+        mean = scale * sum(values) / len(values) if values else None
+        totals.append(Total(name, method, mean, "plain mean over items"))
     return totals
