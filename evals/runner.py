@@ -209,7 +209,7 @@ def _checked_methods(
         raise ValueError(f"a method is named twice: {', '.join(labels)}")
     for spec in methods:
         if spec.label != "dense":  # options are refused before hours of work
-            with patch_model(model, spec.name, last_rows_dense=last_rows_dense, **spec.options):
+            with patch_model(model, spec.name, **{"last_rows_dense": last_rows_dense, **spec.options}):
                 pass
     return sorted(methods, key=lambda spec: spec.label != "dense")
 
@@ -377,7 +377,8 @@ class _RunFiles:
 def _method_record(spec: MethodSpec, last_rows_dense: int) -> MethodRecord:
     row = METHODS.get(spec.name)
     # last rows that attend densely depend on where the prompt ends
-    ahead = spec.label != "dense" and (last_rows_dense > 0 or (row is not None and row.looks_ahead))
+    rows = spec.options.get("last_rows_dense", last_rows_dense)
+    ahead = spec.label != "dense" and (rows > 0 or (row is not None and row.looks_ahead))
     plain = {key: x if isinstance(x, (str, int, float)) else repr(x) for key, x in spec.options.items()}
     return MethodRecord(spec.label, spec.name, plain, ahead)
 
