@@ -218,7 +218,10 @@ def official_mean(scores: Sequence[float]) -> float:
     """100 times the mean, rounded as the official scorer does for a data set. ValueError without any score."""
     if not scores:
         raise ValueError("there is no score to average")
-    return round(100 * sum(scores) / len(scores), 2)
+    total = 0.0
+    for score in scores:  # sum() compensates its error from Python 3.12 on, and would round differently
+        total += score
+    return round(100 * total / len(scores), 2)
 
 
 def official_bucket_mean(scores: Sequence[float]) -> float | None:

@@ -1,6 +1,6 @@
 """Needles in a haystack at a depth that is asked for, as pure text: the classic one and four of its relatives.
 
-Sample i of a kind and length has the same facts and the same haystack at every depth, so that depths can be compared.
+Every sample of a kind, length and depth has facts and a haystack of its own, so that samples say something new.
 """
 
 from __future__ import annotations
@@ -175,5 +175,5 @@ def needle_draft(
         raise ValueError(f"depths are between 0 and 1, got {depth}")
     if not 1 <= needles <= MOST_NEEDLES:
         raise ValueError(f"needles must be between 1 and {MOST_NEEDLES}, got {needles}")
-    draw = random.Random(f"needles/{kind}/{seed}/{length}/{index}")
+    draw = random.Random(f"needles/{kind}/{seed}/{length}/{round(10000 * depth)}/{index}")
     return KINDS[kind](Plan(draw, depth, needles, text))

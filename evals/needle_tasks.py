@@ -63,7 +63,7 @@ class Needles:
             samples: a depth and length.
             needles: facts of "multi" and "two_hop"; None: 3 of them.
             question_at: "start", "middle" or "end" of the text. The start of the answer ends the prompt in any case.
-            seed: of the samples; sample i of a length is the same whatever else is run, and at every depth.
+            seed: of the samples; sample i of a length and depth is the same whatever else is run.
             chat: chat template, "auto" (if there is one), "none" or "always".
             haystack: sentences; None: seeded prose.
             new_tokens: budget of an answer; None: by kind; see `Renderer.room` for tokenizers that need more.
@@ -97,7 +97,7 @@ class Needles:
             Metric("contained", "the same, also inside longer numbers and words, as RULER counts", binary=single),
         )
         self.axes: tuple[str, ...] = ("depth", "length")
-        self.notes: tuple[str, ...] = ("one sample has the same facts and the same haystack at every depth",)
+        self.notes: tuple[str, ...] = ("every prompt has facts and a haystack of its own",)
         self.tokenizer = tokenizer
         self.lengths = tuple(lengths)
         self.depths = depth_grid(depths)

@@ -211,7 +211,7 @@ def plot_heat_maps(result: EvalResult, metric: str | None = None) -> Figure:
             for tick in panels[0].get_xticklabels():
                 tick.set_horizontalalignment("right")
             panels[0].set_ylabel(short(result.axes[0]))
-        label = chosen.what if 0 < len(chosen.what) <= 60 else chosen.name
+        label = short(chosen.what if 0 < len(chosen.what) <= 60 else chosen.name, 60)
         bar = figure.colorbar(image, ax=panels, shrink=0.8, label=label)
         bar.outline.set_visible(False)
         if chosen.percent:

@@ -245,6 +245,11 @@ def row_differences(result: EvalResult, summary: Summary, metric: Metric) -> Tab
     )  # fmt: skip
 
 
+def _total(value: float | None) -> str:
+    """Two digits as benchmarks print them, more where that would be nothing."""
+    return number(value, 2) if value is None or value == 0 or abs(value) >= 10 else f"{value:.4g}"
+
+
 def totals_table(result: EvalResult) -> Table | None:
     """Aggregates by the rules of a benchmark; None where there are none, as before a run is complete."""
     if not result.complete or not result.totals:
@@ -253,7 +258,7 @@ def totals_table(result: EvalResult) -> Table | None:
     found = {(total.name, total.what, total.method): total.value for total in result.totals}
     labels = [method.label for method in result.methods]
     lines = [
-        [one_line(name), *(number(found.get((name, what, label)), 2) for label in labels), one_line(what) or "-"]
+        [one_line(name), *(_total(found.get((name, what, label))) for label in labels), one_line(what) or "-"]
         for name, what in kinds
     ]
     caption = "Totals: aggregates that have rules of their own"

@@ -125,7 +125,10 @@ class EvalResult:
 
     def save(self, path: Path) -> None:
         """JSON, written whole or not at all. ValueError where a number is not finite."""
-        write_text(path, json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+        text = json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False, indent=1)
+        if any("\ud800" <= character <= "\udfff" for character in text):  # half a character, which UTF-8 has not
+            text = json.dumps(self.to_dict(), allow_nan=False, indent=1)
+        write_text(path, text + "\n")
 
     @staticmethod
     def load(path: Path) -> EvalResult:

@@ -6,7 +6,6 @@ one. Scores therefore say how methods compare on one model; they are not the pub
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -25,7 +24,14 @@ from sparseprefill.evals.retrieval_prompts import (
     draft,
     fitted,
 )
-from sparseprefill.evals.ruler_metrics import average, effective_length, length_score, postprocess, share_found
+from sparseprefill.evals.ruler_metrics import (
+    average,
+    effective_length,
+    length_score,
+    official_mean,
+    postprocess,
+    share_found,
+)
 from sparseprefill.evals.tasks import Answer, Attempt, Item, Metric, Prompt, Total
 
 FOUND = Metric("string_match_all", "share of the references that the answer contains, upper and lower case alike")
@@ -148,7 +154,7 @@ class Ruler:
                 tasks = cells.setdefault(int(item.group["length"]), {})
                 tasks.setdefault(str(item.group["task"]), []).append(answer.values[FOUND.name])
             scores = {
-                length: length_score([round(100 * statistics.fmean(values), 2) for values in tasks.values()])
+                length: length_score([official_mean(values) for values in tasks.values()])
                 for length, tasks in sorted(cells.items())
             }
             for length, score in scores.items():

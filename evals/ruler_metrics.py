@@ -29,6 +29,16 @@ def any_found(prediction: str, references: Sequence[str]) -> float:
     return max(_hits(prediction, references))
 
 
+def official_mean(shares: Sequence[float]) -> float:
+    """The mean in percent, rounded as the official scorer does. ValueError of nothing."""
+    if not shares:
+        raise ValueError("there is no prediction to average")
+    total = 0.0
+    for share in shares:  # sum() compensates its error from Python 3.12 on, and would round differently
+        total += share
+    return round(total / len(shares) * 100, 2)
+
+
 def string_match_all(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Mean of `share_found`, in percent with two decimals.
 
@@ -36,14 +46,14 @@ def string_match_all(predictions: Sequence[str], references: Sequence[Sequence[s
     """
     _check(predictions, references)
     pairs = zip(predictions, references, strict=True)
-    return round(sum([share_found(each, wanted) for each, wanted in pairs]) / len(predictions) * 100, 2)
+    return official_mean([share_found(each, wanted) for each, wanted in pairs])
 
 
 def string_match_part(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Mean of `any_found`, in percent with two decimals: the metric of the two QA tasks. Errors: `string_match_all`."""
     _check(predictions, references)
     pairs = zip(predictions, references, strict=True)
-    return round(sum([any_found(each, wanted) for each, wanted in pairs]) / len(predictions) * 100, 2)
+    return official_mean([any_found(each, wanted) for each, wanted in pairs])
 
 
 def nulls(predictions: Sequence[str]) -> str:

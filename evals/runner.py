@@ -15,8 +15,9 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from io import BufferedReader, RawIOBase
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from sparseprefill.evals.results import (
     check_schema,
 )
 from sparseprefill.evals.tasks import Answer, Attempt, Prompt, Task
-from sparseprefill.files import parse_json, read_json, read_text, write_text
+from sparseprefill.files import parse_json, read_json, write_text
 from sparseprefill.huggingface import patch_model
 from sparseprefill.prefill import METHODS
 
@@ -98,7 +99,8 @@ def run_eval(
         out: folder of the results, made where it is missing.
         last_rows_dense, min_length: see `patch_model`; with `min_length` 0, methods run sparsely at every length.
         observe: so many prompts of each stratum (the part of a prompt's id before its last slash) are observed: density
-            and kept mass are counted, and no time is taken. 0 observes none.
+            and kept mass are counted, and no time is taken. 0 observes none. The first prompt of each process warms up,
+            and is not timed either.
         again: remove what an earlier run of this task left in `out`, finished or not, and begin anew.
         workers: which process this is; None: as the environment says.
         progress: show a bar with the remaining time on standard error.
@@ -112,7 +114,10 @@ def run_eval(
         OSError: the disk refuses; what was answered before stays, and the same call goes on from there.
     """
     workers = workers or Workers.from_environment()
-    methods = _checked_methods(model, methods, last_rows_dense)
+    if observe < 0:
+        raise ValueError(f"observe is a number of prompts, got {observe}")
+    resolved = _checked_methods(model, methods, last_rows_dense)
+    methods = [spec for spec, _ in resolved]
     plan = list(task.plan())
     if not plan:
         raise ValueError(f"the task {task.name} plans no prompt: give it lengths, data sets or samples")
@@ -123,7 +128,8 @@ def run_eval(
     settings: dict[str, Any] = json.loads(
         json.dumps(
             {
-                "version": __version__, "task": task.settings(), "methods": [spec.label for spec in methods],
+                "version": __version__, "task": task.settings(),
+                "methods": {spec.label: digest for spec, digest in resolved},
                 "last_rows_dense": last_rows_dense, "min_length": min_length, "observe": observe,
                 "model": model_identity(model), "tokenizer": tokenizer_identity(tokenizer),
             },
@@ -133,7 +139,7 @@ def run_eval(
     files = _RunFiles(Path(out), task.name)
     if again:
         if workers.rank == 0:
-            files.clear(result=True)
+            files.discard()
         workers.wait()
     finished = files.finished(settings)
     if workers.rank == 0:
@@ -165,7 +171,7 @@ def run_eval(
                     model, tokenizer, prompt, spec, prompt_id in observed, last_rows_dense, min_length, shared
                 )
                 answers = task.run(attempt)
-                runs[spec.label] = _run(attempt, answers, timed=number > 0 or observe == 0)
+                runs[spec.label] = _run(attempt, answers, timed=number > 0)
                 bar.update(1)
             part.add(Record(prompt.id, len(prompt.token_ids), _sha256(prompt), prompt.items, prompt.details, runs))
     workers.wait()
@@ -184,8 +190,9 @@ def load_unfinished(folder: str | Path, task: str) -> EvalResult:
 
 
 def unfinished_runs(folder: str | Path) -> list[str]:
-    """Names of the tasks that have begun in a folder and not ended."""
-    return sorted(path.name.removesuffix(".run.json") for path in Path(folder).glob("*.run.json"))
+    """Names of the tasks that have begun in a folder and whose result does not stand yet."""
+    names = sorted(path.name.removesuffix(".run.json") for path in Path(folder).glob("*.run.json"))
+    return [name for name in names if not (Path(folder) / f"{name}.json").exists()]
 
 
 def _header(
@@ -201,17 +208,21 @@ def _header(
 
 def _checked_methods(
     model: PreTrainedModel, methods: Sequence[MethodSpec], last_rows_dense: int
-) -> list[MethodSpec]:  # fmt: skip
+) -> list[tuple[MethodSpec, str]]:  # fmt: skip
+    """Dense first, and what tells each from another of the same label: a profile may be another by now."""
     labels = [spec.label for spec in methods]
     if "dense" not in labels:
         raise ValueError("dense must be among the methods: what a method keeps is only known beside it")
     if len(set(labels)) < len(labels):
         raise ValueError(f"a method is named twice: {', '.join(labels)}")
-    for spec in methods:
+    found = []
+    for spec in sorted(methods, key=lambda spec: spec.label != "dense"):
+        patterns = ""
         if spec.label != "dense":  # options are refused before hours of work
-            with patch_model(model, spec.name, **{"last_rows_dense": last_rows_dense, **spec.options}):
-                pass
-    return sorted(methods, key=lambda spec: spec.label != "dense")
+            with patch_model(model, spec.name, **{"last_rows_dense": last_rows_dense, **spec.options}) as patch:
+                patterns = repr(patch.patterns)
+        found.append((spec, hashlib.sha256(patterns.encode()).hexdigest()[:16]))
+    return found
 
 
 def _observed(plan: Sequence[str], observe: int) -> set[str]:
@@ -249,19 +260,20 @@ def _sha256(prompt: Prompt) -> str:
 class _Part:
     """A file of JSON lines that records are added to, each on the disk before the next begins."""
 
-    def __init__(self, file: TextIO, path: Path) -> None:
+    def __init__(self, file: RawIOBase, path: Path) -> None:
         self.file, self.path = file, path
 
     def add(self, record: Record) -> None:
-        self._write(json.dumps(asdict(record), ensure_ascii=False, allow_nan=False))
+        self._write(json.dumps(asdict(record), allow_nan=False))
 
     def session(self, found: dict[str, Any]) -> None:
-        self._write(json.dumps({"session": found}, ensure_ascii=False))
+        self._write(json.dumps({"session": found}))
 
     def _write(self, line: str) -> None:
         try:
-            self.file.write(line + "\n")
-            self.file.flush()
+            data = memoryview((line + "\n").encode("ascii"))
+            while data:
+                data = data[self.file.write(data) or 0 :]
             os.fsync(self.file.fileno())
         except OSError as error:
             raise type(error)(
@@ -297,7 +309,8 @@ class _RunFiles:
     def header(self) -> dict[str, Any]:
         """What `begin` wrote."""
         header = read_json(self.run, "run", _MOST_PART_BYTES)
-        if not isinstance(header, dict) or header.get("schema") != SCHEMA or not isinstance(header.get("plan"), list):
+        lists = isinstance(header, dict) and all(isinstance(header.get(key), list) for key in ("plan", "methods"))
+        if not lists or header.get("schema") != SCHEMA or not isinstance(header.get("settings"), dict):
             raise ValueError(f"the run {self.run} is not a {SCHEMA} run: remove it and {self.parts}, or name another")
         return header
 
@@ -305,10 +318,16 @@ class _RunFiles:
         """ValueError where the run that stands is of other settings."""
         _check_same(self.header()["settings"], settings, self.run)
 
-    def clear(self, *, result: bool = False) -> None:
-        """Remove what a result was made of, or that and the result."""
-        if result:
+    def discard(self) -> None:
+        """Remove all that a run left. ValueError where a process is still at it."""
+        with contextlib.ExitStack() as locked:
+            for path in self.parts.glob("*.jsonl"):
+                _lock(locked.enter_context(path.open("rb")), path)
             self.result.unlink(missing_ok=True)
+            self.clear()
+
+    def clear(self) -> None:
+        """Remove what a result was made of."""
         if self.parts.exists():
             shutil.rmtree(self.parts)
         self.run.unlink(missing_ok=True)
@@ -318,7 +337,7 @@ class _RunFiles:
         """This process's part, locked; a last line that a crash cut off is taken away."""
         self.parts.mkdir(exist_ok=True)
         path = self.parts / f"{rank}.jsonl"
-        with path.open("a+", encoding="utf-8", newline="\n") as file:
+        with path.open("ab", buffering=0) as file:  # nothing is left to be written when it is closed
             _lock(file, path)
             _drop_torn_line(path)
             part = _Part(file, path)
@@ -330,8 +349,7 @@ class _RunFiles:
         records: dict[str, Record] = {}
         sessions: list[dict[str, Any]] = []
         for path in sorted(self.parts.glob("*.jsonl")):
-            text = read_text(path, "part", _MOST_PART_BYTES)
-            for number, line in enumerate(text.split("\n")[:-1], 1):  # what follows the last newline was cut off
+            for number, line in enumerate(_whole_lines(path), 1):
                 name = f"the part {path}, line {number},"
                 data = parse_json(line, name, "part")
                 if isinstance(data, dict) and set(data) == {"session"}:
@@ -405,7 +423,19 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _lock(file: TextIO, path: Path) -> None:
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a part; what a crash cut off, perhaps inside of a character, is none."""
+    if path.stat().st_size > _MOST_PART_BYTES:
+        raise ValueError(f"the part {path} is larger than {_MOST_PART_BYTES} bytes: it was not written by a run")
+    data = path.read_bytes()
+    try:
+        text = data[: data.rfind(b"\n") + 1].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the part {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    return text.split("\n")[:-1]
+
+
+def _lock(file: RawIOBase | BufferedReader, path: Path) -> None:
     try:
         import fcntl
     except ImportError:  # no such locks on Windows
@@ -424,32 +454,51 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def model_identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What tells a model from others: name, dtype, device, configuration and a sample of its weights."""
+    """What tells a model from others: name, dtype, device, configurations, and a checksum of every weight."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
-        if parameter.is_meta:  # offloaded: its values are elsewhere until the layer runs
+    for name, weight in model.state_dict().items():
+        if not isinstance(weight, torch.Tensor):
             continue
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu")
-        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name} {tuple(weight.shape)} ".encode())
+        if not weight.is_meta and weight.numel():  # offloaded: its values are elsewhere until the layer runs
+            digest.update(f"{_checksum(weight)} ".encode())
+    generation = getattr(model, "generation_config", None)
+    written = {} if generation is None else generation.to_dict()
     return {
         "name": Path(str(model.name_or_path)).name, "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type, "weights": digest.hexdigest()[:16],
-        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        "config": _short_sha(config),
+        "generation_config": _short_sha({key: value for key, value in written.items() if key not in _VOLATILE}),
     }  # fmt: skip
+
+
+def _checksum(weight: torch.Tensor) -> tuple[int, int, int]:
+    """Sums of the bits as integers: exact, whatever the order and the number of threads."""
+    bits = weight.detach().reshape(-1).contiguous().view(torch.uint8)
+    if bits.storage_offset() % 4:
+        bits = bits.clone()
+    whole = bits.numel() // 4 * 4
+    words = bits[:whole].view(torch.int32)
+    parts = (words, words[::3], bits[whole:])
+    first, second, third = (int(part.sum(dtype=torch.int64)) for part in parts)
+    return first, second, third
+
+
+def _short_sha(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 _VOLATILE = ("transformers_version", "_name_or_path", "_attn_implementation", "_attn_implementation_internal")
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """What tells a tokenizer from others: class, vocabulary and chat template."""
+    """What tells a tokenizer from others: class, vocabulary, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     template = getattr(tokenizer, "chat_template", None)
     return {
         "class": type(tokenizer).__name__, "sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "special": _short_sha({key: str(value) for key, value in tokenizer.special_tokens_map.items()}),
         "chat_template": None if template is None else hashlib.sha256(str(template).encode()).hexdigest()[:16],
     }  # fmt: skip

@@ -134,13 +134,13 @@ class Attempt:
             settings["last_rows_dense"] = self.last_rows_dense
         with self.spec.applied(self.model, **settings) as patch:
             device = self.model.device
-            reset_peak_memory(device)
+            forgotten = reset_peak_memory(device)
             finish_queue(device)
             self._began = time.perf_counter()
             yield patch
             finish_queue(device)
             self.seconds = time.perf_counter() - self._began
-            self.peak_bytes = peak_memory(device)
+            self.peak_bytes = peak_memory(device) if forgotten else None
             self.report = None if patch is None else patch.report()
 
     def prefilled(self) -> None:
@@ -155,19 +155,22 @@ def finish_queue(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Forget the peak so far, where the system can."""
+def reset_peak_memory(device: torch.device) -> bool:
+    """Forget the peak so far. False where the system cannot: then there is no peak of what follows."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):
+        return True
+    try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
 def peak_memory(device: torch.device) -> int | None:
     """Bytes at the peak since `reset_peak_memory`: allocated by torch on a GPU, else resident in this process.
 
-    None on systems that do not tell it apart from the peak since the process began.
+    None on systems that do not tell.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))

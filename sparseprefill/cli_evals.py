@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,10 +23,9 @@ class RunOptions:
 
     model: str | None
     chosen: tuple[str, ...]
-    density: float
+    density: float | None
     last_rows_dense: int
     observe: int
-    seed: int
     dtype: str
     device: str | None
     trust_remote_code: bool
@@ -36,7 +34,7 @@ class RunOptions:
     markdown: bool
 
 
-DEMO = RunOptions(None, (), 0.2, 0, 1, 1, "auto", None, False, Path("demo"), True, False)
+DEMO = RunOptions(None, (), 0.2, 0, 1, "auto", None, False, Path("demo"), True, False)
 """Every method of the grid at one density on the model inside, begun anew."""
 
 _OPTIONS = (
@@ -48,10 +46,14 @@ _OPTIONS = (
         metavar="NAME[:OPTION=VALUE,...]",
         help="Methods, may be repeated; dense always runs.",
     ),
-    click.option("--density", default=0.2, help="Budget of methods given without options."),
-    click.option("--last-rows-dense", default=0, help="Dense last queries for every method."),
-    click.option("--observe", default=1, help="Prompts a stratum whose density and kept mass are counted, not timed."),
-    click.option("--seed", default=1, help="Of everything that is drawn."),
+    click.option("--density", type=float, help="Budget of methods given without options.  [default: 0.2]"),
+    click.option("--last-rows-dense", type=click.IntRange(0), default=0, help="Dense last queries for every method."),
+    click.option(
+        "--observe",
+        type=click.IntRange(0),
+        default=1,
+        help="Prompts a stratum whose density and kept mass are counted, not timed.",
+    ),
     click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"),
     click.option("--device", help="cpu or cuda; default: what is there, one GPU a process under torchrun."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
@@ -79,11 +81,17 @@ def evaluation(default_out: str) -> Callable[[Callable[..., None]], Callable[...
     return decorate
 
 
-def specs(chosen: tuple[str, ...], density: float) -> list[Any]:
-    """Methods as they were named, dense first; those without options get the budget of a density."""
+def specs(chosen: tuple[str, ...], density: float | None) -> list[Any]:
+    """Methods as they were named, dense first; those without options get the budget of a density, 0.2 for None.
+
+    Raises ValueError for a density that no method uses.
+    """
     from sparseprefill.evals.methods import MethodSpec
 
     parsed = [MethodSpec.parse(text) for text in chosen or GRID_METHODS]
+    if density is not None and not any(spec.name in GRID_METHODS[1:] and not spec.options for spec in parsed):
+        raise ValueError(f"no method here takes a density of {density} for its budget: leave --density out")
+    density = 0.2 if density is None else density
     if not any(spec.label == "dense" for spec in parsed):
         parsed.insert(0, MethodSpec("dense"))
     return [spec if spec.options or ":" in spec.name else _with_budget(spec.name, density) for spec in parsed]
@@ -161,6 +169,7 @@ def sentences(haystack: Path | None) -> list[str] | None:
     return None if haystack is None else text_sentences(read_text(haystack, "haystack"))
 
 
+_SEED = click.option("--seed", default=1, help="Of the prompts.")
 _HAYSTACK = click.option(
     "--haystack", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text to hide things in."
 )
@@ -178,40 +187,61 @@ def report(ctx: click.Context, path: Path, markdown: bool) -> None:
 
     An unfinished run is reported as incomplete, into files of that name, and the exit status is 1.
     """
-    from sparseprefill.evals.results import SCHEMA, EvalResult
+    from sparseprefill.evals.results import EvalResult
     from sparseprefill.evals.runner import load_unfinished, unfinished_runs
 
+    broken: list[str] = []
     with clear_errors():
         if path.is_file():
             results = [EvalResult.load(path)]
         else:
-            texts = {each: each.read_bytes()[:200] for each in sorted(path.glob("*.json"))}
-            whole = [each for each, text in texts.items() if SCHEMA.encode() in text and b'"complete"' in text]
-            results = [EvalResult.load(each) for each in whole]
-            results += [load_unfinished(path, task) for task in unfinished_runs(path)]
-        if not results:
+            results = [EvalResult.load(each) for each in _result_files(path)]
+            for task in unfinished_runs(path):
+                try:
+                    results.append(load_unfinished(path, task))
+                except (ValueError, OSError) as error:  # the others are shown all the same
+                    broken.append(str(error))
+        if not results and not broken:
             raise ValueError(f"{path} holds no result of an evaluation: name the folder given as --out")
         for result in results:
-            if not result.records:
-                click.echo(f"{result.task}: none of {result.planned} prompts is answered yet")
+            ended = path.is_file() or result.task not in unfinished_runs(path)
+            if not result.records or (result.complete and not ended):
+                done = "all" if result.records else "none"
+                broken.append(f"{result.task}: {done} of {result.planned} prompts answered, and not ended")
                 continue
             _say_written(show(result, path.parent if path.is_file() else path, markdown=markdown))
-    if not all(result.complete for result in results):
-        click.echo("INCOMPLETE: run the same command again to go on", file=sys.stderr)
+    for each in broken:
+        click.echo(each, err=True)
+    if broken or not all(result.complete for result in results):
+        click.echo("INCOMPLETE: run the same command again to go on", err=True)
         ctx.exit(1)
 
 
+def _result_files(folder: Path) -> list[Path]:
+    """The results in a folder, known by how they begin; runs that have not ended begin alike, but for `complete`."""
+    from sparseprefill.evals.results import SCHEMA
+
+    found = []
+    for each in sorted(folder.glob("*.json")):
+        with each.open("rb") as file:
+            begins = file.read(200)
+        if SCHEMA.encode() in begins and b'"complete"' in begins:
+            found.append(each)
+    return found
+
+
 @click.command()
-@click.option("--lengths", type=Numbers(), default="2k,4k", help="Windows in tokens.")
-@click.option("--windows", default=2, help="Windows of each length.")
+@click.option("--lengths", type=Numbers(), default="2k,4k,8k", help="Windows in tokens.")
+@click.option("--windows", default=3, help="Windows of each length.")
 @click.option(
     "--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Long text; default: seeded prose."
 )
 @click.option("--parts", default=4, help="Parts of a window that are reported apart.")
 @click.option("--layers/--no-layers", default=True, help="Also the error of each layer, which takes a second pass.")
+@_SEED
 @evaluation("fidelity")
 def fidelity(
-    run: RunOptions, lengths: tuple[int, ...], windows: int, text: Path | None, parts: int, layers: bool
+    run: RunOptions, lengths: tuple[int, ...], windows: int, text: Path | None, parts: int, layers: bool, seed: int,
 ) -> None:  # fmt: skip
     """How far a method's next tokens are from dense attention's, over long text and without any task."""
     from sparseprefill.evals.fidelity import Fidelity
@@ -219,7 +249,7 @@ def fidelity(
 
     def make(model: Any, tokenizer: Any) -> Fidelity:
         return Fidelity(
-            tokenizer, lengths, windows=windows, text=text, seed=run.seed, buckets=parts, layers=layers,
+            tokenizer, lengths, windows=windows, text=text, seed=seed, buckets=parts, layers=layers,
             window=model_window(model),
         )  # fmt: skip
 
@@ -289,12 +319,13 @@ def longbench(
 @click.option(
     "--question", type=click.Choice(["start", "middle", "end"]), help="Where in the text it stands.  [default: end]"
 )
+@_SEED
 @_HAYSTACK
 @_CHAT_TEMPLATE
 @evaluation("needle")
 def needle(
     run: RunOptions, kind: str, lengths: tuple[int, ...], depths: Any, samples: int, needles: int | None,
-    question: str | None, haystack: Path | None, chat_template: str | None,
+    question: str | None, seed: int, haystack: Path | None, chat_template: str | None,
 ) -> None:  # fmt: skip
     """Needles in a haystack: does a method still find what dense attention finds, at every depth and length?"""
     from sparseprefill.evals.generation import model_window
@@ -306,7 +337,7 @@ def needle(
 
     def make(model: Any, tokenizer: Any) -> Any:
         return needle_task(
-            kind, tokenizer, lengths, samples=samples, seed=run.seed, haystack=sentences(haystack),
+            kind, tokenizer, lengths, samples=samples, seed=seed, haystack=sentences(haystack),
             window=model_window(model), **options,
         )  # fmt: skip
 
@@ -320,7 +351,7 @@ def along(run: RunOptions, lengths: tuple[int, ...], samples: int) -> None:
 
     evaluate(
         run, lambda model, tokenizer: NeedlesAlong(
-            tokenizer, lengths, samples=samples, seed=run.seed, window=model_window(model)
+            tokenizer, lengths, samples=samples, seed=1, window=model_window(model)
         ),
     )  # fmt: skip
 
@@ -332,11 +363,12 @@ def along(run: RunOptions, lengths: tuple[int, ...], samples: int) -> None:
 @click.option(
     "--official", is_flag=True, help="The official 13 tasks as lm-eval makes them, deviations listed in the result."
 )
+@_SEED
 @_HAYSTACK
 @_CHAT_TEMPLATE
 @evaluation("ruler")
 def ruler(
-    run: RunOptions, tasks: tuple[str, ...], lengths: tuple[int, ...], samples: int, official: bool,
+    run: RunOptions, tasks: tuple[str, ...], lengths: tuple[int, ...], samples: int, official: bool, seed: int,
     haystack: Path | None, chat_template: str | None,
 ) -> None:  # fmt: skip
     """RULER's TASKS, or all of them: retrieval, tracing and counting at growing lengths.
@@ -352,12 +384,12 @@ def ruler(
 
     def make(model: Any, tokenizer: Any) -> Any:
         if official:
-            return _official_ruler(model, tokenizer, tasks, lengths, samples, run.seed, chat_template)
+            return _official_ruler(model, tokenizer, tasks, lengths, samples, seed, chat_template)
         options: dict[str, Any] = {"tasks": tasks} if tasks else {}
         if chat_template is not None:
             options["chat"] = chat_template
         return Ruler(
-            tokenizer, lengths, samples=samples, seed=run.seed, haystack=sentences(haystack),
+            tokenizer, lengths, samples=samples, seed=seed, haystack=sentences(haystack),
             window=model_window(model), **options,
         )  # fmt: skip
 

@@ -82,6 +82,11 @@ class Patch:
         while self._undo:
             self._undo.pop()()
 
+    @property
+    def patterns(self) -> dict[int, Pattern]:
+        """What each patched layer follows, by its number, as the method was resolved for this model."""
+        return {number: layer.pattern for number, layer in self._layers.items()}
+
     def report(self) -> PatchReport:
         """What every layer and head did since the patch (or `reset()`)."""
         device = self.model.device.type

@@ -151,6 +151,42 @@ def test_an_interrupted_run_is_reported_as_incomplete_and_goes_on(
     assert invoke("report", str(tmp_path / "needle_along.json"), "--markdown").stdout.startswith("# ")
 
 
+def test_reports_of_runs_that_broke_off_at_their_end(tmp_path: Path) -> None:
+    def asked(name: str, *more: str) -> tuple[str, ...]:
+        start = ("needle", "--kind", "along", "--lengths", "600", "--samples", "1", "--method", "dense")
+        return (*start, "--out", str(tmp_path / name), *more)
+
+    invoke(*asked("out"))
+    result = json.loads((tmp_path / "out" / "needle_along.json").read_text())
+    page = (tmp_path / "out" / "needle_along.md").read_text()
+    run = {key: result[key] for key in ("schema", "task", "settings", "methods", "metrics", "axes", "notes")}
+    run["plan"] = [record["prompt"] for record in result["records"]]
+    lines = [{"session": {}}, *result["records"]]
+
+    def leave(folder: Path) -> None:
+        (folder / "needle_along.parts").mkdir(parents=True)
+        (folder / "needle_along.run.json").write_text(json.dumps(run))
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "needle_along.parts" / "0.jsonl").write_text(text)
+
+    leave(tmp_path / "out")  # the result stands, and what it was made of was not removed yet
+    invoke("report", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "needle_along.md").read_text() == page
+    invoke(*asked("out"))
+    assert "needle_along.run.json" not in written(tmp_path / "out")
+
+    leave(tmp_path / "answered")  # all is answered, and the result was not written
+    assert "all of 1 prompts answered, and not ended" in invoke("report", str(tmp_path / "answered"), code=1).output
+    assert "needle_along.md" not in written(tmp_path / "answered")
+    invoke(*asked("answered"))
+    assert (tmp_path / "answered" / "needle_along.md").exists()
+
+    (tmp_path / "out" / "other.run.json").write_text("{}")  # one that is broken keeps no other from being shown
+    shown = invoke("report", str(tmp_path / "out"), code=1).output
+    assert "needle_along: complete" in shown
+    assert "other.run.json" in shown
+
+
 def test_a_finished_run_is_shown_and_another_refused(tmp_path: Path) -> None:
     command = ("needle", "--kind", "along", "--lengths", "600", "--samples", "1", "--method", "dense")
     command = (*command, "--out", str(tmp_path))
@@ -177,6 +213,10 @@ def test_what_cannot_be_evaluated_is_a_message(tmp_path: Path) -> None:
     assert "'along' has no depths" in invoke("needle", "--kind", "along", "--depths", "3", *out, code=1).output
     assert "is neither a number of depths" in invoke("needle", "--depths", "a,b", *out, code=2).output
     assert "unknown" in invoke("ruler", "no_such", *out, code=1).output
+    for method in ("block_sparse:keep=0.3", "dense"):
+        assert "leave --density out" in invoke("needle", "--density", "0.3", "--method", method, *out, code=1).output
+    assert "--observe" in invoke("needle", "--observe", "-2", *out, code=2).output
+    assert "No such option" in invoke("longbench", "--seed", "2", *out, code=2).output
     assert "holds no result" in invoke("report", str(tmp_path), code=1).output
     (tmp_path / "x.json").write_text("{}")
     assert "is not a sparseprefill-eval-1 file" in invoke("report", str(tmp_path / "x.json"), code=1).output

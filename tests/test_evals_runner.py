@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from eval_tasks import SPECS, Parity, comparable
 
 from sparseprefill.evals import runner
@@ -18,7 +19,8 @@ from sparseprefill.evals.loading import load_model
 from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.evals.results import EvalResult, schema
 from sparseprefill.evals.runner import Workers, load_unfinished, run_eval, unfinished_runs
-from sparseprefill.evals.tasks import Answer, Attempt, Prompt
+from sparseprefill.evals.tasks import Answer, Attempt, Prompt, reset_peak_memory
+from sparseprefill.patterns import AShape, ModelPatterns, save_patterns
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -153,6 +155,110 @@ def test_other_weights_are_another_model(loaded: tuple[Any, Any], whole: Path) -
         weight.data.copy_(kept)
 
 
+def test_any_weight_and_any_setting_that_decides_answers_tells_models_apart(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    before = runner.model_identity(model), runner.tokenizer_identity(tokenizer)
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        for place in (0, 1, 2, weight.numel() - 1):
+            kept = weight.view(-1)[place].item()
+            weight.view(-1)[place] = kept + 1
+            assert runner.model_identity(model)["weights"] != before[0]["weights"], place
+            weight.view(-1)[place] = kept
+    assert runner.model_identity(model) == before[0]
+    kept = model.generation_config.no_repeat_ngram_size
+    model.generation_config.no_repeat_ngram_size = 3
+    assert runner.model_identity(model) != before[0]
+    model.generation_config.no_repeat_ngram_size = kept
+    ends = tokenizer.eos_token
+    tokenizer.eos_token = "the"
+    assert runner.tokenizer_identity(tokenizer) != before[1]
+    tokenizer.eos_token = ends
+    assert (runner.model_identity(model), runner.tokenizer_identity(tokenizer)) == before
+
+
+def test_a_profile_that_has_changed_is_another_method(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    model, _ = loaded
+    profile = tmp_path / "p.json"
+    heads = model.config.num_attention_heads
+
+    def write(window: int) -> None:
+        save_patterns(ModelPatterns(((AShape(64, window),) * heads,) * model.config.num_hidden_layers), profile)
+
+    specs = [SPECS[0], MethodSpec("minference", {"profile": str(profile)})]
+
+    def stop(prompt: str) -> None:
+        if prompt == "one/1":
+            raise KeyboardInterrupt
+
+    write(64)
+    with pytest.raises(KeyboardInterrupt):
+        run_eval(Parity(before=stop), *loaded, specs, tmp_path / "out")
+    write(128)
+    with pytest.raises(ValueError, match=r"other settings \(methods.minference"):
+        run_eval(Parity(), *loaded, specs, tmp_path / "out")
+    write(64)
+    assert run_eval(Parity(), *loaded, specs, tmp_path / "out") is not None
+
+
+def test_a_line_that_ends_inside_a_character_is_cut_off(
+    loaded: tuple[Any, Any], whole: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    def stop(prompt: str) -> None:
+        if prompt == "one/2":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_eval(Parity(before=stop), *loaded, SPECS, tmp_path)
+    with (tmp_path / "parity.parts" / "0.jsonl").open("ab") as part:
+        part.write('{"prompt": "文'.encode()[:-1])
+    assert len(load_unfinished(tmp_path, "parity").records) == 2
+    assert run_eval(Parity(), *loaded, SPECS, tmp_path) is not None
+    assert comparable(saved(tmp_path)) == comparable(saved(whole))
+
+
+def test_a_run_that_goes_on_is_not_removed(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    def second(prompt: str) -> None:
+        with pytest.raises(ValueError, match="another process writes"):
+            run_eval(Parity(1), *loaded, SPECS[:1], tmp_path, again=True)
+
+    result = run_eval(Parity(1, before=second), *loaded, SPECS[:1], tmp_path)
+    assert result is not None
+    assert len(result.records) == 2
+
+
+def test_texts_with_half_a_character_are_saved(whole: Path, tmp_path: Path) -> None:
+    data = saved(whole)
+    data["records"][0]["runs"]["dense"]["answers"][0]["text"] = "\ud83d"
+    EvalResult.from_dict(data).save(tmp_path / "x.json")
+    assert EvalResult.load(tmp_path / "x.json").to_dict() == EvalResult.from_dict(data).to_dict()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"schema": "sparseprefill-eval-1", "plan": ["a"]}', "{"])
+def test_a_broken_header_is_named(loaded: tuple[Any, Any], tmp_path: Path, content: str) -> None:
+    (tmp_path / "parity.run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"parity\.run\.json"):
+        run_eval(Parity(1), *loaded, SPECS[:1], tmp_path)
+
+
+def test_observe_is_a_number_of_prompts(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="observe is a number of prompts"):
+        run_eval(Parity(1), *loaded, SPECS[:1], tmp_path, observe=-1)
+    result = run_eval(Parity(2), *loaded, SPECS[:2], tmp_path, observe=0)
+    assert result is not None
+    timed = [record.runs["dense"].cost.seconds is not None for record in result.records]
+    assert timed == [False, True, True, True], "the first one warms up"
+    assert all(run.observed is None for record in result.records for run in record.runs.values())
+
+
+def test_peaks_are_not_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **settings: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert not reset_peak_memory(torch.device("cpu"))
+
+
 def test_a_full_disk_loses_nothing(
     loaded: tuple[Any, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +277,14 @@ def test_a_full_disk_loses_nothing(
     assert len(load_unfinished(tmp_path, "parity").records) >= 2
     assert run_eval(Parity(), *loaded, SPECS, tmp_path) is not None
     assert comparable(saved(tmp_path)) == comparable(saved(whole))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_disk_that_is_really_full_says_what_to_do(tmp_path: Path) -> None:
+    with Path("/dev/full").open("ab", buffering=0) as file:
+        part = runner._Part(file, tmp_path / "0.jsonl")
+        with pytest.raises(OSError, match="No space left on device; what was answered before is kept"):
+            part.session({})
 
 
 def test_two_processes_give_what_one_gives(whole: Path, tmp_path: Path) -> None:

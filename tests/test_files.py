@@ -528,7 +528,7 @@ def output_of(*arguments: str) -> str:
 
 def test_commands_fail_with_a_message(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("Größe und Maß. ".encode("latin-1") * 50)
-    short = ("--lengths", "600", "--samples", "1", "--depths", "2", "--generated", "0", "--method", "dense")
+    short = ("--lengths", "600", "--samples", "1", "--depths", "2", "--method", "dense")
     assert "latin.txt is not UTF-8 text" in output_of(
         "needle", *short, "--haystack", str(tmp_path / "latin.txt"), "--out", str(tmp_path / "out")
     )
@@ -549,7 +549,7 @@ def test_floating_point_weights_that_are_nan_are_named(folder: Path) -> None:
     weights[name] = torch.full_like(weights[name], torch.nan)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert "contain NaN" in output_of(
-        "needle", "--model", str(folder), "--lengths", "600", "--samples", "1", "--depths", "2", "--generated", "0",
+        "needle", "--model", str(folder), "--lengths", "600", "--samples", "1", "--depths", "2",
         "--method", "block_sparse:keep=0.5", "--out", str(folder.parent / "out"),
     )  # fmt: skip
 

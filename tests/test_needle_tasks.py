@@ -239,8 +239,10 @@ def test_along_refuses_what_the_model_cannot_take() -> None:
 
 def test_the_model_inside_finds_needles_wherever_the_question_stands() -> None:
     model, tokenizer = model_inside()
-    for question_at in ("start", "end"):
-        task = Needles(tokenizer, [1200], depths=[70], samples=1, question_at=question_at, new_tokens=9)
-        (answer,) = task.run(Attempt(model, tokenizer, task.prepare(task.plan()[0]), MethodSpec("dense")))
-        assert answer.values == {"found": 1.0, "contained": 1.0}, answer.text
+    for question_at in ("start", "middle", "end"):
+        task = Needles(tokenizer, [1200], depths=[20, 70], samples=2, question_at=question_at, new_tokens=9)
+        answers = [
+            task.run(Attempt(model, tokenizer, task.prepare(name), MethodSpec("dense")))[0] for name in task.plan()
+        ]
+        assert sum(answer.values["found"] for answer in answers) >= 3, [answer.text for answer in answers]
     assert torch.is_grad_enabled()
