@@ -308,7 +308,7 @@ class _RunFiles:
 
     def header(self) -> dict[str, Any]:
         """What `begin` wrote."""
-        header = read_json(self.run, "run", _MOST_PART_BYTES)
+        header: dict[str, Any] = read_json(self.run, "run", _MOST_PART_BYTES)
         lists = isinstance(header, dict) and all(isinstance(header.get(key), list) for key in ("plan", "methods"))
         if not lists or header.get("schema") != SCHEMA or not isinstance(header.get("settings"), dict):
             raise ValueError(f"the run {self.run} is not a {SCHEMA} run: remove it and {self.parts}, or name another")

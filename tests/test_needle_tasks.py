@@ -240,9 +240,9 @@ def test_along_refuses_what_the_model_cannot_take() -> None:
 def test_the_model_inside_finds_needles_wherever_the_question_stands() -> None:
     model, tokenizer = model_inside()
     for question_at in ("start", "middle", "end"):
-        task = Needles(tokenizer, [1200], depths=[20, 70], samples=2, question_at=question_at, new_tokens=9)
+        task = Needles(tokenizer, [1200], depths=[0, 100], samples=2, question_at=question_at, new_tokens=9)
         answers = [
             task.run(Attempt(model, tokenizer, task.prepare(name), MethodSpec("dense")))[0] for name in task.plan()
         ]
-        assert sum(answer.values["found"] for answer in answers) >= 3, [answer.text for answer in answers]
+        assert all(answer.values["found"] for answer in answers), [answer.text for answer in answers]
     assert torch.is_grad_enabled()
