@@ -310,11 +310,11 @@ def longbench(
     default="classic",
     help="What is hidden; along: questions all along one prompt, graded in its prefill.",
 )
-@click.option("--lengths", type=Numbers(), default="4k,8k,16k,32k", help="Prompt and answer, in tokens.")
+@click.option("--lengths", type=Numbers(), default="4k,8k,16k", help="Prompt and answer, in tokens.")
 @click.option(
-    "--depths", type=Depths(), help="How many, evenly from 0 to 100 %, or a list of percentages.  [default: 10]"
+    "--depths", type=Depths(), help="How many, evenly from 0 to 100 %, or a list of percentages.  [default: 5]"
 )
-@click.option("--samples", default=3, help="Prompts a depth and length; of along, a length.")
+@click.option("--samples", default=1, help="Prompts a depth and length; of along, a length.")
 @click.option("--needles", type=int, help="Facts a prompt, of multi, two_hop and along.")
 @click.option(
     "--question", type=click.Choice(["start", "middle", "end"]), help="Where in the text it stands.  [default: end]"
