@@ -41,6 +41,7 @@ def test_needles_are_found_and_reported(tmp_path: Path) -> None:
     assert "100.0" in (tmp_path / "needle_along.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_text_is_a_haystack(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("The rain fell on the hills. " * 50)
     invoke(
@@ -53,6 +54,7 @@ def test_a_text_is_a_haystack(tmp_path: Path) -> None:
     assert [item.group for item, _ in result.answers("dense")] == [{"depth": d, "length": 600} for d in (0, 50)]
 
 
+@pytest.mark.slow
 def test_the_suite_of_our_own_words(tmp_path: Path) -> None:
     output = invoke(
         "ruler", "single_noise", "variable_tracking", "--lengths", "1k", "--samples", "1", "--method", "dense",
@@ -151,6 +153,7 @@ def test_an_interrupted_run_is_reported_as_incomplete_and_goes_on(
     assert invoke("report", str(tmp_path / "needle_along.json"), "--markdown").stdout.startswith("# ")
 
 
+@pytest.mark.slow
 def test_reports_of_runs_that_broke_off_at_their_end(tmp_path: Path) -> None:
     def asked(name: str, *more: str) -> tuple[str, ...]:
         start = ("needle", "--kind", "along", "--lengths", "600", "--samples", "1", "--method", "dense")

@@ -348,6 +348,7 @@ def test_a_formula_in_a_label_is_not_set_as_one(tmp_path: Path) -> None:
     assert len(write_report(result, tmp_path)) == 3
 
 
+@pytest.mark.slow
 def test_a_real_run_has_a_report(tmp_path: Path) -> None:
     result = run_eval(Parity(2), *load_model(device="cpu"), SPECS, tmp_path)
     assert result is not None

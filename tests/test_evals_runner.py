@@ -201,6 +201,7 @@ def test_a_profile_that_has_changed_is_another_method(loaded: tuple[Any, Any], t
     assert run_eval(Parity(), *loaded, specs, tmp_path / "out") is not None
 
 
+@pytest.mark.slow
 def test_a_line_that_ends_inside_a_character_is_cut_off(
     loaded: tuple[Any, Any], whole: Path, tmp_path: Path
 ) -> None:  # fmt: skip
@@ -259,6 +260,7 @@ def test_peaks_are_not_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not reset_peak_memory(torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(
     loaded: tuple[Any, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +289,7 @@ def test_a_disk_that_is_really_full_says_what_to_do(tmp_path: Path) -> None:
             part.session({})
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(whole: Path, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker = Path(__file__).with_name("evals_worker.py")

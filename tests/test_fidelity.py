@@ -77,7 +77,9 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", HEADS)
+@pytest.mark.parametrize(
+    "family", [name if name in ("llama", "gemma2") else pytest.param(name, marks=pytest.mark.slow) for name in HEADS]
+)
 def test_every_number_is_the_direct_formula_over_full_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "CHUNK_NUMBERS", 128 * 37)  # chunks that end nowhere in particular
     model = tiny_model(family, **HEADS[family])
@@ -244,6 +246,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
+@pytest.mark.slow
 def test_logits_of_all_positions_are_never_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Full float32 logits would take 410 MB here, and their comparison in float64 several times as much."""
     monkeypatch.setattr(chunked, "CHUNK_NUMBERS", 1 << 19)

@@ -96,8 +96,8 @@ def test_every_method_is_tried_here() -> None:
     assert set(METHODS) == {name.partition(",")[0] for name in WAYS}
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", ["dense", "block_sparse, everything kept"])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("name", ["dense", pytest.param("block_sparse, everything kept", marks=pytest.mark.slow)])
 def test_dense_is_what_the_harness_says(loaded: Any, asked: Any, stock: Any, name: str, rows: int) -> None:
     lm = model_class()(loaded[0], tokenizer=loaded[1], batch_size=rows, **way(name))
     try:
@@ -112,7 +112,7 @@ def test_dense_is_what_the_harness_says(loaded: Any, asked: Any, stock: Any, nam
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in ("block_sparse", "vertical_slash") else pytest.mark.slow)
+        pytest.param(name, marks=() if name == "vertical_slash" else pytest.mark.slow)
         for name in WAYS
         if name != "dense"
     ],
@@ -131,6 +131,7 @@ def test_a_batch_says_what_each_says_alone(loaded: Any, asked: Any, name: str) -
 
 
 @pytest.mark.parametrize(("method", "options"), [("tri_shape", {"window": 64}), ("vertical_slash", {"density": 0.6})])
+@pytest.mark.slow
 def test_padding_on_the_right_would_be_wrong(loaded: Any, method: str, options: dict[str, Any]) -> None:
     """Why prompts are batched by length: the harness pads them, and what a method takes for the last queries is not."""
     wanted = requests("loglikelihood", [question(loaded[1], index, length) for index, length in enumerate((700, 1300))])
@@ -146,6 +147,7 @@ def test_padding_on_the_right_would_be_wrong(loaded: Any, method: str, options: 
 
 
 @pytest.mark.parametrize("name", [name for name in WAYS if name != "dense"])
+@pytest.mark.slow
 def test_left_padding_with_its_mask_changes_no_logit(loaded: Any, asked: Any, name: str) -> None:
     lm = model_class()(loaded[0], tokenizer=loaded[1], batch_size=3, **way(name))
     try:
@@ -173,6 +175,7 @@ def test_perplexity_windows_are_those_of_the_harness(loaded: Any, asked: Any) ->
     assert got == pytest.approx(want.loglikelihood_rolling(rolling, disable_tqdm=True), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_the_model_loses_its_start_as_in_the_harness(loaded: Any, asked: Any) -> None:
     want = likelihoods(HFLM(pretrained=loaded[0], tokenizer=loaded[1], max_length=280), asked)
     lm = model_class()(loaded[0], tokenizer=loaded[1], batch_size=3, max_length=280, method="dense")
@@ -189,6 +192,7 @@ def test_only_scored_tokens_get_logits(loaded: Any, asked: Any) -> None:
     assert max(sizes) < 20
 
 
+@pytest.mark.slow
 def test_logits_beyond_the_stated_size_are_refused_before_anything_runs(loaded: Any, asked: Any) -> None:
     lm = model_class()(loaded[0], tokenizer=loaded[1], method="dense", max_logits_gib=2**-10)
     likelihoods(lm, asked)  # few tokens are scored

@@ -237,6 +237,7 @@ def test_along_refuses_what_the_model_cannot_take() -> None:
         task.run(Attempt(model, tokenizer, task.prepare("along/33000/0"), MethodSpec("dense")))
 
 
+@pytest.mark.slow
 def test_the_model_inside_finds_needles_wherever_the_question_stands() -> None:
     model, tokenizer = model_inside()
     for question_at in ("start", "middle", "end"):

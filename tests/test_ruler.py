@@ -185,6 +185,7 @@ def test_special_tokens() -> None:
     assert not Renderer.of(inside()).template
 
 
+@pytest.mark.slow
 def test_the_model_inside_finds_single_needles() -> None:
     model, tokenizer = model_inside()
     task = Ruler(
