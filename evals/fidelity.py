@@ -144,6 +144,7 @@ class Fidelity:
             f"methods that look ahead ({ahead}; any method with last rows dense) choose what a token attends to by "
             "tokens that follow, which flatters their perplexity; their answers are marked",
             "every method chooses for a block of queries at a time, so up to a block less one token ahead plays in",
+            "peak memory of the methods holds the dense model's hidden states too, which they are compared with",
             *(("kept mass is measured on sampled queries of the whole prompt, the same for all of its parts",)
               if self.layers else ()),
         )  # fmt: skip
