@@ -75,9 +75,10 @@ clean: ## remove environments, caches and build products
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
+# always from nothing: the packaging that is tested is too old for a setuptools that finds it beside itself.
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	@echo "installing into .venv-oldest: a few minutes the first time"
-	test -x $(OLDEST)/python || $(PYTHON) -m venv .venv-oldest
+	$(PYTHON) -m venv --clear .venv-oldest
 	$(OLDEST)/python -m pip install -q -c constraints-oldest.txt setuptools
 	$(OLDEST)/python -m pip install -q -c constraints-oldest.txt --no-build-isolation -e '.[test]'
 	@touch $@

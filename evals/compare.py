@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from sparseprefill.evals.results import EvalResult, Run
 from sparseprefill.evals.tasks import Group, Item, Metric
+from sparseprefill.reports import summed
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -304,8 +305,8 @@ def _costs(result: EvalResult) -> list[CostSummary]:
                     {} if length is None else {"length": length}, method.label, len(own), quantile(own, 0.5),
                     quantile(own, 0.9), statistics.median(ratios) if ratios else None, max(peaks, default=None),
                     _mean([each.density for each in seen]), _mean([each.tile_work for each in seen]),
-                    _mean([each.kept_mass for each in seen]), _added([run.kernels for run in runs]),
-                    _added([run.previous_calls for run in runs]),
+                    _mean([each.kept_mass for each in seen]), summed([run.kernels for run in runs]),
+                    summed([run.previous_calls for run in runs]),
                 )
             )  # fmt: skip
     return costs
@@ -319,11 +320,3 @@ def quantile(values: Sequence[float], share: float) -> float | None:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
-
-
-def _added(counts: Sequence[dict[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for each in counts:
-        for name, count in each.items():
-            total[name] = total.get(name, 0) + count
-    return total

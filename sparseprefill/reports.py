@@ -61,12 +61,12 @@ class PatchReport:
     @property
     def previous_calls(self) -> dict[str, int]:
         """Attention calls left to the previous implementation, over all layers, by reason."""
-        return _summed(layer.previous_calls for layer in self.layers)
+        return summed(layer.previous_calls for layer in self.layers)
 
     @property
     def kernels(self) -> dict[str, int]:
         """Sparse attention calls by the implementation that computed them."""
-        return _summed(layer.kernels for layer in self.layers)
+        return summed(layer.kernels for layer in self.layers)
 
     @property
     def guard_checks(self) -> int:
@@ -114,7 +114,8 @@ class PatchReport:
 _GUARD_HEAD = ("re-runs", "lowest row", "guard s", "re-run s")
 
 
-def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+def summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Counts added by name."""
     total: dict[str, int] = {}
     for each in counts:
         for name, count in each.items():

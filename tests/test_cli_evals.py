@@ -65,6 +65,7 @@ def test_the_suite_of_our_own_words(tmp_path: Path) -> None:
     assert [item.group["task"] for item, _ in result.answers("dense")] == ["single_noise", "variable_tracking"]
 
 
+@pytest.mark.slow
 def test_fidelity(tmp_path: Path) -> None:
     invoke(
         "fidelity", "--lengths", "512", "--windows", "1", "--method", "block_sparse:keep=1.0", "--out", str(tmp_path),

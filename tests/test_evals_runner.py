@@ -177,6 +177,7 @@ def test_any_weight_and_any_setting_that_decides_answers_tells_models_apart(load
     assert (runner.model_identity(model), runner.tokenizer_identity(tokenizer)) == before
 
 
+@pytest.mark.slow
 def test_a_profile_that_has_changed_is_another_method(loaded: tuple[Any, Any], tmp_path: Path) -> None:
     model, _ = loaded
     profile = tmp_path / "p.json"

@@ -109,14 +109,8 @@ def test_dense_is_what_the_harness_says(loaded: Any, asked: Any, stock: Any, nam
     assert all(found), "the model inside does not answer, so that texts say little"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == "vertical_slash" else pytest.mark.slow)
-        for name in WAYS
-        if name != "dense"
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in WAYS if name != "dense"])
 def test_a_batch_says_what_each_says_alone(loaded: Any, asked: Any, name: str) -> None:
     found = []
     for rows in (1, 3):
