@@ -29,7 +29,7 @@ from sparseprefill.evals.layer_errors import (
     sampled_places,
 )
 from sparseprefill.evals.logits import FinalStates, NextTokens, OutputHead, compare_next_tokens
-from sparseprefill.evals.methods import MethodSpec
+from sparseprefill.evals.prompt_rendering import prefix_ids
 from sparseprefill.evals.tasks import Answer, Attempt, Item, Metric, Prompt, Total
 from sparseprefill.files import read_text
 from sparseprefill.prefill import METHODS
@@ -132,7 +132,7 @@ class Fidelity:
         self._text = None if text is None else read_text(text, "text")
         if self._text is not None and not self._text.strip():
             raise ValueError(f"the text {text} is empty: name a file with long text in it")
-        self._before = _special_tokens(tokenizer)
+        self._before = prefix_ids(tokenizer)
         self._prompts = {f"{length}/{i}": (length, i) for length in self.lengths for i in range(windows)}
 
     @property
@@ -270,7 +270,7 @@ class Fidelity:
         }  # fmt: skip
         details: dict[str, Any] = {
             "positions": [start, stop], "perplexity": _exp(nll), "dense_perplexity": _exp(dense_nll),
-            "looks_ahead": looks_ahead(attempt.spec, attempt.last_rows_dense),
+            "looks_ahead": attempt.spec.looks_ahead(attempt.last_rows_dense),
         }  # fmt: skip
         if errors is not None:
             each = {} if own is None else {str(layer): found[part] for layer, found in own.errors.items()}
@@ -311,23 +311,5 @@ class Fidelity:
         return totals
 
 
-def looks_ahead(spec: MethodSpec, last_rows_dense: int = 0) -> bool:
-    """Whether what a token attends to depends on later tokens, so that likelihoods of a text are flattered.
-
-    Last rows that attend densely depend on where the prompt ends.
-    """
-    return last_rows_dense > 0 or METHODS[spec.name].looks_ahead
-
-
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
-
-
-def _special_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer sets before a text."""
-    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full: list[int] = tokenizer("a")["input_ids"]
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return full[:start]
-    raise ValueError("the tokenizer changes a text when it adds special tokens, so windows of it cannot be made")

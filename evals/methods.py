@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sparseprefill.huggingface import Patch, patch_model
-from sparseprefill.prefill import parse_options
+from sparseprefill.prefill import METHODS, parse_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,16 @@ class MethodSpec:
     def label(self) -> str:
         """As it is parsed."""
         return self.name + (":" + ",".join(f"{k}={v}" for k, v in self.options.items()) if self.options else "")
+
+    def looks_ahead(self, last_rows_dense: int = 0) -> bool:
+        """Whether blocks depend on later tokens, so that likelihoods of a text are flattered.
+
+        Last rows that attend densely depend on where the prompt ends.
+        """
+        if self.label == "dense":
+            return False
+        row = METHODS.get(self.name)
+        return self.options.get("last_rows_dense", last_rows_dense) > 0 or (row is not None and row.looks_ahead)
 
     @contextlib.contextmanager
     def applied(self, model: PreTrainedModel, **settings: Any) -> Iterator[Patch | None]:

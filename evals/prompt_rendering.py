@@ -79,12 +79,14 @@ def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
 
 
 def prefix_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before every text: a BOS token, or nothing."""
+    """What the tokenizer puts before every text: a BOS token, or nothing. ValueError where that cannot be told."""
     ids, plain = _encode(tokenizer, "a", True), plain_ids(tokenizer, "a")
     for start in range(len(ids) - len(plain) + 1):
         if ids[start : start + len(plain)] == plain:
             return ids[:start]
-    return []
+    raise ValueError(
+        "the tokenizer changes a text when it adds special tokens, so prompts cannot be put together for it"
+    )
 
 
 def haystack_settings(sentences: Sequence[str] | None) -> dict[str, Any]:

@@ -40,7 +40,6 @@ from sparseprefill.evals.results import (
 from sparseprefill.evals.tasks import Answer, Attempt, Prompt, Task
 from sparseprefill.files import parse_json, read_json, write_text
 from sparseprefill.huggingface import patch_model
-from sparseprefill.prefill import METHODS
 
 _MOST_PART_BYTES = 1 << 30
 
@@ -393,12 +392,8 @@ class _RunFiles:
 
 
 def _method_record(spec: MethodSpec, last_rows_dense: int) -> MethodRecord:
-    row = METHODS.get(spec.name)
-    # last rows that attend densely depend on where the prompt ends
-    rows = spec.options.get("last_rows_dense", last_rows_dense)
-    ahead = spec.label != "dense" and (rows > 0 or (row is not None and row.looks_ahead))
     plain = {key: x if isinstance(x, (str, int, float)) else repr(x) for key, x in spec.options.items()}
-    return MethodRecord(spec.label, spec.name, plain, ahead)
+    return MethodRecord(spec.label, spec.name, plain, spec.looks_ahead(last_rows_dense))
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:

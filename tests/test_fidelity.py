@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sparseprefill.evals import logits as chunked
-from sparseprefill.evals.fidelity import Fidelity, looks_ahead
+from sparseprefill.evals.fidelity import Fidelity
 from sparseprefill.evals.layer_errors import decoder_layers, hidden_errors, hidden_rows, own_errors, sampled_places
 from sparseprefill.evals.loading import load_model
 from sparseprefill.evals.logits import OutputHead, compare_next_tokens
@@ -344,9 +344,9 @@ def test_tokens_without_any_probability_add_nothing() -> None:
 
 
 def test_methods_that_look_ahead_are_marked() -> None:
-    assert looks_ahead(MethodSpec("vertical_slash"))
-    assert looks_ahead(A_SHAPE, last_rows_dense=64)
-    assert not looks_ahead(A_SHAPE)
+    assert MethodSpec("vertical_slash").looks_ahead()
+    assert A_SHAPE.looks_ahead(last_rows_dense=64)
+    assert not A_SHAPE.looks_ahead()
     task = Fidelity(Letters(), [LENGTH], windows=1, layers=False)
     model = tiny_model("llama")
     for spec, rows, marked in ((MethodSpec("vertical_slash"), 0, True), (A_SHAPE, 0, False), (A_SHAPE, 64, True)):
