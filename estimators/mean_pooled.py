@@ -32,6 +32,10 @@ class MeanPooled:
             scores.scatter_(-1, block[:, None, None, :, None].expand_as(own), own)
         return scores.flatten(1, 2) * inputs.scale
 
+    def products(self, inputs: AttentionInputs, grid: BlockGrid) -> int:
+        """What it costs a head, in products of a query and a key: a mean reads each token once."""
+        return grid.rows * grid.key_blocks + inputs.queries + inputs.last_key
+
     def _means_up_to_the_end(
         self, inputs: AttentionInputs, grid: BlockGrid, start: int, stop: int
     ) -> tuple[Tensor, Tensor]:

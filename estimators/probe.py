@@ -36,6 +36,10 @@ class Probe:
     def __post_init__(self) -> None:
         check_tokens("probe", self.rows)
 
+    def products(self, inputs: AttentionInputs) -> int:
+        """What it costs a head, in products of a query and a key."""
+        return min(self.rows, inputs.queries) * inputs.last_key
+
     def mass(self, inputs: AttentionInputs) -> ProbeMass:
         """Softmax of the probe rows over the keys they see, summed by column and by distance.
 

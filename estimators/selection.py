@@ -83,16 +83,24 @@ class TopK:
         Returns:
             ids int64 [batch, heads, rows, slots], of which the first count int64 [batch, heads, rows] are ascending.
         """
-        key_blocks = scores.shape[-1]
+        return self.cut(ranked(scores, visible, forced), visible, forced, block_k)
+
+    def cut(self, order: Tensor, visible: Tensor, forced: Tensor | None, block_k: int) -> tuple[Tensor, Tensor]:
+        """`select` from what `ranked` gave for the same blocks: one ranking serves all budgets."""
+        key_blocks = order.shape[-1]
         kept = keep_blocks(self.keep, visible.sum(-1), block_k)
         slots = most_blocks(self.keep, key_blocks, block_k)
-        ranked = scores.masked_fill(~visible[:, None], -torch.inf)
         if forced is not None:
-            forced = forced & visible
-            kept = torch.maximum(kept, forced.sum(-1))
-            slots = key_blocks if scores.device.type != "cpu" else max(slots, int(kept.max()))
-            ranked = ranked.masked_fill(forced[:, None], torch.inf)
-        order = ranked.argsort(dim=-1, descending=True, stable=True)[..., :slots]
-        beyond = torch.arange(slots, device=scores.device) >= kept[:, None, :, None]
-        ids = order.masked_fill(beyond, key_blocks).sort(-1).values
-        return ids, kept[:, None].expand(scores.shape[:3])
+            kept = torch.maximum(kept, (forced & visible).sum(-1))
+            slots = key_blocks if order.device.type != "cpu" else max(slots, int(kept.max()))
+        beyond = torch.arange(slots, device=order.device) >= kept[:, None, :, None]
+        ids = order[..., :slots].masked_fill(beyond, key_blocks).sort(-1).values
+        return ids, kept[:, None].expand(order.shape[:3])
+
+
+def ranked(scores: Tensor, visible: Tensor, forced: Tensor | None) -> Tensor:
+    """int64 [batch, heads, rows, key_blocks]: forced blocks, then visible ones by falling score, then the others."""
+    best_first = scores.masked_fill(~visible[:, None], -torch.inf)
+    if forced is not None:
+        best_first = best_first.masked_fill((forced & visible)[:, None], torch.inf)
+    return best_first.argsort(dim=-1, descending=True, stable=True)

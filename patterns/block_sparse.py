@@ -6,13 +6,14 @@ Jiang et al., "MInference 1.0", 2024, arXiv:2407.02490, section 3.2.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.mean_pooled import MeanPooled
-from sparseprefill.estimators.selection import Budget, TopK, check_budget, check_tokens
+from sparseprefill.estimators.selection import Budget, TopK, check_budget, check_tokens, ranked
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,26 @@ class BlockSparse:
             kept = rule.select(scores, visible[:, start:stop], forced[:, start:stop], grid.block_k)
             parts.append(BlockIndex.from_slots(grid, *kept))
         return BlockIndex.stack(parts)
+
+    @property
+    def family(self) -> tuple[Any, ...]:
+        """Budgets with the same sink and window rank blocks alike."""
+        return BlockSparse, self.sink, self.local
+
+    def estimate(self, inputs: AttentionInputs, grid: BlockGrid) -> Tensor:
+        """The ranking of blocks, int64 [batch, query_heads, rows, key_blocks], which `choose` cuts at the budget."""
+        scores = MeanPooled().scores(inputs, grid, 0, grid.rows)
+        return ranked(scores, grid.visible_block_mask(inputs), forced_blocks(inputs, grid, self.sink, self.local))
+
+    def choose(self, estimate: Tensor, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        """`build_index` from an estimate of its family."""
+        visible = grid.visible_block_mask(inputs)
+        forced = forced_blocks(inputs, grid, self.sink, self.local)
+        return BlockIndex.from_slots(grid, *TopK(self.keep).cut(estimate, visible, forced, grid.block_k))
+
+    def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> int:
+        """See `sparseprefill.patterns.nested`."""
+        return MeanPooled().products(inputs, grid)
 
 
 def forced_blocks(inputs: AttentionInputs, grid: BlockGrid, sink: int, local: int) -> Tensor:

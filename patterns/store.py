@@ -1,4 +1,9 @@
-"""Patterns of a whole model, and the JSON file that holds them."""
+"""Patterns of a whole model, and the JSON file that holds them: the profile.
+
+A profile says for which model it was made (hard keys: another value is refused), of which weights (a soft key), how it
+was made, and for each query head its pattern with what it kept and cost on the prompts it was chosen on and on held-out
+ones. Nothing in it is measured in seconds: what pays off depends on the machine, and a profile does not.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,10 @@ from sparseprefill.patterns.random_blocks import RandomBlocks
 from sparseprefill.patterns.tri_shape import TriShape
 from sparseprefill.patterns.vertical_slash import VerticalSlash
 
-SCHEMA = 1
+SCHEMA = 2
+HARD_KEYS = ("architecture", "layers", "query_heads", "kv_heads", "head_dim", "rope", "vocabulary")
+"""What a model must agree on with the one that a profile was made for."""
+
 # the largest models have 128 layers of 128 heads; a file that claims many times that would only cost memory
 MOST_LAYERS, MOST_HEADS = 1024, 1024
 # the names that patterns have in a file
@@ -34,11 +42,39 @@ PATTERNS: dict[str, type[Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class HeadScore:
+    """What a head's pattern keeps and costs, means over some prompts."""
+
+    mass: float  # attention mass kept, mean over query rows
+    low_mass: float  # kept at least by all query rows but the share that the profile names
+    density: float  # (query, key) pairs of computed tiles over all visible pairs
+    work: float  # tile_work and the work of finding the blocks, in units of dense attention
+
+    def __post_init__(self) -> None:
+        for name, most in (("mass", 1.0), ("low_mass", 1.0), ("density", 1.0), ("work", 1e6)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {files.shown(value)}")
+            if not 0 <= value <= most:
+                raise ValueError(f"{name} must be between 0 and {most:g}, got {files.shown(value)}")
+
+
+@dataclass(frozen=True, slots=True)
 class ModelPatterns:
-    """A pattern for every layer and query head, and the model they were made for."""
+    """A pattern for every layer and query head, the model they were made for, and why each was chosen."""
 
     layers: tuple[tuple[Pattern, ...], ...]  # [layer][query head]
-    model: dict[str, Any] = field(default_factory=dict)  # hard keys of the model; see `mismatch`
+    model: dict[str, Any] = field(default_factory=dict)  # `HARD_KEYS` of the model; see `mismatch`
+    weights: str | None = None  # hash of the weights, see `sparseprefill.huggingface_weights`; None: not known
+    tuning: tuple[tuple[HeadScore | None, ...], ...] = ()  # [layer][query head] on the prompts it was chosen on, or ()
+    held_out: tuple[tuple[HeadScore | None, ...], ...] = ()  # the same on prompts that had no part in the choice
+    made: dict[str, Any] = field(default_factory=dict)  # how: version, prompts, target, candidates; {}: by hand
+
+    def __post_init__(self) -> None:
+        for name in ("tuning", "held_out"):
+            scores = getattr(self, name)
+            if scores and [len(heads) for heads in scores] != [len(heads) for heads in self.layers]:
+                raise ValueError(f"{name} must have a score (or None) for each head of each layer")
 
     def for_layer(self, layer: int) -> Pattern:
         """The heads of one layer; one pattern where they all agree."""
@@ -62,9 +98,10 @@ class ModelPatterns:
         if len(self.layers) != model.get("layers", len(self.layers)):
             return f"the profile has {len(self.layers)} layers, this model has {model['layers']}"
         heads = model.get("query_heads")
-        for number, layer in enumerate(self.layers):
-            if heads is not None and len(layer) != heads:
-                return f"layer {number} of the profile has {len(layer)} heads, this model has {heads}"
+        each = heads if isinstance(heads, list) else [heads] * len(self.layers)  # a list where layers differ
+        for number, (layer, count) in enumerate(zip(self.layers, each, strict=True)):
+            if count is not None and len(layer) != count:
+                return f"layer {number} of the profile has {len(layer)} heads, this model has {count}"
         return None
 
 
@@ -74,29 +111,46 @@ def save_patterns(patterns: ModelPatterns, path: str | Path) -> None:
     Raises ValueError for what a profile cannot hold (a pattern of your own, say), FileNotFoundError where the folder
     is missing and OSError where the disk refuses; what stood at `path` is then unchanged.
     """
-    layers = [
-        [_entry(pattern, f"layer {layer}, head {head}") for head, pattern in enumerate(heads)]
-        for layer, heads in enumerate(patterns.layers)
-    ]
-    data = {"schema": SCHEMA, "model": patterns.model, "layers": layers}
     name = f"the profile for {path}"
+    head = {
+        "schema": SCHEMA, "made": patterns.made, "model": patterns.model,
+        **({} if patterns.weights is None else {"weights": patterns.weights}),
+    }  # fmt: skip
     try:
-        text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+        text = json.dumps(head, indent=1, allow_nan=False)
+        layers = [
+            ",\n".join(
+                "  " + json.dumps(_entry(patterns, layer, head), allow_nan=False) for head in range(len(heads))
+            )
+            for layer, heads in enumerate(patterns.layers)
+        ]  # fmt: skip
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{name} holds what JSON cannot: {error}") from error
+    text = text.removesuffix("\n}") + ',\n "layers": [\n  [\n' + "\n  ],\n  [\n".join(layers) + "\n  ]\n ]\n}\n"
     if len(text) > files.MOST_JSON_BYTES:
         raise ValueError(f"{name} is larger than {files.MOST_JSON_BYTES} bytes, the most that is read")
     if _profile(files.parse_json(text, name), name) != patterns:
-        raise ValueError(f"{name} would not be read back as it is: keys and values of `model` must be plain")
+        raise ValueError(f"{name} would not be read back as it is: keys and values of `model` and `made` must be plain")
     files.write_text(path, text)
 
 
-def _entry(pattern: Any, place: str) -> dict[str, Any]:
+def _entry(profile: ModelPatterns, layer: int, head: int) -> dict[str, Any]:
+    pattern: Any = profile.layers[layer][head]
     names = {cls: name for name, cls in PATTERNS.items()}
     if type(pattern) not in names:
-        raise ValueError(f"{place}: a profile holds {', '.join(PATTERNS)}, and no {type(pattern).__name__}")
+        raise ValueError(
+            f"layer {layer}, head {head}: a profile holds {', '.join(PATTERNS)}, and no {type(pattern).__name__}"
+        )
     values = {f.name: getattr(pattern, f.name) for f in dataclasses.fields(pattern)}
-    return {"type": names[type(pattern)], **{name: value for name, value in values.items() if value is not None}}
+    entry = {"type": names[type(pattern)], **{name: value for name, value in values.items() if value is not None}}
+    for kind in _SCORES:
+        scores = getattr(profile, kind)
+        if scores and scores[layer][head] is not None:
+            entry[kind] = dataclasses.asdict(scores[layer][head])
+    return entry
+
+
+_SCORES = ("tuning", "held_out")
 
 
 def load_patterns(path: str | Path) -> ModelPatterns:
@@ -111,8 +165,10 @@ def load_patterns(path: str | Path) -> ModelPatterns:
 def _profile(data: Any, name: str) -> ModelPatterns:
     if not isinstance(data, dict) or type(data.get("schema")) is not int or data["schema"] != SCHEMA:
         found = files.shown(data.get("schema")) if isinstance(data, dict) else None
-        raise ValueError(f"{name} has schema {found}; this version reads schema {SCHEMA}")
-    strangers = data.keys() - {"schema", "model", "layers"}
+        raise ValueError(
+            f"{name} has schema {found}; this version reads schema {SCHEMA}: make it again with `sparseprefill profile`"
+        )
+    strangers = data.keys() - {"schema", "model", "weights", "made", "layers"}
     if strangers:
         raise ValueError(f"{name} has an unknown entry {files.shown(min(strangers))}: is it of a later version?")
     layers = data.get("layers")
@@ -123,21 +179,50 @@ def _profile(data: Any, name: str) -> ModelPatterns:
             f"{name} has {len(layers)} layers of up to {max(map(len, layers))} heads; "
             f"at most {MOST_LAYERS} of {MOST_HEADS} are read"
         )
-    made = tuple(
-        tuple(_pattern(entry, f"{name}: layer {layer}, head {head}") for head, entry in enumerate(heads))
-        for layer, heads in enumerate(layers)
-    )
-    model = data.get("model", {})
-    if not isinstance(model, dict):
-        raise ValueError(f"{name}: `model` must be an object, got {files.shown(model)}")
-    return ModelPatterns(made, model)
+    places = [
+        [f"{name}: layer {layer}, head {head}" for head in range(len(heads))] for layer, heads in enumerate(layers)
+    ]
+    read = [
+        [(_pattern(entry, place), *(_score(entry, kind, place) for kind in _SCORES))
+         for entry, place in zip(heads, own, strict=True)]
+        for heads, own in zip(layers, places, strict=True)
+    ]  # fmt: skip
+    made, tuning, held_out = (tuple(tuple(each[n] for each in heads) for heads in read) for n in range(3))
+    model, how, weights = data.get("model", {}), data.get("made", {}), data.get("weights")
+    for key, value in (("model", model), ("made", how)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}: `{key}` must be an object, got {files.shown(value)}")
+    if weights is not None and not isinstance(weights, str):
+        raise ValueError(f"{name}: `weights` must be a text, got {files.shown(weights)}")
+    missing = [key for key in HARD_KEYS if key not in model]
+    if how and missing:  # one that was written by hand may say less
+        raise ValueError(f"{name}: `model` lacks {', '.join(missing)}: the file is damaged; make it again")
+
+    def some(scores: Any) -> Any:
+        return scores if any(score is not None for heads in scores for score in heads) else ()
+
+    return ModelPatterns(made, model, weights, some(tuning), some(held_out), how)
+
+
+def _score(entry: Any, kind: str, place: str) -> HeadScore | None:
+    """What an entry says of its tuning or held-out prompts; None where it says nothing."""
+    if kind not in entry:
+        return None
+    values = entry[kind]
+    names = [field.name for field in dataclasses.fields(HeadScore)]
+    if not isinstance(values, dict) or sorted(values) != sorted(names):
+        raise ValueError(f"{place}: `{kind}` must have {', '.join(names)}, got {files.shown(values)}")
+    try:
+        return HeadScore(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{place}: {kind}: {error}") from error
 
 
 def _pattern(entry: Any, place: str) -> Pattern:
     kind = entry.get("type") if isinstance(entry, dict) else None
     if not isinstance(kind, str) or kind not in PATTERNS:
         raise ValueError(f"{place}: a pattern needs a `type` of {', '.join(PATTERNS)}, got {files.shown(entry)}")
-    options = {name: value for name, value in entry.items() if name != "type"}
+    options = {name: value for name, value in entry.items() if name not in ("type", *_SCORES)}
     known = [field.name for field in dataclasses.fields(PATTERNS[kind])]
     for name in options:
         if name not in known:

@@ -10,6 +10,7 @@ of d + 1 for the rest; a slash's score counts each distance by that share.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,11 +66,24 @@ class VerticalSlash:
                 f"vertical-slash needs square tiles, got block_q={grid.block_q} and block_k={grid.block_k}: "
                 "choose block_q equal to block_k"
             )
+        return self.choose(self.estimate(inputs, grid), inputs, grid)
+
+    @property
+    def family(self) -> tuple[Any, ...]:
+        """Budgets that look at as many queries rank columns and slashes alike."""
+        return VerticalSlash, self.probe
+
+    def estimate(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Tensor, Tensor]:
+        """Ranks of block columns and of block slashes, int64 [batch, query_heads, key_blocks]; `choose` cuts them."""
         column, slash = self._block_mass(inputs, grid)
         block = torch.arange(grid.key_blocks, device=inputs.device)
         column = column.masked_fill(block * grid.block_k < _SINK, torch.inf)
         slash = slash.masked_fill((block - 1) * grid.block_k < _BAND, torch.inf)
-        column_rank, slash_rank = _ranks(column), _ranks(slash)
+        return _ranks(column), _ranks(slash)
+
+    def choose(self, estimate: tuple[Tensor, Tensor], inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        """`build_index` from an estimate of its family."""
+        column_rank, slash_rank = estimate
         if self.density is None:
             assert self.verticals is not None
             assert self.slashes is not None
@@ -80,6 +94,10 @@ class VerticalSlash:
         columns = columns.clamp(min=-(-_SINK // grid.block_k))
         slashes = slashes.clamp(min=-(-_BAND // grid.block_k) + 1)
         return _index(column_rank < columns, slash_rank < slashes, inputs, grid)
+
+    def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> int:
+        """See `sparseprefill.patterns.nested`."""
+        return Probe(self.probe).products(inputs)
 
     def _block_mass(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Tensor, Tensor]:
         """[batch, query_heads, key_blocks] twice: probe mass of each block column and of each block slash."""

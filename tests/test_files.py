@@ -31,6 +31,7 @@ from sparseprefill.patterns import (
     AShape,
     BlockSparse,
     Dense,
+    HeadScore,
     LastRowsDense,
     ModelPatterns,
     RandomBlocks,
@@ -47,7 +48,15 @@ OURS = (ValueError, FileNotFoundError, PermissionError)
 HEADS = (
     AShape(16, 0.2), VerticalSlash(density=0.3), BlockSparse(keep=0.2), RandomBlocks(seed=3), TriShape(), Dense()
 )  # fmt: skip
-PROFILE = ModelPatterns((HEADS, HEADS[::-1]), {"layers": 2, "query_heads": 6, "architecture": "llama"})
+SCORES = (*(HeadScore(0.9 - n / 100, 0.5, n / 10, n / 9) for n in range(5)), None)
+PROFILE = ModelPatterns(
+    (HEADS, HEADS[::-1]),
+    {
+        "layers": 2, "query_heads": 6, "kv_heads": 2, "head_dim": 64, "architecture": "llama", "vocabulary": 9,
+        "rope": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    weights="0a1b", tuning=(SCORES, SCORES[::-1]), held_out=(SCORES[::-1], SCORES), made={"seeds": [1, 2]},
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -160,9 +169,9 @@ def _builds(pattern: Any) -> None:
     [
         ('{"schema": NaN}', "NaN is no number of JSON"),
         ('{"schema": -Infinity}', "-Infinity is no number"),
-        ('{"schema": 1, "x": 1e999}', "1e999 is too large"),
-        ('{"schema": 1, "schema": 2}', "'schema' comes twice"),
-        ('{"schema": 1, "layers": [[{"type": "a_shape", "sink": 1, "sink": 2}]]}', "'sink' comes twice"),
+        ('{"schema": 2, "x": 1e999}', "1e999 is too large"),
+        ('{"schema": 2, "schema": 1}', "'schema' comes twice"),
+        ('{"schema": 2, "layers": [[{"type": "a_shape", "sink": 1, "sink": 2}]]}', "'sink' comes twice"),
         ("[" * 100000, "nests deeper than|is not a JSON profile"),
         ("[" * 100000 + "]" * 100000, "nests deeper than"),
         ("[" * 20 + "]" * 20, "nests deeper than 16"),
@@ -170,13 +179,31 @@ def _builds(pattern: Any) -> None:
         ("9" * 5000, "is not a JSON profile.*digits"),
         ('{"schema": true}', "schema True"),
         ('{"schema": 1.0}', "schema 1.0"),
-        ('{"schema": 1, "layers": [[{"type": "dense"}]], "then": 1}', "unknown entry 'then'"),
-        ('{"schema": 1, "layers": [[{"type": ["dense"]}]]}', "layer 0, head 0: a pattern needs a `type`"),
-        ('{"schema": 1, "layers": [[{"type": "__import__"}]]}', "a pattern needs a `type`"),
-        ('{"schema": 1, "layers": [[{"type": "dense", "__class__": 1}]]}', "has no option '__class__'"),
-        ('{"schema": 1, "layers": [[{"type": "dense"}]], "model": []}', "`model` must be an object"),
-        (json.dumps({"schema": 1, "layers": [[{"type": "dense"}]] * 1025}), "1025 layers .* at most 1024"),
-        (json.dumps({"schema": 1, "layers": [[{"type": "dense"}] * 1025]}), "1 layers of up to 1025 heads"),
+        ('{"schema": 2, "layers": [[{"type": "dense"}]], "then": 1}', "unknown entry 'then'"),
+        ('{"schema": 2, "layers": [[{"type": ["dense"]}]]}', "layer 0, head 0: a pattern needs a `type`"),
+        ('{"schema": 2, "layers": [[{"type": "__import__"}]]}', "a pattern needs a `type`"),
+        ('{"schema": 2, "layers": [[{"type": "dense", "__class__": 1}]]}', "has no option '__class__'"),
+        ('{"schema": 2, "layers": [[{"type": "dense"}]], "model": []}', "`model` must be an object"),
+        ('{"schema": 1, "layers": [[{"type": "dense"}]]}', "schema 1; this version reads schema 2: make it again"),
+        ('{"schema": 2, "layers": [[{"type": "dense"}]], "made": 1}', "`made` must be an object"),
+        ('{"schema": 2, "layers": [[{"type": "dense"}]], "weights": 1}', "`weights` must be a text"),
+        (
+            '{"schema": 2, "layers": [[{"type": "dense"}]], "made": {"a": 1}, "model": {"layers": 1}}',
+            "`model` lacks architecture, query_heads, kv_heads, head_dim, rope, vocabulary",
+        ),
+        ('{"schema": 2, "layers": [[{"type": "dense", "tuning": {"mass": 1}}]]}', "head 0: `tuning` must have mass, low"),
+        (
+            '{"schema": 2, "layers": [[{"type": "dense", "held_out": '
+            '{"mass": 1.1, "low_mass": 1, "density": 1, "work": 1}}]]}',
+            "layer 0, head 0: held_out: mass must be between 0 and 1",
+        ),
+        (
+            '{"schema": 2, "layers": [[{"type": "dense", "tuning": '
+            '{"mass": true, "low_mass": 1, "density": 1, "work": 1}}]]}',
+            "layer 0, head 0: tuning: mass must be a number",
+        ),
+        (json.dumps({"schema": 2, "layers": [[{"type": "dense"}]] * 1025}), "1025 layers .* at most 1024"),
+        (json.dumps({"schema": 2, "layers": [[{"type": "dense"}] * 1025]}), "1 layers of up to 1025 heads"),
     ],
     ids=lambda value: f"{value:.40}",
 )  # fmt: skip
@@ -194,7 +221,7 @@ def test_wrong_encodings(profile: Path, encoding: str) -> None:
     with pytest.raises(ValueError, match=r"is not UTF-8 text: .* at byte") as caught:
         load_patterns(profile)
     assert type(caught.value) is ValueError
-    profile.write_bytes(b"\xef\xbb\xbf" + json.dumps({"schema": 1, "layers": [[{"type": "dense"}]]}).encode())
+    profile.write_bytes(b"\xef\xbb\xbf" + json.dumps({"schema": 2, "layers": [[{"type": "dense"}]]}).encode())
     assert load_patterns(profile).layers == ((Dense(),),)  # a byte order mark is harmless
 
 

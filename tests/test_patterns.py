@@ -485,9 +485,9 @@ def test_profiles_are_kept_in_a_file(tmp_path: Any) -> None:
     assert resolved.for_layer(2) == LastRowsDense(Dense(), 5)
     for text, message in (
         ('{"schema": 9}', "schema 9"),
-        ('{"schema": 1, "layers": []}', "list of layers"),
-        ('{"schema": 1, "layers": [[{"type": "star"}]]}', "layer 0, head 0: a pattern needs a `type`"),
-        ('{"schema": 1, "layers": [[{"type": "a_shape", "window": -1}]]}', "layer 0, head 0: window"),
+        ('{"schema": 2, "layers": []}', "list of layers"),
+        ('{"schema": 2, "layers": [[{"type": "star"}]]}', "layer 0, head 0: a pattern needs a `type`"),
+        ('{"schema": 2, "layers": [[{"type": "a_shape", "window": -1}]]}', "layer 0, head 0: window"),
     ):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -183,19 +183,19 @@ CASES: dict[str, Refusal] = {
     # the profile
     "no profile": Refusal(profiled, FileNotFoundError, "there is no profile at"),
     "a profile and a budget": Refusal(patching(profile="x", density=0.5), ValueError, "a profile brings its own"),
-    "a profile cut short": Refusal(profiled, ValueError, "not a JSON profile", with_profile('{"schema": 1, "la')),
+    "a profile cut short": Refusal(profiled, ValueError, "not a JSON profile", with_profile('{"schema": 2, "la')),
     "a profile in bytes": Refusal(profiled, ValueError, "is not UTF-8 text", with_profile(b"\xff\xfe\x00profile")),
     "a profile of a later schema": Refusal(profiled, ValueError, "has schema 99", with_profile('{"schema": 99}')),
     "a profile without layers": Refusal(
-        profiled, ValueError, "`layers` must be a list", with_profile('{"schema": 1, "layers": {}}')
+        profiled, ValueError, "`layers` must be a list", with_profile('{"schema": 2, "layers": {}}')
     ),
     "an unknown pattern": Refusal(
         profiled, ValueError, "layer 0, head 0: a pattern needs a `type`",
-        with_profile('{"schema": 1, "layers": [[{"type": "spiral"}]]}'),
+        with_profile('{"schema": 2, "layers": [[{"type": "spiral"}]]}'),
     ),
     "a profile with a bad budget": Refusal(
         profiled, ValueError, "layer 0, head 0: window must be at least 1",
-        with_profile('{"schema": 1, "layers": [[{"type": "a_shape", "window": -1}]]}'),
+        with_profile('{"schema": 2, "layers": [[{"type": "a_shape", "window": -1}]]}'),
     ),
     "a profile with other layers": Refusal(
         profiled, ValueError, "the profile has 2 layers, this model has 3",
@@ -324,4 +324,4 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path) -> None:
         save_patterns(ModelPatterns(((Dense(),),), {"x": object()}), path)
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["profile.json"]
-    assert json.loads(old)["schema"] == 1
+    assert json.loads(old)["schema"] == 2
