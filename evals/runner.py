@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from io import BufferedReader, RawIOBase
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,9 @@ from sparseprefill.evals.results import (
     check_schema,
 )
 from sparseprefill.evals.tasks import Answer, Attempt, Prompt, Task
-from sparseprefill.files import parse_json, read_json, write_text
+from sparseprefill.files import check_same, lock, parse_json, read_json, write_text
 from sparseprefill.huggingface import patch_model
+from sparseprefill.huggingface_identity import model_identity, tokenizer_identity
 
 _MOST_PART_BYTES = 1 << 30
 
@@ -293,7 +294,7 @@ class _RunFiles:
         if not self.result.exists():
             return None
         result = EvalResult.load(self.result)
-        _check_same(result.settings, settings, self.result)
+        check_same(result.settings, settings, self.result)
         return result
 
     def begin(self, header: dict[str, Any]) -> None:
@@ -315,13 +316,13 @@ class _RunFiles:
 
     def check(self, settings: dict[str, Any]) -> None:
         """ValueError where the run that stands is of other settings."""
-        _check_same(self.header()["settings"], settings, self.run)
+        check_same(self.header()["settings"], settings, self.run)
 
     def discard(self) -> None:
         """Remove all that a run left. ValueError where a process is still at it."""
         with contextlib.ExitStack() as locked:
             for path in self.parts.glob("*.jsonl"):
-                _lock(locked.enter_context(path.open("rb")), path)
+                lock(locked.enter_context(path.open("rb")), path)
             self.result.unlink(missing_ok=True)
             self.clear()
 
@@ -337,7 +338,7 @@ class _RunFiles:
         self.parts.mkdir(exist_ok=True)
         path = self.parts / f"{rank}.jsonl"
         with path.open("ab", buffering=0) as file:  # nothing is left to be written when it is closed
-            _lock(file, path)
+            lock(file, path)
             _drop_torn_line(path)
             part = _Part(file, path)
             part.session(found)
@@ -396,28 +397,6 @@ def _method_record(spec: MethodSpec, last_rows_dense: int) -> MethodRecord:
     return MethodRecord(spec.label, spec.name, plain, spec.looks_ahead(last_rows_dense))
 
 
-def _check_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    differing = sorted(_differences(before, now))
-    if differing:
-        raise ValueError(
-            f"{path} is of a run with other settings ({'; '.join(differing[:5])}): use the same settings to go on, or "
-            "name another folder"
-        )
-
-
-def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in before.keys() | now.keys():
-            yield from _differences(before.get(key), now.get(key), f"{where}.{key}".lstrip("."))
-    elif before != now:
-        yield f"{where}: {_short(before)} there, {_short(now)} now"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _whole_lines(path: Path) -> list[str]:
     """The lines of a part; what a crash cut off, perhaps inside of a character, is none."""
     if path.stat().st_size > _MOST_PART_BYTES:
@@ -430,70 +409,8 @@ def _whole_lines(path: Path) -> list[str]:
     return text.split("\n")[:-1]
 
 
-def _lock(file: RawIOBase | BufferedReader, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # no such locks on Windows
-        return
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"another process writes {path}: wait for it, or name another folder") from error
-
-
 def _drop_torn_line(path: Path) -> None:
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         os.truncate(path, whole)
-
-
-def model_identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What tells a model from others: name, dtype, device, configurations, and a checksum of every weight."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _VOLATILE}
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        if not isinstance(weight, torch.Tensor):
-            continue
-        digest.update(f"{name} {tuple(weight.shape)} ".encode())
-        if not weight.is_meta and weight.numel():  # offloaded: its values are elsewhere until the layer runs
-            digest.update(f"{_checksum(weight)} ".encode())
-    generation = getattr(model, "generation_config", None)
-    written = {} if generation is None else generation.to_dict()
-    return {
-        "name": Path(str(model.name_or_path)).name, "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type, "weights": digest.hexdigest()[:16],
-        "config": _short_sha(config),
-        "generation_config": _short_sha({key: value for key, value in written.items() if key not in _VOLATILE}),
-    }  # fmt: skip
-
-
-def _checksum(weight: torch.Tensor) -> tuple[int, int, int]:
-    """Sums of the bits as integers: exact, whatever the order and the number of threads."""
-    bits = weight.detach().reshape(-1).contiguous().view(torch.uint8)
-    if bits.storage_offset() % 4:
-        bits = bits.clone()
-    whole = bits.numel() // 4 * 4
-    words = bits[:whole].view(torch.int32)
-    parts = (words, words[::3], bits[whole:])
-    first, second, third = (int(part.sum(dtype=torch.int64)) for part in parts)
-    return first, second, third
-
-
-def _short_sha(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-_VOLATILE = ("transformers_version", "_name_or_path", "_attn_implementation", "_attn_implementation_internal")
-
-
-def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """What tells a tokenizer from others: class, vocabulary, special tokens and chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    template = getattr(tokenizer, "chat_template", None)
-    return {
-        "class": type(tokenizer).__name__, "sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "special": _short_sha({key: str(value) for key, value in tokenizer.special_tokens_map.items()}),
-        "chat_template": None if template is None else hashlib.sha256(str(template).encode()).hexdigest()[:16],
-    }  # fmt: skip

@@ -213,7 +213,7 @@ class _Cells:
         )  # fmt: skip
 
     def add(self, rows: Tensor, mass: Tensor, real: Tensor, mask: Tensor) -> None:
-        """Mass [heads, rows, block_q, blocks], real [.., 1] for these queries, mask [heads, rows, key_blocks, count]."""
+        """Mass [heads, rows, block_q, blocks], real [.., 1] of its queries; mask [heads, rows, key_blocks, count]."""
         row, column = rows // self.width, torch.arange(mask.shape[2], device=rows.device) // self.width
         by_block = (mass * real).sum(2).float()
         by_cell = torch.zeros(*by_block.shape[:2], self.mass.shape[2], device=rows.device)

@@ -14,6 +14,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
+from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -158,3 +159,38 @@ def check_folder(path: str | Path) -> None:
         raise ValueError(f"{path} is a folder: name a file to write")
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError(f"{path} is a device or a pipe, which would be replaced: name a file to write")
+
+
+def lock(file: RawIOBase | BufferedReader, path: str | Path) -> None:
+    """Keep an open file to this process, until it is closed. ValueError where another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another process writes {path}: wait for it, or name another folder") from error
+
+
+def check_same(before: dict[str, Any], now: dict[str, Any], path: str | Path) -> None:
+    """ValueError, with what differs, where a run that stands at `path` had other settings than this one."""
+    differing = sorted(_differences(before, now))
+    if differing:
+        raise ValueError(
+            f"{path} is of a run with other settings ({'; '.join(differing[:5])}): use the same settings to go on, or "
+            "name another folder"
+        )
+
+
+def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() | now.keys():
+            yield from _differences(before.get(key), now.get(key), f"{where}.{key}".lstrip("."))
+    elif before != now:
+        yield f"{where}: {_short(before)} there, {_short(now)} now"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -14,6 +14,7 @@ import pytest
 import torch
 from eval_tasks import SPECS, Parity, comparable
 
+from sparseprefill import huggingface_identity
 from sparseprefill.evals import runner
 from sparseprefill.evals.loading import load_model
 from sparseprefill.evals.methods import MethodSpec
@@ -157,24 +158,24 @@ def test_other_weights_are_another_model(loaded: tuple[Any, Any], whole: Path) -
 
 def test_any_weight_and_any_setting_that_decides_answers_tells_models_apart(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-    before = runner.model_identity(model), runner.tokenizer_identity(tokenizer)
+    before = huggingface_identity.model_identity(model), huggingface_identity.tokenizer_identity(tokenizer)
     weight = model.get_input_embeddings().weight
     with torch.no_grad():
         for place in (0, 1, 2, weight.numel() - 1):
             kept = weight.view(-1)[place].item()
             weight.view(-1)[place] = kept + 1
-            assert runner.model_identity(model)["weights"] != before[0]["weights"], place
+            assert huggingface_identity.model_identity(model)["weights"] != before[0]["weights"], place
             weight.view(-1)[place] = kept
-    assert runner.model_identity(model) == before[0]
+    assert huggingface_identity.model_identity(model) == before[0]
     kept = model.generation_config.no_repeat_ngram_size
     model.generation_config.no_repeat_ngram_size = 3
-    assert runner.model_identity(model) != before[0]
+    assert huggingface_identity.model_identity(model) != before[0]
     model.generation_config.no_repeat_ngram_size = kept
     ends = tokenizer.eos_token
     tokenizer.eos_token = "the"
-    assert runner.tokenizer_identity(tokenizer) != before[1]
+    assert huggingface_identity.tokenizer_identity(tokenizer) != before[1]
     tokenizer.eos_token = ends
-    assert (runner.model_identity(model), runner.tokenizer_identity(tokenizer)) == before
+    assert (huggingface_identity.model_identity(model), huggingface_identity.tokenizer_identity(tokenizer)) == before
 
 
 @pytest.mark.slow

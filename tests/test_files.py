@@ -191,7 +191,7 @@ def _builds(pattern: Any) -> None:
             '{"schema": 2, "layers": [[{"type": "dense"}]], "made": {"a": 1}, "model": {"layers": 1}}',
             "`model` lacks architecture, query_heads, kv_heads, head_dim, rope, vocabulary",
         ),
-        ('{"schema": 2, "layers": [[{"type": "dense", "tuning": {"mass": 1}}]]}', "head 0: `tuning` must have mass, low"),
+        ('{"schema": 2, "layers": [[{"type": "dense", "tuning": {"mass": 1}}]]}', "head 0: `tuning` must have mass"),
         (
             '{"schema": 2, "layers": [[{"type": "dense", "held_out": '
             '{"mass": 1.1, "low_mass": 1, "density": 1, "work": 1}}]]}',
