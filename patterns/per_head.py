@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
-from sparseprefill.patterns.last_rows import Pattern
+from sparseprefill.patterns.last_rows import LastRowsDense, Pattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +27,12 @@ class PerHead:
             groups.setdefault(pattern, []).append(head)
         parts = [(heads, pattern.build_index(inputs.select_heads(heads), grid)) for pattern, heads in groups.items()]
         return BlockIndex.merge(parts, inputs.query_heads)
+
+
+def of_heads(pattern: Pattern, heads: Sequence[int]) -> Pattern:
+    """The part of a layer's pattern that some of its heads follow."""
+    if isinstance(pattern, PerHead):
+        return PerHead(tuple(pattern.patterns[head] for head in heads))
+    if isinstance(pattern, LastRowsDense):
+        return dataclasses.replace(pattern, pattern=of_heads(pattern.pattern, heads))
+    return pattern

@@ -19,6 +19,7 @@ from sparseprefill.coverage import tile_pairs
 from sparseprefill.kernels.block_mass import block_mass
 from sparseprefill.patterns.last_rows import Pattern
 from sparseprefill.patterns.nested import build_indexes, estimator_work
+from sparseprefill.patterns.per_head import of_heads
 
 BINS = 256
 """Bins of lost mass: the first up to a millionth, the others in equal ratios up to 1."""
@@ -116,11 +117,11 @@ def score(
         raise ValueError(f"every must be at least 1, got {every}")
     grid = BlockGrid.of(inputs, block, block)
     heads = _together(inputs.query_heads, inputs.group_size, grid.key_blocks, len(patterns))
-    parts = [
-        _score_heads(inputs.select_heads(range(start, min(start + heads, inputs.query_heads))), patterns, grid, every,
-                     picture)
-        for start in range(0, inputs.query_heads, heads)
-    ]  # fmt: skip
+    parts = []
+    for start in range(0, inputs.query_heads, heads):
+        some = range(start, min(start + heads, inputs.query_heads))
+        own = [of_heads(pattern, some) for pattern in patterns]
+        parts.append(_score_heads(inputs.select_heads(some), own, grid, every, picture))
     first = parts[0]
     drawn = [part.picture for part in parts if part.picture is not None]
     return LayerScores(

@@ -14,7 +14,6 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -22,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from sparseprefill.evals.loading import load_config, processor, provenance
 from sparseprefill.huggingface import Method, patched_layers, plan_patch
 from sparseprefill.huggingface_layers import PatchedLayer, Settings
-from sparseprefill.huggingface_masks import NAME, MaskInfo, masks_of
+from sparseprefill.huggingface_masks import NAME, MaskInfo, mask_of_layer, masks_of
 from sparseprefill.huggingface_modules import (
     STATE,
     LayerShape,
@@ -161,7 +160,9 @@ def explain(model: Any, method: Method = "minference", *, device: str | None = N
         shapes = layer_shapes(modules, config, tensor_parallel(inner))
         longest = getattr(config, "max_position_embeddings", None) or 1 << 20
         explained = tuple(
-            _explain_layer(layers[number], shapes[number], _mask_of(masks, config, number), place, inner.dtype, longest)
+            _explain_layer(
+                layers[number], shapes[number], mask_of_layer(masks, config, number), place, inner.dtype, longest
+            )
             for number in sorted(layers)
         )
         others = sorted(set(range(config.num_hidden_layers)) - set(layers))
@@ -231,17 +232,6 @@ def _describe_mask(mask: MaskInfo) -> str:
     if mask.chunk is not None:
         return f"chunks of {mask.chunk}"
     return "causal" if mask.window is None else f"sliding window of {mask.window}"
-
-
-def _mask_of(masks: dict[str, MaskInfo], config: PreTrainedConfig, layer: int) -> MaskInfo:
-    """The mask of a layer; of a hybrid whose layer types have names of their own, the one with full attention."""
-    if len(masks) == 1:
-        return next(iter(masks.values()))
-    kind = (getattr(config, "layer_types", None) or {layer: ""})[layer]
-    for name in (kind, "sliding_attention" if "sliding" in kind else "full_attention"):
-        if name in masks:
-            return masks[name]
-    return next(iter(masks.values()))
 
 
 def _state(model: PreTrainedModel, running: dict[int, PatchedLayer] | None) -> str:

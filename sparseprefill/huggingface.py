@@ -43,6 +43,7 @@ from sparseprefill.huggingface_modules import (
 )
 from sparseprefill.kernels import choose_implementation
 from sparseprefill.patterns import Dense, LastRowsDense, ModelPatterns, Pattern, PerHead
+from sparseprefill.patterns.per_head import of_heads
 from sparseprefill.prefill import (
     describe_pattern,
     resolve_method,
@@ -255,7 +256,7 @@ def plan_patch(
             )
     all_heads = {number: shape.query_heads * part.ranks for number, shape in shapes.items()}
     chosen = _patterns_of_layers(pattern, all_heads, dense_layers, layers, heads, last_rows_dense)
-    chosen = {number: _own_heads(each, part.of(all_heads[number])) for number, each in chosen.items()}
+    chosen = {number: of_heads(each, part.of(all_heads[number])) for number, each in chosen.items()}
     _try_patterns(chosen, shapes, settings)
 
     previous = _previous_implementation(model, config)
@@ -292,15 +293,6 @@ def patched_layers(model: nn.Module) -> dict[int, PatchedLayer] | None:
     """What the layers of a patched model do, by number; None for one that is not patched, registered or not."""
     states = [getattr(module, STATE) for module in model.modules() if hasattr(module, STATE)]
     return {state.number: state for state in states if not state.registered} or None
-
-
-def _own_heads(pattern: Pattern, heads: range) -> Pattern:
-    """The part of a layer's pattern that the heads of this process follow."""
-    if isinstance(pattern, PerHead):
-        return PerHead(pattern.patterns[heads.start : heads.stop])
-    if isinstance(pattern, LastRowsDense):
-        return dataclasses.replace(pattern, pattern=_own_heads(pattern.pattern, heads))
-    return pattern
 
 
 def _refuse_attentions(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:

@@ -219,6 +219,17 @@ def masks_of(model: Any, tokens: int) -> dict[str, MaskInfo]:
     return {name: mask for name, mask in known.items() if isinstance(mask, MaskInfo)} or {"": plain}
 
 
+def mask_of_layer(masks: dict[str, MaskInfo], config: Any, layer: int) -> MaskInfo:
+    """The mask of a layer; of a hybrid whose layer types have names of their own, the one with full attention."""
+    if len(masks) == 1:
+        return next(iter(masks.values()))
+    kind = (getattr(config, "layer_types", None) or {layer: ""})[layer]
+    for name in (kind, "sliding_attention" if "sliding" in kind else "full_attention"):
+        if name in masks:
+            return masks[name]
+    return next(iter(masks.values()))
+
+
 _DEFAULT: list[MaskSettings] = []
 
 
