@@ -29,14 +29,13 @@ from sparseprefill.evals.layer_errors import (
     sampled_places,
 )
 from sparseprefill.evals.logits import FinalStates, NextTokens, OutputHead, compare_next_tokens
-from sparseprefill.evals.prompt_rendering import prefix_ids
+from sparseprefill.evals.prompt_rendering import first_ids, plain_ids, prefix_ids
 from sparseprefill.evals.tasks import Answer, Attempt, Item, Metric, Prompt, Total
 from sparseprefill.files import read_text
 from sparseprefill.prefill import METHODS
-from sparseprefill.prompts import Prose
+from sparseprefill.prompts import prose_ids
 
 _SHARED = "fidelity/dense"  # in `Attempt.shared`
-_SPARE = 16  # tokens: a word that is cut at the end of a piece of text can only change the last few
 
 _METRICS = (
     Metric("kl", "KL(dense || method) of the next-token distributions, nats, mean over positions", False, False),
@@ -177,18 +176,8 @@ class Fidelity:
     def _position(self, part: int) -> str:
         return f"{100 * part / self.buckets:.4g}-{100 * (part + 1) / self.buckets:.4g}%"
 
-    def _encode(self, text: str) -> list[int]:
-        # a piece of text may be longer than the model's window, which the tokenizer would warn of
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
     def _prose(self, index: int, room: int) -> list[int]:
-        ids: list[int] = []
-        for sentence in Prose(f"fidelity/{self.seed}/{index}"):
-            ids += self._encode(sentence)
-            if len(ids) >= room:
-                break
-        return ids[:room]
+        return prose_ids(lambda text: plain_ids(self.tokenizer, text), room, f"fidelity/{self.seed}/{index}")
 
     def _window(self, text: str, index: int, room: int) -> list[int]:
         """The first tokens of one of as many equal parts of the text as there are windows, from a word's beginning."""
@@ -196,19 +185,13 @@ class Fidelity:
         if index:
             blank = re.compile(r"\s").search(text, start, min(start + 1000, end))  # some languages write none
             start = blank.start() if blank else start
-        characters = 8 * room
-        while True:
-            stop = min(start + characters, end)
-            ids = self._encode(text[start:stop])
-            if len(ids) >= room + _SPARE or stop == end:
-                break
-            characters *= 2
+        ids = first_ids(self.tokenizer, text[start:end], room)
         if len(ids) < room:
             raise ValueError(
                 f"the text {self._file} is too short for {self.windows} windows of {room + len(self._before)} tokens: "
                 f"part {index + 1} of {self.windows} has {len(ids)}; take a longer text, or fewer or shorter windows"
             )
-        return ids[:room]
+        return ids
 
     def edges(self, length: int) -> list[int]:
         """Positions at which the parts begin, and length - 1, where the last one ends."""

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 CHAT_CHOICES = ("auto", "none", "always")
 """Use the tokenizer's chat template: if it has one, never, or refuse a tokenizer without one."""
 
+_SPARE = 16  # tokens: a word that is cut at the end of a piece of text can only change the last few
+
 _PROBE = 'The quick brown fox: 1234567 jumps,\nover "x" in a9f0-77! Don\'t stop. Größe 中文\n\n  end'
 
 
@@ -76,6 +78,19 @@ def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
         settings["verbose"] = False  # no warning of long texts: fitting tries some that are too long
     ids: list[int] = list(tokenizer(text, **settings)["input_ids"])
     return ids
+
+
+def first_ids(tokenizer: Any, text: str, count: int) -> list[int]:
+    """The first `count` tokens of a text, without special tokens; fewer where it has no more.
+
+    A long text is not encoded whole: it is cut far enough behind these tokens not to change them.
+    """
+    characters = 8 * max(1, count)
+    while True:
+        ids = plain_ids(tokenizer, text[:characters])
+        if len(ids) >= count + _SPARE or characters >= len(text):
+            return ids[:count]
+        characters *= 2
 
 
 def prefix_ids(tokenizer: Any) -> list[int]:

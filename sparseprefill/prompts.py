@@ -139,6 +139,14 @@ class Prose:
             yield self.sentence()
 
 
+def prose_ids(encode: Encode, length: int, seed: int | str) -> list[int]:
+    """The first `length` tokens of `Prose(seed)`, encoded sentence by sentence.
+
+    Raises ValueError for an encoder that turns sentences into no tokens.
+    """
+    return [token for ids in _filled(encode, length, iter(Prose(seed))) for token in ids]
+
+
 def text_sentences(text: str) -> list[str]:
     """Cut a text into sentences that start with a space, white space folded; joined they read as the text did."""
     sentences: list[str] = []
@@ -151,6 +159,18 @@ def text_sentences(text: str) -> list[str]:
     if words:
         sentences.append(" " + " ".join(words))
     return sentences
+
+
+@dataclass(frozen=True, slots=True)
+class ProfilePrompt:
+    """A prompt that heads are scored on. Raises ValueError without a name or without a token."""
+
+    name: str  # unique among all that are scored together, as in "needle/8192/0"
+    token_ids: Sequence[int]  # special tokens included
+
+    def __post_init__(self) -> None:
+        if not self.name or not len(self.token_ids):
+            raise ValueError(f"a prompt needs a name and at least one token, {self.name!r} has {len(self.token_ids)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +324,11 @@ def _fill(encode: Encode, room: int, haystack: Sequence[str] | None, draw: rando
         if not any(sentence.strip() for sentence in haystack):
             raise ValueError("the haystack is empty: give it at least one sentence")
         stream = _cycle(haystack, draw.randrange(len(haystack)))
+    return _filled(encode, room, stream)
+
+
+def _filled(encode: Encode, room: int, stream: Iterator[str]) -> list[list[int]]:
+    """The same, of these sentences."""
     sentences: list[list[int]] = []
     empty = 0
     while room > 0:
