@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from sparseprefill.calibration import processor
 from sparseprefill.files import shown
 from sparseprefill.patterns.store import MOST_HEADS, MOST_LAYERS
 
@@ -122,15 +123,3 @@ def provenance(model: PreTrainedModel | None = None) -> dict[str, Any]:
             "device": model.device.type, "parameters": model.num_parameters(),
         }  # fmt: skip
     return found
-
-
-def processor() -> str:
-    """Processor name and the instruction sets that matter here, where Linux tells them."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.processor() or platform.machine()
-    lines = info.read_text(encoding="utf-8").splitlines()
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
-    wanted = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return f"{name} ({', '.join(wanted)})" if wanted else name

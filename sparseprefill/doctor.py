@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from sparseprefill.evals.loading import load_config, processor, provenance
+from sparseprefill.calibration import processor
+from sparseprefill.evals.loading import load_config, provenance
 from sparseprefill.huggingface import Method, patched_layers, plan_patch
-from sparseprefill.huggingface_layers import PatchedLayer, Settings
+from sparseprefill.huggingface_layers import PatchedLayer, Settings, calibrate_layers, decision_of
 from sparseprefill.huggingface_masks import NAME, MaskInfo, mask_of_layer, masks_of
 from sparseprefill.huggingface_modules import (
     STATE,
@@ -35,7 +37,7 @@ from sparseprefill.huggingface_modules import (
 )
 from sparseprefill.kernels.dispatch import device_limits
 from sparseprefill.prefill import describe_pattern
-from sparseprefill.reports import table
+from sparseprefill.reports import ranges, table
 
 # releases of transformers under which the tests of the seam run
 TESTED = ("5.0.0", "5.23.0")
@@ -101,21 +103,13 @@ def _grouped(layers: tuple[LayerExplanation, ...]) -> list[tuple[tuple[Any, ...]
         dims = f"{each.head_dim}" if each.value_dim == each.head_dim else f"{each.head_dim}/{each.value_dim}"
         start = "never" if each.break_even is None else str(each.break_even)
         groups.setdefault((each.mask, each.pattern, each.kernel or "none", start, heads, dims), []).append(each.layer)
-    return [(key, [_ranges(numbers), *key]) for key, numbers in groups.items()]
+    return [(key, [ranges(numbers), *key]) for key, numbers in groups.items()]
 
 
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{part[0]}" if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
-
-
-def explain(model: Any, method: Method = "minference", *, device: str | None = None, **options: Any) -> Explanation:
+def explain(
+    model: Any, method: Method = "minference", *, device: str | None = None, calibration: str | Path | None = None,
+    **options: Any,
+) -> Explanation:  # fmt: skip
     """Say which kernel each layer of a model would run and why not another, from which length on, and what is patched.
 
     Changes nothing; weights may be on the meta device. A patched model is explained as it is patched, and then takes
@@ -125,6 +119,7 @@ def explain(model: Any, method: Method = "minference", *, device: str | None = N
         model: as for `patch_model`.
         method: as for `patch_model`.
         device: "cpu", "cuda", ...: where the model would run; None: where it is.
+        calibration: as for `patch_model`.
         options: every other argument of `patch_model`.
 
     Raises:
@@ -135,9 +130,10 @@ def explain(model: Any, method: Method = "minference", *, device: str | None = N
     place = _place(inner, device)
     asked = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
     running = patched_layers(inner)
-    if running and (options or asked or method != "minference"):
+    if running and (options or asked or calibration is not None or method != "minference"):
         raise ValueError("this model is patched: explain(model) says how; remove the patch to ask about another method")
     settings = Settings(**asked)
+    known = None if running else settings.calibration(calibration)
     refused, layers, notes = None, running, list(_version_notes())
     modules: dict[int, nn.Module] = {}
     facts: dict[str, Any] = {}
@@ -155,27 +151,35 @@ def explain(model: Any, method: Method = "minference", *, device: str | None = N
         if now != NAME:
             notes.append(f"the model was switched to {now!r} after it was patched: nothing runs sparsely")
     explained: tuple[LayerExplanation, ...] = ()
+    places: dict[int, torch.device] = {}
     if layers is not None:
         masks = masks_of(inner, 2 * settings.block_q)
         shapes = layer_shapes(modules, config, tensor_parallel(inner))
+        places = {number: (device_of(m) if device is None else None) or place for number, m in modules.items()}
+        if known is not None:
+            calibrate_layers(known, layers, shapes, places, inner.dtype)
         longest = getattr(config, "max_position_embeddings", None) or 1 << 20
         explained = tuple(
             _explain_layer(
-                layers[number], shapes[number], mask_of_layer(masks, config, number), place, inner.dtype, longest
+                layers[number],
+                shapes[number],
+                mask_of_layer(masks, config, number),
+                places[number],
+                inner.dtype,
+                longest,
             )
             for number in sorted(layers)
         )
         others = sorted(set(range(config.num_hidden_layers)) - set(layers))
         if others:
-            notes.append(f"layers {_ranges(others)} have no attention to patch: they stay as they are")
-    first = next(iter(layers.values())) if layers else None
+            notes.append(f"layers {ranges(others)} have no attention to patch: they stay as they are")
     return Explanation(
         model={"class": type(inner).__name__, **facts},
         environment=provenance(),
         device=_device_facts(place),
         state=_state(inner, running),
         refused=refused,
-        decision=first.decision(place.type)[1] if first else "-",
+        decision=decision_of((layers[n], places[n], inner.dtype) for n in sorted(layers)) if layers else "-",
         profile=_profile(method, options, running is not None),
         layers=explained,
         notes=tuple(notes),
@@ -204,10 +208,9 @@ def _place(model: PreTrainedModel, device: str | None) -> torch.device:
         return found if found is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
-        torch.zeros(1, device=place)
+        return torch.zeros(1, device=place).device  # "cuda" has become "cuda:0"
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"there is no device {device!r} here: {error}") from error
-    return place
 
 
 def _explain_layer(
@@ -218,7 +221,7 @@ def _explain_layer(
     if mask.opaque is not None:
         why[kernel or "sparse"] = f"{mask.opaque}: this layer runs on the previous implementation"
         kernel = None
-    even = state.break_even(mask, device.type, longest) if kernel else None
+    even = state.break_even(mask, device, dtype, longest) if kernel else None
     pattern = "dense" if state.always_dense else describe_pattern(state.pattern_under(mask))
     return LayerExplanation(
         state.number, _describe_mask(mask), pattern, kernel, why, even,

@@ -13,6 +13,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -24,7 +25,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sparseprefill import huggingface_masks as masks
 from sparseprefill.contracts import AttentionInputs, BlockGrid
 from sparseprefill.guard import GuardLog
-from sparseprefill.huggingface_layers import COUNTING, LAYERS, PatchedLayer, Settings
+from sparseprefill.huggingface_layers import (
+    COUNTING,
+    LAYERS,
+    PatchedLayer,
+    Settings,
+    calibrate_layers,
+    decision_of,
+    layer_cost,
+)
 from sparseprefill.huggingface_masks import NAME, MaskInfo, MaskSettings
 from sparseprefill.huggingface_modules import (
     STATE,
@@ -90,11 +99,15 @@ class Patch:
 
     def report(self) -> PatchReport:
         """What every layer and head did since the patch (or `reset()`)."""
-        device = self.model.device.type
-        first = next(iter(self._layers.values()))
-        return PatchReport(
-            first.method, first.decision(device)[1], tuple(layer.report() for layer in self._layers.values())
-        )
+        layers = list(self._layers.values())
+        modules = {layer.key: m for m in self.model.modules() if (layer := getattr(m, STATE, None)) is not None}
+
+        def place(layer: PatchedLayer) -> tuple[torch.device, torch.dtype]:
+            module = modules.get(layer.key)  # None after the patch was removed
+            return (module and device_of(module)) or self.model.device, self.model.dtype
+
+        decision = decision_of((layer, *(layer.decided or place(layer))) for layer in layers)
+        return PatchReport(layers[0].method, decision, tuple(layer.report() for layer in layers))
 
     def observe(self, on: bool) -> None:
         """Switch the counting of density, kept mass and times on or off; calls are always counted."""
@@ -105,7 +118,7 @@ class Patch:
         """Forget what was counted so far."""
         with COUNTING:
             for layer in self._layers.values():
-                layer.sparse_calls = 0
+                layer.sparse_calls, layer.decided = 0, None
                 for counted in (layer.previous_calls, layer.kernels, layer.timings, layer.sums):
                     counted.clear()
                 layer.guard = GuardLog()
@@ -134,6 +147,7 @@ def patch_model(
     observe: bool = True,
     sample_rows: int = 16,
     min_mass: float | None = None,
+    calibration: str | Path | None = None,
     **options: Any,
 ) -> Patch:
     """Let a stock Hugging Face model prefill long prompts sparsely, until the returned handle is removed.
@@ -154,14 +168,18 @@ def patch_model(
         last_rows_dense: that many last queries of each call attend densely.
         block_q, block_k: tokens a tile.
         impl: "auto", "triton", "cpu" or "reference".
-        min_length: sparse from that many keys on; None lets the cost model decide.
+        min_length: sparse from that many keys on; None lets the cost model decide, the calibrated one where the
+            machine was calibrated for layers like these, on the device and in the dtype that the model has now.
         observe: count density, kept mass and times for `report()`.
         sample_rows: queries a call on which kept mass is measured against dense attention; 0 for none.
         min_mass: guard: a head whose kept mass, sampled in each call, is below this runs again with full rows.
+        calibration: the file that `sparseprefill bench --calibrate` wrote; None: the one where it writes by default,
+            if it is there. Read once, here.
         options: of the method.
 
     Raises:
-        TypeError, ValueError: unknown method or option, layers or heads that do not exist, a profile of another model.
+        TypeError, ValueError: unknown method or option, layers or heads that do not exist, a profile of another model,
+            a damaged calibration.
         NotImplementedError: the model, or its head_dim, cannot be served; the message says what to do.
 
     A model that was refused is exactly as it was. While patched, a forward pass raises NotImplementedError for what
@@ -169,11 +187,15 @@ def patch_model(
     NaN, and ValueError for a batch row that is padding only.
     """
     settings = Settings(block_q, block_k, impl, min_length, observe, sample_rows, min_mass)
+    known = settings.calibration(calibration)
     plan = plan_patch(
         model, method, dense_layers=dense_layers, layers=layers, heads=heads, last_rows_dense=last_rows_dense,
         settings=settings, **options,
     )  # fmt: skip
     inner = plan.model
+    if known is not None:
+        places = {number: device_of(module) for number, module in plan.modules.items()}
+        calibrate_layers(known, plan.layers, plan.shapes, places, inner.dtype)
     _register_functions()
     undo: list[Callable[[], None]] = []
     patch = Patch(inner, plan.layers, undo)
@@ -328,13 +350,15 @@ _OWN_KEYS = (
 )
 
 
-def register(method: Method = "minference", *, previous: str = "sdpa", **options: Any) -> None:
+def register(
+    method: Method = "minference", *, previous: str = "sdpa", calibration: str | Path | None = None, **options: Any
+) -> None:
     """Serve `from_pretrained(..., attn_implementation="sparseprefill")` with this method from now on.
 
     `previous` is the implementation that decoding and short prompts run on; models that transformers itself runs on
     eager (GPT-OSS) need "eager". Takes the method's options, `last_rows_dense`, `block_q`, `block_k`, `impl`,
     `min_length` and `min_mass` of `patch_model`. There is no handle, so nothing is observed; for a report, patch the
-    model instead.
+    model instead. `calibration` is that of `patch_model`, read now.
     Raises ValueError and TypeError as `patch_model` does; what a model cannot serve shows in its first forward pass.
     """
     for name in ("observe", "sample_rows"):
@@ -344,12 +368,13 @@ def register(method: Method = "minference", *, previous: str = "sdpa", **options
             )
     shared = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
     settings = Settings(**shared, observe=False)
+    known = settings.calibration(calibration)
     pattern = resolve_method(method, **options)
     if previous not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) or previous == NAME:
         raise ValueError(f"previous must be an attention implementation of transformers, got {previous!r}")
     _REGISTERED.update(
         pattern=pattern, settings=settings, previous=previous,
-        method=method if isinstance(method, str) else describe_pattern(method),
+        method=method if isinstance(method, str) else describe_pattern(method), calibration=known,
     )  # fmt: skip
     masks.set_default_settings(MaskSettings(previous, settings.block_q))
     _register_functions()
@@ -420,7 +445,13 @@ def _attend_eagerly(
     dropout: float,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    layer = getattr(module, STATE, None) or _registered_layer(module)
+    dtype = query.dtype  # of the attention: rotated queries and keys come in float32 under autocast
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+    layer = getattr(module, STATE, None)
+    if layer is None:
+        shape = LayerShape(query.shape[1], key.shape[1], query.shape[-1], value.shape[-1])
+        layer = _registered_layer(module, shape, query.device, dtype)
     if kwargs.get("output_attentions"):
         raise NotImplementedError(_NO_ATTENTIONS)
     strange = (
@@ -439,7 +470,8 @@ def _attend_eagerly(
     reason = _why_previous(layer, module, query, key, attention_mask, kwargs)
     if reason is None:
         keys = min(key.shape[2], attention_mask.query_start + queries)  # a static cache is longer than what it holds
-        reason = layer.why_dense(queries, keys, attention_mask, query.device.type)
+        layer.decided = query.device, dtype
+        reason = layer.why_dense(queries, keys, attention_mask, *layer.decided)
     if reason is not None:
         layer.note_previous(reason)
         return back()
@@ -450,8 +482,8 @@ def _attend_eagerly(
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise NotImplementedError("sparse prefill has no backward pass: run the model under torch.no_grad()")
     info = attention_mask.on(query.device)
-    if torch.is_autocast_enabled(query.device.type):  # rotated queries and keys come in float32, values do not
-        query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (t.to(dtype) for t in (query, key, value))
     inputs = AttentionInputs(
         query, key, value,
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
@@ -529,7 +561,9 @@ def _run_previous(
     return result
 
 
-def _registered_layer(module: nn.Module) -> PatchedLayer | None:
+def _registered_layer(
+    module: nn.Module, shape: LayerShape, device: torch.device, dtype: torch.dtype
+) -> PatchedLayer | None:
     """State for a module of a model that was loaded under our name; None where `register` was not called for it."""
     if not _REGISTERED or not isinstance(getattr(module, "layer_idx", None), int):
         return None
@@ -554,6 +588,9 @@ def _registered_layer(module: nn.Module) -> PatchedLayer | None:
         _REGISTERED["method"],
         registered=True,
     )
+    known = _REGISTERED["calibration"]
+    if known is not None:
+        layer.cost = layer_cost(known, layer.settings, shape, device, dtype)
     setattr(module, STATE, layer)
     if config is not None and masks.bound_settings(config) is None:  # a later `register` is for other models
         masks.bind_config(config, MaskSettings(previous, layer.settings.block_q))

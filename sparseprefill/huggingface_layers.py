@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sparseprefill.calibration import Calibration, CalibrationEntry, load_calibration
 from sparseprefill.guard import Guard, GuardLog
 from sparseprefill.huggingface_masks import MaskInfo
+from sparseprefill.huggingface_modules import LayerShape, kernel_for
 from sparseprefill.kernels import IMPLEMENTATIONS
 from sparseprefill.patterns import Dense, Pattern
 from sparseprefill.prefill import COST_MODELS, CostModel, Prefill, describe_pattern, expected_density
-from sparseprefill.reports import LayerReport
+from sparseprefill.reports import LayerReport, ranges
 
 COUNTING = threading.Lock()  # a model may be called from several threads at once
 
@@ -37,6 +43,10 @@ class Settings:
         """What watches over the kept mass, if anything does."""
         return None if self.min_mass is None else Guard(self.min_mass)
 
+    def calibration(self, path: str | Path | None) -> Calibration | None:
+        """What `patch_model(calibration=path)` goes by; None where the default file has nothing to decide."""
+        return None if path is None and self.min_length is not None else load_calibration(path)
+
     def __post_init__(self) -> None:
         _ = self.guard  # refuses a bad floor
         for name, least in (("block_q", 1), ("block_k", 1), ("min_length", 0), ("sample_rows", 0)):
@@ -53,6 +63,16 @@ class Settings:
             raise ValueError(f"unknown implementation {self.impl!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
 
 
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """What a calibration says of one layer, where and in what it was asked about."""
+
+    device: torch.device
+    dtype: torch.dtype
+    entry: CalibrationEntry | None
+    missing: str  # why there is no entry, or ""
+
+
 @dataclass(eq=False)
 class PatchedLayer:
     """What one attention module does, and what it has done."""
@@ -66,6 +86,8 @@ class PatchedLayer:
     registered: bool = False  # made by `register`, not by a patch
     local: str | None = None  # the mask's own window or chunks, in which the layer runs exactly
     first_head: int = 0  # of the heads in this process
+    cost: LayerCost | None = None  # None where no calibration was read
+    decided: tuple[torch.device, torch.dtype] | None = None  # the last call that could have run sparsely
     key: int = field(default_factory=itertools.count().__next__)  # in LAYERS
     sparse_calls: int = 0
     previous_calls: dict[str, int] = field(default_factory=dict)
@@ -82,23 +104,38 @@ class PatchedLayer:
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchedLayer:
         twin = PatchedLayer(
             self.number, self.pattern, self.always_dense, self.settings, self.previous, self.method,
-            registered=self.registered, first_head=self.first_head, copied=not self.registered,
+            registered=self.registered, first_head=self.first_head, cost=self.cost,
+            copied=not self.registered,
         )  # fmt: skip
         memo[id(self)] = twin
         return twin
 
-    def decision(self, device: str) -> tuple[CostModel, str]:
-        model = COST_MODELS.get(device, COST_MODELS["cuda"])
+    def decision(self, device: torch.device, dtype: torch.dtype) -> tuple[CostModel, str]:
+        """What chooses between sparse and dense for calls there, and in words."""
+        stated = COST_MODELS.get(device.type, COST_MODELS["cuda"])
         if self.settings.min_length is not None:
-            return model, f"sparse from {self.settings.min_length} keys on (min_length)"
-        return model, model.describe()
+            return stated, f"sparse from {self.settings.min_length} keys on (min_length)"
+        if self.cost is None:
+            why = "no calibration was looked for"
+        elif (self.cost.device, self.cost.dtype) != (device, dtype):
+            asked, now = (
+                f"{kind} on {where}" for where, kind in ((self.cost.device, self.cost.dtype), (device, dtype))
+            )
+            why = f"the model was patched for {asked}, and runs in {now}".replace("torch.", "")
+        elif self.cost.entry is not None:
+            return self.cost.entry.cost, self.cost.entry.describe()
+        else:
+            why = self.cost.missing
+        return stated, f"uncalibrated cost model: {stated.describe()} ({why})"
 
     def pattern_under(self, mask: MaskInfo) -> Pattern:
         """Selection is for layers that see everything; a local layer keeps its whole window or chunk."""
         self.local = None if mask.local is None else "in its chunks" if mask.chunk else "in its sliding window"
         return self.pattern if self.local is None else Dense()
 
-    def why_dense(self, queries: int, keys: int, mask: MaskInfo, device: str) -> str | None:
+    def why_dense(
+        self, queries: int, keys: int, mask: MaskInfo, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
         """Why this call is better left to the dense kernel, or None."""
         if self.always_dense:
             return "dense layer"
@@ -106,14 +143,14 @@ class PatchedLayer:
             below = keys < self.settings.min_length
             return f"fewer keys than min_length={self.settings.min_length}" if below else None
         density = expected_density(self.pattern, keys) if mask.local is None else mask.density(keys)
-        cheaper = self.decision(device)[0].sparse_is_cheaper(queries, keys, density)
+        cheaper = self.decision(device, dtype)[0].sparse_is_cheaper(queries, keys, density)
         return None if cheaper else "below break-even"
 
-    def break_even(self, mask: MaskInfo, device: str, limit: int) -> int | None:
+    def break_even(self, mask: MaskInfo, device: torch.device, dtype: torch.dtype, limit: int) -> int | None:
         """The shortest prompt, in one call, that runs sparsely; None where not even one of `limit` tokens does."""
 
         def sparse(tokens: int) -> bool:
-            return tokens >= self.settings.block_q and self.why_dense(tokens, tokens, mask, device) is None
+            return tokens >= self.settings.block_q and self.why_dense(tokens, tokens, mask, device, dtype) is None
 
         if not sparse(limit):
             return None
@@ -190,3 +227,43 @@ class PatchedLayer:
 
 
 LAYERS: weakref.WeakValueDictionary[int, PatchedLayer] = weakref.WeakValueDictionary()  # by key, for compiled graphs
+
+
+def calibrate_layers(
+    known: Calibration, layers: Mapping[int, PatchedLayer], shapes: Mapping[int, LayerShape],
+    places: Mapping[int, torch.device | None], dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Look each layer up, by number; one whose device is None has no weights yet, and is not looked up."""
+    found: dict[tuple[LayerShape, torch.device], LayerCost] = {}  # layers of one shape are asked for once
+    for number, layer in layers.items():
+        shape, device = shapes[number], places[number]
+        if device is None:
+            continue
+        if (shape, device) not in found:
+            found[shape, device] = layer_cost(known, layer.settings, shape, device, dtype)
+        layer.cost = found[shape, device]
+
+
+def layer_cost(
+    known: Calibration, settings: Settings, shape: LayerShape, device: torch.device, dtype: torch.dtype
+) -> LayerCost:
+    """What a calibration says of a layer of this shape. Reads no file."""
+    blocks = {"block_q": settings.block_q, "block_k": settings.block_k}
+    kernel, _ = kernel_for(shape, device, dtype, settings.impl, **blocks)
+    if kernel is None:
+        return LayerCost(device, dtype, None, "no kernel serves this layer")
+    key = known.key(device, dtype, kernel, **dataclasses.asdict(shape), **blocks)
+    return LayerCost(device, dtype, *known.lookup(key))
+
+
+def decision_of(layers: Iterable[tuple[PatchedLayer, torch.device, torch.dtype]]) -> str:
+    """What chooses between sparse and dense, in words; by layer where layers differ. Dense layers have no choice."""
+    said: dict[str, list[int]] = {}
+    for layer, device, dtype in layers:
+        if not layer.always_dense:
+            said.setdefault(layer.decision(device, dtype)[1], []).append(layer.number)
+    if not said:
+        return "every layer stays dense"
+    if len(said) == 1:
+        return next(iter(said))
+    return "; ".join(f"layer{'s' * (len(numbers) > 1)} {ranges(numbers)}: {words}" for words, numbers in said.items())

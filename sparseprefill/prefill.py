@@ -146,10 +146,10 @@ def _nearest(name: str, known: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """When sparse is expected to be cheaper, stated rather than measured.
+    """When sparse is expected to be cheaper: stated in `COST_MODELS`, measured where a machine has been calibrated.
 
     A sparse call costs tile_factor * density * dense + fixed, where `dense` is the dense call's (query, key) pairs and
-    `fixed` those of a dense causal prefill of `fixed_tokens`. It is an assumption until a machine has been calibrated.
+    `fixed` those of a dense causal prefill of `fixed_tokens`.
     """
 
     tile_factor: float  # time of a computed tile over that of a tile of dense attention
@@ -160,17 +160,24 @@ class CostModel:
         dense = queries * (keys - queries) + queries * (queries + 1) / 2
         return dense * (1 - self.tile_factor * density) > self.fixed_tokens**2 / 2
 
+    def break_even(self, density: float) -> int | None:
+        """The shortest prefill, in one call, that is cheaper sparsely at this density; None where none ever is."""
+        gain = 1 - self.tile_factor * density
+        if gain <= 0:
+            return None
+        tokens = max(1, int(self.fixed_tokens / math.sqrt(gain)) - 1)  # n (n + 1) / 2 pairs, so this is just below
+        while not self.sparse_is_cheaper(tokens, tokens, density):
+            tokens += 1
+        return tokens
+
     def describe(self) -> str:
-        """One line for reports."""
-        return (
-            f"uncalibrated cost model: sparse costs {self.tile_factor:g} x density x dense "
-            f"+ a dense prefill of {self.fixed_tokens} tokens"
-        )
+        """In words."""
+        return f"sparse costs {self.tile_factor:.3g} x density x dense + a dense prefill of {self.fixed_tokens} tokens"
 
 
 COST_MODELS = {"cpu": CostModel(2.5, 512), "cuda": CostModel(1.6, 4096)}
-"""By kind of device. The CPU's is what `sparseprefill bench` measured once, rounded towards caution; the GPU's is an
-assumption.
+"""By kind of device, where no calibration fits. The CPU's is what `sparseprefill bench` measured once, rounded towards
+caution; the GPU's is an assumption.
 """
 
 

@@ -133,6 +133,17 @@ def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers in words: [0, 1, 2, 5] is "0-2, 5"."""
+    parts: list[list[int]] = []
+    for each in numbers:
+        if parts and each == parts[-1][-1] + 1:
+            parts[-1].append(each)
+        else:
+            parts.append([each])
+    return ", ".join(f"{part[0]}" if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
     """Columns in line, the first left, the others right where every entry is a number."""
     widths = [max(len(str(row[c])) for row in [head, *rows]) for c in range(len(head))]

@@ -30,6 +30,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("patterns",),
     ("guard",),
     ("prefill",),
+    ("calibration",),
     ("prompts",),
     ("reports",),
     ("huggingface",),
