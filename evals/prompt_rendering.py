@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 CHAT_CHOICES = ("auto", "none", "always")
 """Use the tokenizer's chat template: if it has one, never, or refuse a tokenizer without one."""
 
-_SPARE = 16  # tokens: a word that is cut at the end of a piece of text can only change the last few
+_SPARE = 16  # tokens: a word that is cut at an end of a piece of text can only change the few that stand there
 
 _PROBE = 'The quick brown fox: 1234567 jumps,\nover "x" in a9f0-77! Don\'t stop. Größe 中文\n\n  end'
 
@@ -90,6 +90,16 @@ def first_ids(tokenizer: Any, text: str, count: int) -> list[int]:
         ids = plain_ids(tokenizer, text[:characters])
         if len(ids) >= count + _SPARE or characters >= len(text):
             return ids[:count]
+        characters *= 2
+
+
+def last_ids(tokenizer: Any, text: str, count: int) -> list[int]:
+    """The last `count` tokens of a text: see `first_ids`."""
+    characters = 8 * max(1, count)
+    while True:
+        ids = plain_ids(tokenizer, text[max(0, len(text) - characters) :])
+        if len(ids) >= count + _SPARE or characters >= len(text):
+            return ids[max(0, len(ids) - count) :]
         characters *= 2
 
 

@@ -81,7 +81,7 @@ def read_minference(
     for number, (layer, count) in enumerate(zip(entries, counts, strict=True)):
         patterns.append([])
         for head in range(count):
-            entry = layer.get(head)
+            entry: Any = layer.get(head)
             pattern, doubt = _pattern(entry) if head in layer else (Dense(), f"not in the file{_DENSE}")
             patterns[-1].append(pattern)
             if not isinstance(pattern, Dense):
