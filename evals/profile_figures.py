@@ -116,22 +116,23 @@ def plot_maps(profile: ModelPatterns, show: Sequence[Show] = ("pattern", "densit
     layers, heads = len(profile.layers), max(map(len, profile.layers))
     cell = min(22.0, max(6.0, 300 / heads))  # points
     wide, high = max(2.6, (heads * cell + 60) / 72), (layers * min(cell, 14.0) + 100) / 72
-    abreast = 1 if wide > 5 and len(wanted) > 1 else len(wanted)
+    abreast = 1 if wide > 7.5 and len(wanted) > 1 else len(wanted)
     down = -(-len(wanted) // abreast)
     with figure_style(INK):
         figure = Figure(figsize=(abreast * (wide + 0.3), down * high), layout="constrained", dpi=200)
-        panels = figure.subplots(down, abreast, squeeze=False).flatten()
-        for axes, each in zip(panels, wanted, strict=True):
-            _draw_map(axes, profile, each, kind, cell)
+        panels = figure.subfigures(down, abreast, squeeze=False).flatten()
+        for panel, each in zip(panels, wanted, strict=True):
+            _draw_map(panel, profile, each, kind, cell)
     return figure
 
 
-def _draw_map(axes: Axes, profile: ModelPatterns, show: Show, kind: str | None, cell: float) -> None:
+def _draw_map(panel: Any, profile: ModelPatterns, show: Show, kind: str | None, cell: float) -> None:
     import matplotlib as mpl
     import numpy as np
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import ListedColormap, LogNorm
 
+    axes: Axes = panel.subplots()
     layers, heads = len(profile.layers), max(map(len, profile.layers))
     scores = [
         list(getattr(profile, kind)[layer]) if kind else [None] * len(row) for layer, row in enumerate(profile.layers)
@@ -150,33 +151,40 @@ def _draw_map(axes: Axes, profile: ModelPatterns, show: Show, kind: str | None, 
                 for head, pattern in enumerate(row):
                     axes.text(head + 0.5, layer + 0.5, _LETTERS.get(type_of(pattern), "?"), ha="center", va="center",
                               fontsize=7, color="#111111")  # fmt: skip
-        _legend(axes, used, unscored=bool(unscored) and kind is not None)
+        _legend(panel, used, unscored=bool(unscored) and kind is not None)
         axes.set_title("pattern")
     else:
         for layer, found in enumerate(scores):
             values[layer, : len(found)] = [np.nan if s is None else getattr(s, show) for s in found]
         if show == "density":
-            lowest = float(np.nanmin(values, initial=1.0))
-            norm = LogNorm(max(0.001, min(0.1, lowest)), 1.0, clip=True)
-            ticks = [tick for tick in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0) if norm.vmin and tick >= norm.vmin]
-            labels, tints, title = [f"{tick:g}" for tick in ticks], mpl.colormaps["YlGnBu"], "density"
+            low = max(0.001, min(0.1, float(np.nanmin(values, initial=1.0))))
+            norm = LogNorm(low, 1.0, clip=True)
+            ticks = [tick for tick in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0) if tick >= low]
+            labels = [f"{tick:g}" for tick in ticks]
+            if ticks[0] > 1.5 * low:
+                ticks, labels = [low, *ticks], [f"{low:.2g}", *labels]
+            tints, title = mpl.colormaps["YlGnBu"], "density"
         else:
             values = 1 - values
-            norm, ticks = LogNorm(1e-4, 1.0, clip=True), [1.0, 0.1, 0.01, 0.001, 1e-4]
-            labels, tints, title = ["0", "0.9", "0.99", "0.999", "0.9999"], mpl.colormaps["YlOrRd"], "kept mass"
+            norm, ticks = LogNorm(1e-3, 0.5, clip=True), [0.5, 0.1, 0.03, 0.01, 0.001]
+            labels, tints, title = (
+                ["\u2264 0.5", "0.9", "0.97", "0.99", "\u2265 0.999"],
+                mpl.colormaps["YlOrRd"],
+                "kept mass",
+            )
         shown = np.ma.masked_invalid(values)
         image = axes.pcolormesh(shown, cmap=tints, norm=norm, **options)
-        bar = axes.figure.colorbar(image, ax=axes, location="bottom", shrink=0.9, aspect=28, pad=0.02)  # type: ignore[union-attr]
+        bar = panel.colorbar(image, ax=axes, location="bottom", shrink=0.9, aspect=28, pad=0.02)
         bar.set_ticks(ticks, labels=labels)
         bar.minorticks_off()
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         if show == "mass":
             bar.ax.invert_xaxis()
         axes.set_title(f"{title}, {KINDS[kind or 'tuning']} prompts")
     if unscored and kind is not None:
         squares = [[(h, y), (h + 1, y), (h + 1, y + 1), (h, y + 1)] for y, h in unscored]
         axes.add_collection(PolyCollection(
-            squares, facecolors="none", edgecolors="#8a8f98", linewidths=0.3, hatch="xxx" if cell < 10 else "xx",
+            squares, facecolors="none", edgecolors="#30343a" if show == "pattern" else "#8a8f98", linewidths=0.3, hatch="xxx" if cell < 10 else "xx",
         ))  # fmt: skip
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -190,21 +198,15 @@ def _draw_map(axes: Axes, profile: ModelPatterns, show: Show, kind: str | None, 
     axes.set_ylabel("layer")
 
 
-def _legend(axes: Axes, used: Sequence[str], unscored: bool) -> None:
+def _legend(panel: Any, used: Sequence[str], unscored: bool) -> None:
     from matplotlib.patches import Patch
 
-    entries = [Patch(facecolor=TYPE_COLOURS.get(each, _OTHER), label=f"{_LETTERS.get(each, '?')}  {short(each, 24)}")
+    entries = [Patch(facecolor=TYPE_COLOURS.get(each, _OTHER), label=f"{_LETTERS.get(each, '?')} {short(each, 24)}")
                for each in used]  # fmt: skip
     if unscored:
         entries.append(Patch(facecolor="none", edgecolor="#8a8f98", hatch="xxx", label="not profiled"))
-    axes.legend(handles=entries, loc="upper center", bbox_to_anchor=(0.5, -0.02 - 26 / _points_high(axes)),
-                ncols=2 if len(entries) > 1 else 1, frameon=False, fontsize=8, handlelength=1.2,
-                handleheight=1.2)  # fmt: skip
-
-
-def _points_high(axes: Axes) -> float:
-    """About how many points the rows of a map take."""
-    return max(40.0, 72 * float(axes.figure.get_figheight()) - 100)  # type: ignore[union-attr]
+    panel.legend(handles=entries, loc="outside lower center", ncols=2, frameon=False, fontsize=7.5, handlelength=1.1,
+                 handleheight=1.1, columnspacing=1.2)  # fmt: skip
 
 
 def types_used(profile: ModelPatterns) -> list[str]:
@@ -315,18 +317,26 @@ def draw_pareto(found: Comparison, cost: Literal["density", "work"] = "density")
 
     families = list(dict.fromkeys(each.family for each in found.baselines))
     with figure_style(INK):
-        figure = Figure(figsize=(4.8, 3.1 + 0.18 * (len(families) + 1)), layout="constrained")
+        figure = Figure(figsize=(4.8, 3.2 + 0.09 * (len(families) + 2)), layout="constrained")
         axes = figure.subplots()
         for number, family in enumerate(families):
-            mine = sorted((each for each in found.baselines if each.family == family), key=lambda e: getattr(e, cost))
-            control = all(each.control for each in mine)
-            tint = TYPE_COLOURS.get(family, colour(number))
+            mine = [each for each in found.baselines if each.family == family]
+            control, tint = all(each.control for each in mine), TYPE_COLOURS.get(family, colour(number))
+            label = short(family, 30) + (" (control, never chosen)" if control else "")
             axes.plot(
-                [max(1e-4, getattr(each, cost)) for each in mine], [each.mass for each in mine],
-                ls="--" if control else "-", lw=1.4, ms=4.5, marker=marker(number), color=tint,
-                label=short(family, 30) + (" (control, never chosen)" if control else ", every head alike"),
+                *_places(mine, cost),
+                ls="none",
+                ms=4,
+                marker=marker(number),
+                color=tint,
+                alpha=0.45,
+                mew=0,
+            )
+            axes.plot(
+                *_places(frontier(mine, cost), cost), ls="--" if control else "-", lw=1.4, ms=4.5,
+                marker=marker(number), color=tint, label=label,
             )  # fmt: skip
-        axes.plot([max(1e-4, getattr(found, cost))], [found.mass], ls="none", marker="*", ms=15, color=INK,
+        axes.plot([max(_LEAST_COST, getattr(found, cost))], [found.mass], ls="none", marker="*", ms=15, color=INK,
                   label="this profile", zorder=5)  # fmt: skip
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -334,18 +344,32 @@ def draw_pareto(found: Comparison, cost: Literal["density", "work"] = "density")
         ends = sorted([found.mass, *(each.mass for each in found.baselines)])
         axes.set_ylim(max(0.0, ends[0] - 0.05), 1.02)
         wide = sorted([getattr(found, cost), *(getattr(each, cost) for each in found.baselines)])
-        low = max(1e-4, wide[0])
+        low = max(_LEAST_COST, wide[0])
         axes.set_xticks([tick for tick in _TICKS if 0.7 * low <= tick <= 1.3 * max(1.0, wide[-1])])
         axes.set_xlim(0.8 * low, 1.25 * max(1.0, wide[-1]))
-        what = "density" if cost == "density" else "work: tiles and finding them, dense attention is 1"
-        axes.set_xlabel(f"{what} (less computed to the left)")
+        axes.set_xlabel(f"{cost} (less to the left)")
         axes.set_ylabel(f"kept mass, {KINDS[found.kind]} prompts")
         axes.grid(color=INK, alpha=0.1, lw=0.6)
-        figure.legend(loc="outside lower left", frameon=False, fontsize=8, handletextpad=0.5)
+        figure.legend(loc="outside lower left", frameon=False, fontsize=8, handletextpad=0.5, ncols=2,
+                      title="one candidate for all heads", title_fontsize=8, alignment="left")  # fmt: skip
     return figure
 
 
-_TICKS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+def frontier(baselines: Sequence[Uniform], cost: Literal["density", "work"]) -> list[Uniform]:
+    """Those that keep more than any other that costs no more, cheapest first."""
+    best: list[Uniform] = []
+    for each in sorted(baselines, key=lambda each: (getattr(each, cost), -each.mass)):
+        if not best or each.mass > best[-1].mass:
+            best.append(each)
+    return best
+
+
+def _places(baselines: Sequence[Uniform], cost: str) -> tuple[list[float], list[float]]:
+    return [max(_LEAST_COST, getattr(each, cost)) for each in baselines], [each.mass for each in baselines]
+
+
+_LEAST_COST = 1e-4  # an axis of logarithms has no zero
+_TICKS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 2.0, 5.0, 10.0)
 
 
 # Pictures of heads
@@ -406,8 +430,8 @@ def draw_head(
     pixels = shade.repeat(size, 0).repeat(size, 1)
     if kept is not None:
         line = 1 if size < 8 else 2
-        padded = np.pad(kept & ~future, 1)
-        inside = padded[1:-1, 1:-1]
+        inside = kept & ~future
+        padded = np.pad(kept | future, 1)  # no line along the diagonal: it would hide what lies there
         tiles = pixels.reshape(len(mass), size, len(mass), size)
         for place, beside in (
             (np.s_[:, :line], padded[:-2, 1:-1]), (np.s_[:, -line:], padded[2:, 1:-1]),
@@ -449,6 +473,6 @@ def _png(pixels: NDArray[np.uint8], shades: Sequence[tuple[int, int, int]]) -> b
         chunk(b"IHDR", struct.pack(">IIBBBBB", wide, high, 8, 3, 0, 0, 0)),
         chunk(b"PLTE", bytes(part for shade in shades for part in shade)),
         chunk(b"tRNS", bytes([255] * (len(shades) - 1) + [0])),
-        chunk(b"IDAT", zlib.compress(lines.tobytes(), 9)),
+        chunk(b"IDAT", zlib.compress(lines.tobytes(), 6)),
         chunk(b"IEND", b""),
     ))  # fmt: skip

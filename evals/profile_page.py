@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -255,17 +255,26 @@ def profile_html(profile: ModelPatterns, scores: ProfileScores | None, name: str
     """
     found = None if scores is None else compare_uniform(profile, scores)
     pictures = _Pictures() if scores is None else _pictures(profile, scores)
+    worst = worst_table(profile)
     context = {
         "name": one_line(cut(name, 120)), "model": model_words(profile), "made": made_words(profile),
         "findings": findings(profile), "warnings": cautions(profile),
         "maps": list(_maps(profile)), "scored": judged_on(profile) is not None,
         "pareto": [] if found is None else list(_pareto(found)),
         "compared": [] if found is None else compared_words(found),
-        "layers": layer_table(profile), "worst": worst_table(profile), "heads": head_table(profile),
+        "layers": _unbroken(layer_table(profile)), "worst": None if worst is None else _unbroken(worst),
+        "heads": _unbroken(head_table(profile)),
+        "broad": max(map(len, profile.layers)) > 40,
+        "hatched": any(head.tuning is None and head.held_out is None for head in heads_of(profile)),
         "pictures": pictures, "settings": made_table(profile), "prompts": prompts_table(profile), "terms": TERMS,
         "has_scores": scores is not None,
     }  # fmt: skip
     return render_page("profile.html.j2", context)
+
+
+def _unbroken(found: Table) -> Table:
+    """With headings that a browser does not break inside a word."""
+    return replace(found, head=[each.replace("-", "\N{NON-BREAKING HYPHEN}") for each in found.head])
 
 
 def _maps(profile: ModelPatterns) -> Iterator[_Figure]:
