@@ -144,8 +144,8 @@ def _draw_map(panel: Any, profile: ModelPatterns, show: Show, kind: str | None, 
         used = types_used(profile)
         for layer, row in enumerate(profile.layers):
             values[layer, : len(row)] = [used.index(type_of(pattern)) for pattern in row]
-        tints = ListedColormap([TYPE_COLOURS.get(each, _OTHER) for each in used])
-        axes.pcolormesh(np.ma.masked_invalid(values), cmap=tints, vmin=-0.5, vmax=len(used) - 0.5, **options)
+        own = ListedColormap([TYPE_COLOURS.get(each, _OTHER) for each in used])
+        axes.pcolormesh(np.ma.masked_invalid(values), cmap=own, vmin=-0.5, vmax=len(used) - 0.5, **options)
         if min(cell, 14.0) >= 12 and layers <= 40:
             for layer, row in enumerate(profile.layers):
                 for head, pattern in enumerate(row):
@@ -183,9 +183,9 @@ def _draw_map(panel: Any, profile: ModelPatterns, show: Show, kind: str | None, 
         axes.set_title(f"{title}, {KINDS[kind or 'tuning']} prompts")
     if unscored and kind is not None:
         squares = [[(h, y), (h + 1, y), (h + 1, y + 1), (h, y + 1)] for y, h in unscored]
-        axes.add_collection(PolyCollection(
-            squares, facecolors="none", edgecolors="#30343a" if show == "pattern" else "#8a8f98", linewidths=0.3, hatch="xxx" if cell < 10 else "xx",
-        ))  # fmt: skip
+        ink = "#30343a" if show == "pattern" else "#8a8f98"
+        crossed = "xxx" if cell < 10 else "xx"
+        axes.add_collection(PolyCollection(squares, facecolors="none", edgecolors=ink, linewidths=0.3, hatch=crossed))
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.tick_params(length=0)
@@ -282,14 +282,14 @@ def compare_uniform(profile: ModelPatterns, scores: ProfileScores) -> Comparison
     if not chosen:
         raise ValueError("no head has a score both in the profile and beside it")
     means = {name: [value / len(chosen) for value in total] for name, total in totals.items()}
-    return Comparison(
-        "held_out" if held_out else "tuning", len(chosen),
-        *(math.fsum(getattr(score, name) for score in chosen) / len(chosen) for name in ("mass", "density", "work")),
-        tuple(
-            Uniform(info.label, info.family, info.control, *(means[name][n] for name in ("mass", "density", "work")))
-            for n, info in enumerate(scores.candidates)
-        ),
-    )  # fmt: skip
+    mass, density, work = (
+        math.fsum(getattr(score, name) for score in chosen) / len(chosen) for name in ("mass", "density", "work")
+    )
+    baselines = tuple(
+        Uniform(info.label, info.family, info.control, means["mass"][n], means["density"][n], means["work"][n])
+        for n, info in enumerate(scores.candidates)
+    )
+    return Comparison("held_out" if held_out else "tuning", len(chosen), mass, density, work, baselines)
 
 
 def quantile_of(profile: ModelPatterns) -> float:

@@ -95,11 +95,11 @@ def layer_table(profile: ModelPatterns) -> Table:
     for head in heads:
         by_layer.setdefault(head.layer, []).append(head)
     rows = [row(str(layer), own) for layer, own in by_layer.items()]
-    head = ["layer", "heads", *map(one_line, types), *([] if known else ["profiled"])]
+    names = ["layer", "heads", *map(one_line, types), *([] if known else ["profiled"])]
     for kind in kinds:
-        head += [f"{KINDS[kind]} {what}" for what in ("mass", "worst", "density")]
-    head += ["work"] if kinds else []
-    return Table("Layers: heads by pattern, and what they keep and compute", head, [*rows, row("all", heads)])
+        names += [f"{KINDS[kind]} {what}" for what in ("mass", "worst", "density")]
+    names += ["work"] if kinds else []
+    return Table("Heads by pattern, and what they keep and compute", names, [*rows, row("all", heads)])
 
 
 def _head_rows(profile: ModelPatterns, heads: Sequence[Head], caption: str) -> Table:
