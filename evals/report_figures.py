@@ -29,8 +29,9 @@ SCALE = ("#F0496E", "#EBB839", "#0CD79F")
 MOST_ROWS = 80
 """An axis with more values is not drawn: nobody could read it."""
 
-# becomes `currentColor` in pages, so that one picture serves light and dark
-_INK = "#010203"
+INK = "#010203"
+"""Becomes `currentColor` in pages, so that one picture serves light and dark."""
+
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 
@@ -46,7 +47,8 @@ def marker(number: int) -> str:
 
 
 @contextlib.contextmanager
-def _style(ink: str, font: float = 8.5) -> Iterator[None]:
+def figure_style(ink: str, font: float = 8.5) -> Iterator[None]:
+    """What all pictures look like, while they are drawn and while they are written."""
     import matplotlib as mpl
 
     inked = (
@@ -143,7 +145,7 @@ def heat_map(result: EvalResult, cells: Sequence[Cell], metric: Metric, method: 
     rows, columns = (axis_values(result, axis) for axis in result.axes)
     if max(len(rows), len(columns)) > MOST_ROWS:
         return None
-    with _style(_INK):
+    with figure_style(INK):
         width = max(3.6, 1.2 + 0.36 * len(columns))
         figure = Figure(figsize=(width, 0.75 + 0.27 * len(rows)), layout="constrained")
         axes = figure.subplots()
@@ -183,7 +185,7 @@ def plot_heat_maps(result: EvalResult, metric: str | None = None) -> Figure:
              for axis, found in zip(result.axes, values, strict=True)]  # fmt: skip
     ends = limits(result, cells, chosen)
     labels = [method.label for method in result.methods]
-    with _style("#1a1a1a"), mpl.rc_context({"figure.dpi": 100}):
+    with figure_style("#1a1a1a"), mpl.rc_context({"figure.dpi": 100}):
         if len(result.axes) == 2:
             abreast = min(3, len(labels))
             down = -(-len(labels) // abreast)
@@ -238,7 +240,7 @@ def points_by_row(result: EvalResult, summary: Summary, metric: Metric) -> Figur
     }
     others = [method.label for method in result.methods if method.label != "dense"]
     factor = 100 if metric.percent else 1
-    with _style(_INK):
+    with figure_style(INK):
         figure = Figure(figsize=(4.6, 1.0 + 0.18 * len(others) + 0.27 * len(rows)), layout="constrained")
         axes = figure.subplots()
         places = range(len(rows))
@@ -246,10 +248,10 @@ def points_by_row(result: EvalResult, summary: Summary, metric: Metric) -> Figur
         chances = [(found[row, "dense"].chance, place) for row, place in zip(rows, places, strict=True)]
         known = [(factor * chance, place) for chance, place in chances if chance is not None]
         if known:
-            axes.plot(*zip(*known, strict=True), ls="none", marker=(3, 2, 180), ms=7, color=_INK, alpha=0.75,
+            axes.plot(*zip(*known, strict=True), ls="none", marker=(3, 2, 180), ms=7, color=INK, alpha=0.75,
                       label="a guess (chance)")  # fmt: skip
         dense = [factor * found[row, "dense"].mean for row in rows]
-        axes.plot(dense, places, ls="none", marker="|", ms=13, mew=2.2, color=_INK, label="dense")
+        axes.plot(dense, places, ls="none", marker="|", ms=13, mew=2.2, color=INK, label="dense")
         for number, label in enumerate(others):
             dodge = (number - (len(others) - 1) / 2) * min(0.16, 0.6 / max(1, len(others)))
             axes.plot([factor * found[row, label].mean for row in rows], [place + dodge for place in places], ls="none",
@@ -265,7 +267,7 @@ def points_by_row(result: EvalResult, summary: Summary, metric: Metric) -> Figur
 
 def _lines(axes: Axes, places: Sequence[int]) -> None:
     for place in places:
-        axes.axhline(place, color=_INK, alpha=0.12, lw=0.6, zorder=0)
+        axes.axhline(place, color=INK, alpha=0.12, lw=0.6, zorder=0)
     axes.tick_params(length=0)
     axes.spines["left"].set_visible(False)
 
@@ -277,11 +279,11 @@ def forest(paired: Sequence[Paired], names: Sequence[str], metric: Metric, ends:
     if len(paired) > MOST_ROWS or not paired:
         return None
     factor = 100 if metric.percent else 1
-    with _style(_INK):
+    with figure_style(INK):
         figure = Figure(figsize=(3.9, 0.85 + 0.26 * len(paired)), layout="constrained")
         axes = figure.subplots()
         _lines(axes, range(len(paired)))
-        axes.axvline(0, color=_INK, lw=1, alpha=0.7)
+        axes.axvline(0, color=INK, lw=1, alpha=0.7)
         for place, each in enumerate(paired):
             known = each.low is not None and each.high is not None
             clear = each.low is not None and each.high is not None and not each.low <= 0 <= each.high
@@ -324,12 +326,12 @@ def score_against(
     wholes = {each.method: each for each in summary.paired if not each.group and each.metric == metric.name}
     if all(costs[label] is None for label in others):
         return None
-    with _style(_INK):
+    with figure_style(INK):
         figure = Figure(figsize=(4.2, 2.6 + 0.18 * (len(others) + 2)), layout="constrained")
         axes = figure.subplots()
-        axes.axhline(factor * dense, color=_INK, lw=1.2, ls="--", label=f"dense ({score(dense, metric)})")
+        axes.axhline(factor * dense, color=INK, lw=1.2, ls="--", label=f"dense ({score(dense, metric)})")
         if chance is not None:
-            axes.axhline(factor * chance, color=_INK, lw=1, ls=":", alpha=0.75,
+            axes.axhline(factor * chance, color=INK, lw=1, ls=":", alpha=0.75,
                          label=f"a guess ({score(chance, metric)})")  # fmt: skip
         for number, label in enumerate(others):
             if costs[label] is None:
@@ -344,13 +346,13 @@ def score_against(
             axes.set_xlim(-0.03, 1.03)
             axes.set_xlabel("density (less computed to the left)")
         else:
-            axes.axvline(1, color=_INK, lw=0.8, alpha=0.5)
+            axes.axvline(1, color=INK, lw=0.8, alpha=0.5)
             fastest = max(1.0, *(each for each in costs.values() if each is not None))
             axes.set_xlim(0, 1.1 * fastest)
             axes.set_xlabel("speed-up of the first token over dense (faster to the right)")
         axes.set_ylabel(short(metric.name) + (" (0 to 100)" if metric.percent else ""))
         axes.margins(y=0.12)
-        axes.grid(color=_INK, alpha=0.08, lw=0.6)
+        axes.grid(color=INK, alpha=0.08, lw=0.6)
         figure.legend(loc="outside lower left", frameon=False, fontsize=8, handletextpad=0.5)
     return figure
 
@@ -358,7 +360,7 @@ def score_against(
 def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
     """An SVG element for a page: scales, has a title and a description, and its ids begin with `name`."""
     buffer = io.StringIO()
-    with _style(_INK):
+    with figure_style(INK):
         import matplotlib as mpl
 
         with mpl.rc_context({"svg.hashsalt": name}):
@@ -368,7 +370,7 @@ def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"<style[^>]*>.*?</style>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'(<[^>]* id=")', rf"\g<1>{name}-", text)
-    text = text.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-').replace(_INK, "currentColor")
+    text = text.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-').replace(INK, "currentColor")
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
     assert size is not None
     wide = float(size[1])
@@ -385,6 +387,6 @@ def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
 def to_png(figure: Figure) -> bytes:
     """A picture as bytes of a PNG file, without the time it was made."""
     buffer = io.BytesIO()
-    with _style("#1a1a1a"):
+    with figure_style("#1a1a1a"):
         figure.savefig(buffer, format="png", dpi=130, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()

@@ -10,11 +10,11 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from sparseprefill.evals.compare import Cell, Flip, Paired, Summary, row_mean, summarise
+from sparseprefill.evals.page_rendering import markup, render_page
 from sparseprefill.evals.report_figures import (
     MOST_ROWS,
     axis_values,
@@ -44,7 +44,6 @@ from sparseprefill.evals.report_findings import (
 from sparseprefill.evals.report_words import (
     Table,
     change,
-    clean,
     counts,
     cut,
     gibibytes,
@@ -444,27 +443,7 @@ def report_text(result: EvalResult, summary: Summary) -> str:
 
 def report_html(result: EvalResult, summary: Summary) -> str:
     """One page with its style and pictures inside: nothing is fetched and nothing is run."""
-    import jinja2
-
-    text = (resources.files("sparseprefill.evals") / "report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
-    )
-    environment.filters["nice"] = _nice
-    page = environment.from_string(text).render(_context(result, summary))
-    return page if page.endswith("\n") else page + "\n"
-
-
-def _printable(value: Any) -> Any:
-    """Texts are cleaned where they are printed; what is markup already was made here."""
-    return clean(value) if type(value) is str else value
-
-
-def _nice(text: str) -> str:
-    """A number as it is printed, with a minus sign for its hyphen."""
-    if text == "-":
-        return "\N{EN DASH}"
-    return re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", text)
+    return render_page("report.html.j2", _context(result, summary))
 
 
 def _context(result: EvalResult, summary: Summary) -> dict[str, Any]:
@@ -501,12 +480,6 @@ def _badge(verdict: Verdict) -> tuple[str, str]:
     }[verdict.state]  # fmt: skip
 
 
-def _markup(svg: str) -> Any:
-    from markupsafe import Markup
-
-    return Markup(svg)  # made by matplotlib, which escapes every text, with an opening tag that `to_svg` escapes
-
-
 def _pictures(result: EvalResult, summary: Summary) -> dict[str, Any]:
     """Everything that is drawn, with the tables that say the same."""
     metric = result.metrics[0]
@@ -525,7 +498,7 @@ def _pictures(result: EvalResult, summary: Summary) -> dict[str, Any]:
             told = "; ".join(f"{each.method} {change(each.difference, metric)} {interval(each.low, each.high, metric)}"
                              for each in wholes)  # fmt: skip
             pictures["forest"] = _Picture(
-                _markup(to_svg(figure, "forest", "Difference to dense, by method", told)), "All items, by method"
+                markup(to_svg(figure, "forest", "Difference to dense, by method", told)), "All items, by method"
             )
         ends = forest_ends([*by_row, *wholes]) if by_row else ends
         for i, label in enumerate(others):
@@ -537,7 +510,7 @@ def _pictures(result: EvalResult, summary: Summary) -> dict[str, Any]:
                 clear = sum(state_of_difference(each, metric) in _CLEAR for each in mine)
                 told = f"{clear} of {some(len(mine), 'row')} have an interval that leaves out zero; see the table."
                 pictures["forests"].append(_Picture(
-                    _markup(to_svg(figure, f"forest{i}", f"{label}: difference to dense by {result.axes[0]}", told)),
+                    markup(to_svg(figure, f"forest{i}", f"{label}: difference to dense by {result.axes[0]}", told)),
                     label,
                 ))  # fmt: skip
         dense, chance = row_mean(summary.cells, "dense", metric.name), chance_of(result, summary)
@@ -551,7 +524,7 @@ def _pictures(result: EvalResult, summary: Summary) -> dict[str, Any]:
                 for label in others
             )
             pictures["costs"].append(_Picture(
-                _markup(to_svg(figure, f"cost-{cost.replace('_', '-')}", f"Score against {what}", told)),
+                markup(to_svg(figure, f"cost-{cost.replace('_', '-')}", f"Score against {what}", told)),
                 f"Score against {what}",
             ))  # fmt: skip
     return pictures
@@ -570,7 +543,7 @@ def _scores(result: EvalResult, summary: Summary, metric: Metric, order: int) ->
         figure = points_by_row(result, summary, metric)
         title = f"{metric.name} by {result.axes[0]}"
         told = "A line for each row, a mark for each method; the table has the numbers."
-        pictures = [] if figure is None else [_Picture(_markup(to_svg(figure, f"rows{order}", title, told)), "")]
+        pictures = [] if figure is None else [_Picture(markup(to_svg(figure, f"rows{order}", title, told)), "")]
         return {"pictures": pictures, "maps": False, "colours": ""}
     pictures = []
     for i, method in enumerate(result.methods):
@@ -580,7 +553,7 @@ def _scores(result: EvalResult, summary: Summary, metric: Metric, order: int) ->
         mean = score(row_mean(cells, method.label, metric.name), metric)
         told = f"Overall {mean}. Rows: {result.axes[0]}; columns: {result.axes[1]}. The tables have the numbers."
         svg = to_svg(figure, f"map{order}-{i}", f"{method.label}: {metric.name} by {' and '.join(result.axes)}", told)
-        pictures.append(_Picture(_markup(svg), f"{_name(method)}\n{mean} overall"))
+        pictures.append(_Picture(markup(svg), f"{_name(method)}\n{mean} overall"))
     low, high = limits(result, cells, metric)
     if metric.percent:
         best, worst = ("100", "0") if metric.higher_is_better else ("0", "100")
