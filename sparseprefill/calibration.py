@@ -154,7 +154,7 @@ def processor() -> str:
     """Processor name and the instruction sets that matter here, where Linux tells them."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
-        return platform.processor() or platform.machine()
+        return platform.processor() or platform.machine() or "unknown"
     lines = info.read_text(encoding="utf-8").splitlines()
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
@@ -190,10 +190,9 @@ def load_calibration(path: str | Path | None = None) -> Calibration:
         try:
             os.stat(path)
         except OSError as error:  # not there, or in a folder that may not be looked into
-            lost = (
-                "there is no calibration file" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
-            )
-            return Calibration((), machine, f"{lost}: `{COMMAND}` writes one")
+            lost = isinstance(error, FileNotFoundError)
+            why = "there is no calibration file" if lost else f"the calibration file {path}: {error.strerror}"
+            return Calibration((), machine, f"{why}; `{COMMAND}` writes one")
     return Calibration(_read(path), machine)
 
 
