@@ -11,7 +11,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def kernel_cells(
     for dtype in dtypes:
         for head_dim in head_dims:
             for length in lengths:
-                inputs = _inputs(query_heads, kv_heads, length, head_dim, dtype, device, seed)
+                inputs = random_inputs(query_heads, kv_heads, length, head_dim, dtype, device, seed)
                 for wanted in densities:
                     index = _random_index(inputs, wanted, seed)
                     cells.append(_cell(inputs, index, flex, repeats))
@@ -97,19 +97,37 @@ def kernel_cells(
 def _cell(inputs: AttentionInputs, index: BlockIndex, with_flex: bool, repeats: int) -> KernelCell:
     contenders: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: _output(block_sparse_attention(inputs, index)),
-        "dense": lambda: torch.nn.functional.scaled_dot_product_attention(
-            inputs.query, inputs.key, inputs.value, is_causal=True, enable_gqa=True
-        ),
+        "dense": lambda: dense_attention(inputs),
     }
     if with_flex:
         for block in (64, 128):
             contenders[f"flex {block}"] = _flex(inputs, index, block)
-    errors = {name: _error(inputs, index, run()) for name, run in contenders.items() if name != "dense"}
-    for name, error in errors.items():
-        plain, largest = _plain_error(inputs, index)
-        allowed = 2 * (plain + torch.finfo(inputs.query.dtype).eps * largest)
-        if not error <= allowed:
-            raise ValueError(f"{name} is wrong, so it is not timed: error {error:.2e}, allowed {allowed:.2e}")
+    errors = {name: checked(name, inputs, index, run()) for name, run in contenders.items() if name != "dense"}
+    median = median_seconds(inputs, contenders, repeats)
+    best = min((64, 128), key=lambda block: median[f"flex {block}"]) if with_flex else None
+    return KernelCell(
+        str(inputs.query.dtype).removeprefix("torch."), inputs.head_dim, inputs.queries,
+        float(coverage(inputs, index).density.mean()), choose_implementation(inputs, index), median["ours"],
+        median["dense"], median[f"flex {best}"] if with_flex else None, best, errors["ours"],
+    )  # fmt: skip
+
+
+def checked(name: str, inputs: AttentionInputs, index: BlockIndex, output: Tensor) -> float:
+    """The largest difference to the oracle on sampled rows. ValueError where `output` is not attention over `index`."""
+    error = _error(inputs, index, output)
+    plain, largest = _plain_error(inputs, index)
+    allowed = 2 * (plain + torch.finfo(inputs.query.dtype).eps * largest)
+    if not error <= allowed:
+        raise ValueError(f"{name} is wrong, so it is not timed: error {error:.2e}, allowed {allowed:.2e}")
+    return error
+
+
+def median_seconds(
+    inputs: AttentionInputs, contenders: Mapping[str, Callable[[], Any]], repeats: int
+) -> dict[str, float]:
+    """Median time of each call, all of them interleaved, after one turn that is left out."""
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):  # the first turn warms up
         for name, run in contenders.items():
@@ -119,24 +137,28 @@ def _cell(inputs: AttentionInputs, index: BlockIndex, with_flex: bool, repeats: 
             _finish(inputs)
             if turn:
                 seconds[name].append(time.perf_counter() - began)
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    best = min((64, 128), key=lambda block: median[f"flex {block}"]) if with_flex else None
-    return KernelCell(
-        str(inputs.query.dtype).removeprefix("torch."), inputs.head_dim, inputs.queries,
-        float(coverage(inputs, index).density.mean()), choose_implementation(inputs, index), median["ours"],
-        median["dense"], median[f"flex {best}"] if with_flex else None, best, errors["ours"],
-    )  # fmt: skip
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def _inputs(
-    query_heads: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype, device: str, seed: int
-) -> AttentionInputs:
+def random_inputs(
+    query_heads: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype, device: torch.device | str,
+    seed: int, *, value_dim: int | None = None,
+) -> AttentionInputs:  # fmt: skip
+    """One layer's queries, keys and values, normal numbers from a seed; `value_dim` is `head_dim` unless given."""
     draw = torch.Generator().manual_seed(seed)
 
-    def made(heads: int) -> Tensor:
-        return torch.randn(1, heads, length, head_dim, generator=draw).to(device=device, dtype=dtype)
+    def made(heads: int, dim: int) -> Tensor:
+        return torch.randn(1, heads, length, dim, generator=draw).to(device=device, dtype=dtype)
 
-    return AttentionInputs(made(query_heads), made(kv_heads), made(kv_heads), scale=head_dim**-0.5)
+    query, key, value = made(query_heads, head_dim), made(kv_heads, head_dim), made(kv_heads, value_dim or head_dim)
+    return AttentionInputs(query, key, value, scale=head_dim**-0.5)
+
+
+def dense_attention(inputs: AttentionInputs) -> Tensor:
+    """torch's dense causal attention, which a user would run instead."""
+    return torch.nn.functional.scaled_dot_product_attention(
+        inputs.query, inputs.key, inputs.value, is_causal=True, enable_gqa=True
+    )
 
 
 def _random_index(inputs: AttentionInputs, density: float, seed: int) -> BlockIndex:

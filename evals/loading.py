@@ -25,6 +25,13 @@ def model_folder(name: str | None) -> str:
     return str(resources.files("sparseprefill") / MODEL_INSIDE) if name is None else name
 
 
+def resolve_dtype(name: str | None, dtype: str, device: str) -> str:
+    """What `load_model` makes of a dtype; "auto" stays for models that say themselves what they are."""
+    if name is None and dtype == "auto":  # it ships in bfloat16, which few CPUs compute faster than float32
+        return "float32" if device == "cpu" else "bfloat16"
+    return dtype
+
+
 def load_model(
     name: str | None = None, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Any]:
@@ -38,8 +45,7 @@ def load_model(
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     path = model_folder(name)
-    if name is None and dtype == "auto":  # it ships in bfloat16, which few CPUs compute faster than float32
-        dtype = "float32" if device == "cpu" else "bfloat16"
+    dtype = resolve_dtype(name, dtype, device)
     what = f"the model {'folder' if Path(path).is_dir() else 'name'} {path!r}"
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -58,6 +58,7 @@ class CalibrationCell:
 
     selector: str  # the method that chose the blocks
     length: int  # tokens of the prefill
+    expected: float  # density as the pattern promises it before anything was looked at, which is what decides
     density: float  # pairs computed over visible pairs, mean of the heads
     dense: float  # seconds of torch's dense causal attention
     sparse: float  # seconds of the whole sparse call, estimator and kernel
@@ -154,7 +155,7 @@ def processor() -> str:
     """Processor name and the instruction sets that matter here, where Linux tells them."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
-        return platform.processor() or platform.machine()
+        return platform.processor() or platform.machine() or "unknown"
     lines = info.read_text(encoding="utf-8").splitlines()
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
@@ -190,10 +191,9 @@ def load_calibration(path: str | Path | None = None) -> Calibration:
         try:
             os.stat(path)
         except OSError as error:  # not there, or in a folder that may not be looked into
-            lost = (
-                "there is no calibration file" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
-            )
-            return Calibration((), machine, f"{lost}: `{COMMAND}` writes one")
+            lost = isinstance(error, FileNotFoundError)
+            why = "there is no calibration file" if lost else f"the calibration file {path}: {error.strerror}"
+            return Calibration((), machine, f"{why}; `{COMMAND}` writes one")
     return Calibration(_read(path), machine)
 
 
@@ -293,6 +293,7 @@ def _cell(data: Any, place: str) -> CalibrationCell:
     return CalibrationCell(
         _text(data["selector"], f"{place}: `selector`"),
         _whole(data["length"], 1, _MOST_TOKENS, f"{place}: `length`"),
+        _real(data["expected"], 1.0, f"{place}: `expected`"),
         _real(data["density"], 1.0, f"{place}: `density`"),
         _real(data["dense"], _MOST_SECONDS, f"{place}: `dense`"),
         _real(data["sparse"], _MOST_SECONDS, f"{place}: `sparse`"),

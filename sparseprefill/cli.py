@@ -35,6 +35,8 @@ def methods(as_json: bool, markdown: bool) -> None:
         click.echo(table(list(rows[0]), [list(row.values()) for row in rows], markdown=markdown))
 
 
+_CALIBRATION = "What `bench --calibrate` wrote; default: where it writes by default, if that is there."
+
 for each in (needle, ruler, longbench, fidelity, report):
     main.add_command(each)
 
@@ -47,25 +49,31 @@ for each in (needle, ruler, longbench, fidelity, report):
 @click.option("--impl", default="auto", help="auto, triton, cpu or reference.")
 @click.option("--device", help="Where the model would run; default: a GPU if there is one.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
+@click.option("--calibration", type=click.Path(dir_okay=False, path_type=Path), help=_CALIBRATION)
 @click.option("--trust-remote-code", is_flag=True, help="Run modelling code that comes with the model.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a page.")
 @click.pass_context
 def doctor(
     ctx: click.Context, model: str | None, chosen: str, impl: str, device: str | None, dtype: str,
-    trust_remote_code: bool, as_json: bool,
+    calibration: Path | None, trust_remote_code: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Say which kernel each layer of MODEL would run and why not another, from which length on, on this machine.
 
     MODEL is a hub name or a folder (default: the model that ships inside); its weights are not read. The exit status
     is 1 where the model cannot be patched.
     """
+    import torch
+
     from sparseprefill.doctor import explain, skeleton
+    from sparseprefill.evals.loading import resolve_dtype
     from sparseprefill.prefill import parse_options
 
     name, _, options = chosen.partition(":")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with clear_errors():
+        dtype = resolve_dtype(model, dtype, device)
         bare = skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code)
-        found = explain(bare, name, device=device, impl=impl, **parse_options(options))
+        found = explain(bare, name, device=device, impl=impl, calibration=calibration, **parse_options(options))
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
     if found.refused:
         ctx.exit(1)
@@ -73,20 +81,32 @@ def doctor(
 
 @main.command()
 @click.option("--device", help="cpu or cuda; default: what is there.")
-@click.option("--lengths", type=Numbers(), default="16k", help="Lengths of the kernel cells.")
-@click.option("--densities", default="0.1,0.25,0.5", help="Densities of the kernel cells.")
-@click.option("--ttft", type=Numbers(), default=None, help="Also time the model inside at these lengths.")
-@click.option("--model", help="For --ttft: hub name or folder.")
-@click.option("--trust-remote-code", is_flag=True, help="For --ttft: run code that comes with the model.")
-@click.option("--density", default=0.2, help="For --ttft: budget of the methods.")
+@click.option("--lengths", type=Numbers(), help="Prompt lengths.  [default: 16k; for --calibrate by device]")
+@click.option("--densities", help="Densities.  [default: 0.1,0.25,0.5; for --calibrate 0.1,0.2,0.5]")
+@click.option("--ttft", type=Numbers(), help="Also time the model inside at these lengths.")
+@click.option("--calibrate", is_flag=True, help="Instead measure when sparse pays, for layers like those of --model.")
+@click.option("--model", help="For --ttft, --calibrate: hub name or folder.  [default: the model inside]")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), help="For --calibrate.  [default: auto]"
+)
+@click.option("--trust-remote-code", is_flag=True, help="For --ttft, --calibrate: run code that comes with the model.")
+@click.option("--density", type=float, help="For --ttft: budget of the methods.  [default: 0.2]")
 @click.option("--repeats", default=5, help="Timed runs; medians are reported.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the cells as JSON.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the cells as JSON; for --calibrate: the calibration file, if not the one that is read by default.",
+)  # fmt: skip
 @click.option("--markdown", is_flag=True, help="Print Markdown tables.")
 def bench(
-    device: str | None, lengths: tuple[int, ...], densities: str, ttft: tuple[int, ...] | None, model: str | None,
-    trust_remote_code: bool, density: float, repeats: int, out: Path | None, markdown: bool,
+    device: str | None, lengths: tuple[int, ...] | None, densities: str | None, ttft: tuple[int, ...] | None,
+    calibrate: bool, model: str | None, dtype: str | None, trust_remote_code: bool, density: float | None,
+    repeats: int, out: Path | None, markdown: bool,
 ) -> None:  # fmt: skip
-    """Time the kernel against dense attention and FlexAttention on the same masks, correctness first."""
+    """Time the kernel against dense attention and FlexAttention on the same masks, correctness first.
+
+    With --calibrate: time whole sparse calls against dense attention, fit the cost model that decides between them, and
+    keep it in this machine's calibration file, which patch_model reads.
+    """
     from dataclasses import asdict
 
     import torch
@@ -97,12 +117,20 @@ def bench(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with clear_errors():
+        wanted = [float(part) for part in (densities or ("0.1,0.2,0.5" if calibrate else "0.1,0.25,0.5")).split(",")]
+        if calibrate:
+            if ttft or density is not None:
+                raise ValueError("--calibrate measures attention alone: leave out --ttft and --density")
+            _calibrate(device, lengths, wanted, model, dtype or "auto", trust_remote_code, repeats, out, markdown)
+            return
+        if dtype is not None:
+            raise ValueError("--dtype is for --calibrate: the kernel is timed in bfloat16 and float32")
         if out is not None:
             check_folder(out)  # before minutes of measuring
         reason = benches.why_no_flex(device)
         if reason:
             click.echo(f"without FlexAttention: {reason}")
-        wanted = [float(part) for part in densities.split(",")]
+        lengths = lengths or (16384,)
         with progress_bar(4 * len(lengths) * len(wanted), "kernel") as progress:
             cells = benches.kernel_cells(
                 device=device, lengths=lengths, densities=wanted, repeats=repeats, progress=progress
@@ -111,7 +139,7 @@ def bench(
         written: dict[str, Any] = {"provenance": provenance(), "kernel": [asdict(cell) for cell in cells]}
         if ttft:
             loaded, _ = load_model(model, device=device, trust_remote_code=trust_remote_code)
-            chosen = specs((), density)
+            chosen = specs((), 0.2 if density is None else density)
             with progress_bar(len(ttft) * len(chosen), "ttft") as progress:
                 times = benches.first_token_times(loaded, chosen, ttft, repeats=repeats, progress=progress)
             click.echo(benches.first_token_table(times, markdown=markdown))
@@ -120,6 +148,32 @@ def bench(
         if out is not None:
             write_text(out, json.dumps(written, indent=1) + "\n")
             click.echo(f"wrote {out}")
+
+
+def _calibrate(
+    device: str, lengths: tuple[int, ...] | None, densities: list[float], model: str | None, dtype: str,
+    trust_remote_code: bool, repeats: int, out: Path | None, markdown: bool,
+) -> None:  # fmt: skip
+    """Measure, print, write."""
+    from sparseprefill.calibration import check_writable, default_path, save_entries
+    from sparseprefill.doctor import skeleton
+    from sparseprefill.evals import calibrate as calibrating
+    from sparseprefill.evals.loading import resolve_dtype
+
+    check_writable(out)  # before a minute of measuring
+    bare = skeleton(model, dtype=resolve_dtype(model, dtype, device), trust_remote_code=trust_remote_code)
+    shapes = calibrating.shapes_of(bare)
+    with progress_bar(len(shapes) * len(lengths or calibrating.lengths_for(device)), "calibrate") as progress:
+        found = calibrating.calibrate(
+            shapes, device=device, dtype=bare.dtype, lengths=lengths, densities=densities, repeats=repeats,
+            progress=progress,
+        )  # fmt: skip
+    for each in found:
+        click.echo(calibrating.calibration_report(each, markdown=markdown))
+    path = save_entries((each.entry for each in found), out)
+    click.echo(f"wrote {path}")
+    if path != default_path():
+        click.echo(f"patch_model(model, calibration={str(path)!r}) reads it; without a name it reads {default_path()}")
 
 
 @main.command()

@@ -1,0 +1,252 @@
+"""Measures what attention costs on this machine, for the layers of one model, and fits the cost model to it.
+
+Dense attention and whole sparse calls, estimator and kernel, are timed interleaved on the same random queries and keys;
+a call whose result is not attention over the blocks it chose is an error, not a time. What is fitted is the two numbers
+of `CostModel`, for each selector on its own, and the more cautious of each is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sparseprefill.calibration import Calibration, CalibrationCell, CalibrationEntry, Machine
+from sparseprefill.coverage import coverage
+from sparseprefill.evals.bench import checked, dense_attention, median_seconds, random_inputs
+from sparseprefill.huggingface_modules import (
+    LayerShape,
+    attention_modules,
+    kernel_for,
+    layer_shapes,
+    tensor_parallel,
+    text_config,
+)
+from sparseprefill.patterns import BlockSparse, Pattern, VerticalSlash
+from sparseprefill.prefill import CostModel, Prefill, expected_density, sparse_prefill
+from sparseprefill.reports import number, ranges, table
+
+SELECTORS: dict[str, Callable[[float], Pattern]] = {
+    "vertical_slash": lambda density: VerticalSlash(density=density),
+    "block_sparse": lambda density: BlockSparse(keep=density),
+}
+"""What is timed, from a density: the two ways of finding blocks that the methods have."""
+LENGTHS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (4096, 8192, 16384, 32768)}
+"""By kind of device, from about where sparse attention begins to pay to where it pays well."""
+DENSITIES = (0.1, 0.2, 0.5)
+_MUCH = 0.4  # of a fit's error
+_TOLD = (0.1, 0.2, 0.5)  # break-even is printed at these densities
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A new entry of the calibration, and which layers of the model it is for."""
+
+    entry: CalibrationEntry
+    layers: tuple[int, ...]  # their numbers
+    worst: float  # largest relative error of a selector's own fit, over its cells
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The cost model that describes some cells best, and how well it does."""
+
+    tile_factor: float
+    fixed_seconds: float
+    worst: float  # largest relative error over the cells
+
+
+def lengths_for(device: str) -> tuple[int, ...]:
+    """What is timed unless lengths are given."""
+    return LENGTHS.get(torch.device(device).type, LENGTHS["cuda"])
+
+
+def shapes_of(model: PreTrainedModel) -> dict[LayerShape, tuple[int, ...]]:
+    """The distinct shapes of a model's attention layers, and the numbers of the layers of each.
+
+    Weights are not looked at, they may be on the meta device. Raises NotImplementedError for a model that
+    `patch_model` refuses for its kind.
+    """
+    config = text_config(model)
+    found: dict[LayerShape, tuple[int, ...]] = {}
+    for layer, shape in sorted(layer_shapes(attention_modules(model, config), config, tensor_parallel(model)).items()):
+        found[shape] = (*found.get(shape, ()), layer)
+    return found
+
+
+def calibrate(
+    shapes: Mapping[LayerShape, tuple[int, ...]],
+    *,
+    device: str,
+    dtype: torch.dtype,
+    lengths: Sequence[int] | None = None,
+    densities: Sequence[float] = DENSITIES,
+    repeats: int = 5,
+    impl: str = "auto",
+    block_q: int = 64,
+    block_k: int = 64,
+    seed: int = 0,
+    progress: Callable[[int], Any] = lambda steps: None,
+) -> list[Measured]:
+    """Measure and fit one entry for each shape; nothing is written.
+
+    Args:
+        shapes: see `shapes_of`.
+        device: "cpu", "cuda", ...: where the model will run.
+        dtype: of queries, keys and values.
+        lengths: tokens of the timed prefills, multiples of 128 and of both tiles; None: those of `LENGTHS`.
+        densities: budgets of both selectors.
+        repeats: timed calls; medians are taken.
+        impl, block_q, block_k: as for `patch_model`.
+        seed: of queries, keys and values.
+        progress: called with the number of lengths done.
+
+    Raises:
+        ValueError: lengths, densities or tiles that cannot be measured, a wrong result, or times too noisy to fit.
+        NotImplementedError: no kernel serves a shape; the message says why.
+    """
+    place = torch.zeros(1, device=device).device  # "cuda" has become "cuda:0"
+    lengths = tuple(lengths or lengths_for(device))
+    for length in lengths:
+        if length < 2 * max(block_q, block_k) or length % math.lcm(128, block_q, block_k):
+            raise ValueError(f"calibration times multiples of {math.lcm(128, block_q, block_k)} tokens, got {length}")
+    if len(set(lengths)) < 2:
+        raise ValueError("calibration needs at least two lengths, to tell what is fixed from what grows")
+    if not densities:
+        raise ValueError("calibration needs at least one density")
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    nothing = Calibration((), Machine.here())
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    done = []
+    for shape, layers in shapes.items():
+        kernel, reasons = kernel_for(shape, place, dtype, impl, block_q, block_k)
+        if kernel is None:
+            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise NotImplementedError(f"layers {ranges(layers)} cannot be served: {why}")
+        cells: list[CalibrationCell] = []
+        for length in lengths:
+            cells += _measured(shape, length, densities, dtype, place, kernel, block_q, block_k, repeats, seed)
+            progress(1)
+        key = nothing.key(place, dtype, kernel, **dataclasses.asdict(shape), block_q=block_q, block_k=block_k)
+        cost, pair, worst = fit_cost(cells)
+        done.append(Measured(CalibrationEntry(key, cost, pair, tuple(cells), today), layers, worst))
+    return done
+
+
+def _measured(
+    shape: LayerShape, length: int, densities: Sequence[float], dtype: torch.dtype, device: torch.device, kernel: str,
+    block_q: int, block_k: int, repeats: int, seed: int,
+) -> list[CalibrationCell]:  # fmt: skip
+    """The cells of one length, checked and then timed together."""
+    inputs = random_inputs(
+        shape.query_heads, shape.kv_heads, length, shape.head_dim, dtype, device, seed, value_dim=shape.value_dim
+    )
+
+    def call(pattern: Pattern) -> Callable[[], Prefill]:
+        return lambda: sparse_prefill(inputs, pattern, block_q=block_q, block_k=block_k, impl=kernel)
+
+    patterns = {
+        f"{name} at density {wanted:g}, {length} tokens": (name, make(wanted))
+        for wanted in densities
+        for name, make in SELECTORS.items()
+    }
+    contenders: dict[str, Callable[[], Any]] = {"dense": lambda: dense_attention(inputs)}
+    density = {}
+    for what, (_, pattern) in patterns.items():
+        run = call(pattern)
+        done = run()
+        assert done.result.output is not None
+        checked(what, inputs, done.index, done.result.output)
+        density[what] = float(coverage(inputs, done.index).density.mean())
+        contenders[what] = run
+    seconds = median_seconds(inputs, contenders, repeats)
+    return [
+        CalibrationCell(name, length, expected_density(pattern, length), density[what], seconds["dense"], seconds[what])
+        for what, (name, pattern) in patterns.items()
+    ]
+
+
+def fit_cost(cells: Sequence[CalibrationCell]) -> tuple[CostModel, float, float]:
+    """(the more cautious cost model of the selectors, seconds of a dense pair, worst relative error of their fits).
+
+    For each selector, sparse = tile_factor * density * dense + fixed is fitted by least squares of relative errors,
+    fixed not below 0. The density is the expected one, as in the decision: in a short prompt a pattern computes more
+    than it promises, for the blocks it always keeps, and what that costs must not be left out. Of each number the
+    larger is kept, so that at no density and length is the model less cautious than a selector's own. `fixed` becomes
+    tokens by the dense pair's seconds, rounded up.
+
+    Raises ValueError where the cells tell nothing of one of the numbers.
+    """
+    pair = _dense_pair_seconds(cells)
+    selectors = dict.fromkeys(cell.selector for cell in cells)
+    fits = [_fit([cell for cell in cells if cell.selector == name]) for name in selectors]
+    fixed = max(math.sqrt(2 * fit.fixed_seconds / pair) for fit in fits)
+    tokens = math.ceil(fixed - 1e-6 * (1 + fixed))  # what rounding added is no token
+    return CostModel(max(fit.tile_factor for fit in fits), tokens), pair, max(fit.worst for fit in fits)
+
+
+def _dense_pair_seconds(cells: Sequence[CalibrationCell]) -> float:
+    """Of the line through the origin that fits dense times best, by relative errors."""
+    if not cells:
+        raise ValueError("there is nothing to fit: no cell was measured")
+    rates = [cell.length * (cell.length + 1) / 2 / cell.dense for cell in cells]  # pairs a second
+    return math.fsum(rates) / math.fsum(rate * rate for rate in rates)
+
+
+def _fit(cells: Sequence[CalibrationCell]) -> Fit:
+    tiles = [cell.expected * cell.dense / cell.sparse for cell in cells]  # of 1, the measured time
+    fixed = [1 / cell.sparse for cell in cells]
+    tt, tf, ff = _dot(tiles, tiles), _dot(tiles, fixed), _dot(fixed, fixed)
+    determinant = tt * ff - tf * tf
+    if determinant <= 1e-9 * tt * ff:
+        raise ValueError("the cells are too much alike to tell what is fixed from what grows: measure more lengths")
+    factor = (ff * math.fsum(tiles) - tf * math.fsum(fixed)) / determinant
+    seconds = (tt * math.fsum(fixed) - tf * math.fsum(tiles)) / determinant
+    if seconds < 0:  # a fixed gain is noise
+        factor, seconds = math.fsum(tiles) / tt, 0.0
+    if factor <= 0:
+        raise ValueError(
+            "sparse calls did not take longer at higher densities: the machine was too busy to be measured, or the "
+            "lengths are too short; try again with more repeats or longer lengths"
+        )
+    return Fit(factor, seconds, max(abs(factor * t + seconds * f - 1) for t, f in zip(tiles, fixed, strict=True)))
+
+
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    return math.fsum(a * b for a, b in zip(left, right, strict=True))
+
+
+def calibration_report(measured: Measured, *, markdown: bool = False) -> str:
+    """The cells of an entry beside what its cost model says of them, then what follows from it."""
+    entry, key = measured.entry, measured.entry.key
+    fixed = entry.cost.fixed_tokens**2 / 2 * entry.dense_pair_seconds
+    rows = []
+    for cell in entry.cells:
+        told = entry.cost.tile_factor * cell.expected * cell.dense + fixed
+        rows.append([
+            cell.selector, str(cell.length), number(cell.expected), number(cell.density), number(cell.dense, 4),
+            number(cell.sparse, 4), number(told, 4), f"{100 * (told / cell.sparse - 1):+.0f}%",
+            number(cell.dense / cell.sparse, 2),
+        ])  # fmt: skip
+    head = ["selector", "length", "expected", "density", "dense s", "sparse s", "model s", "model", "dense / sparse"]
+    even = {density: entry.cost.break_even(density) for density in _TOLD}
+    told_even = ", ".join(
+        f"{'never' if tokens is None else f'{tokens} tokens'} at {density:g}" for density, tokens in even.items()
+    )
+    dims = f"{key.head_dim}" if key.head_dim == key.value_dim else f"{key.head_dim}/{key.value_dim}"
+    doubt = "; that is much, was the machine busy? Then measure again" if measured.worst > _MUCH else ""
+    return "\n".join([
+        f"layers {ranges(measured.layers)}: {key.query_heads} query heads, {key.kv_heads} KV heads, head_dim {dims}, "
+        f"kernel {key.kernel}, tiles of {key.block_q} x {key.block_k}",
+        table(head, rows, markdown=markdown),
+        entry.describe(),
+        f"break-even: {told_even}",
+        f"largest relative error of a selector's own fit: {100 * measured.worst:.0f}%{doubt}",
+    ])  # fmt: skip
