@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from sparseprefill.calibration import Calibration, CalibrationCell, CalibrationEntry, Machine
 from sparseprefill.coverage import coverage
 from sparseprefill.evals.bench import checked, dense_attention, median_seconds, random_inputs
+from sparseprefill.evals.profile_time import RATE, tile_seconds
 from sparseprefill.huggingface_modules import (
     LayerShape,
     attention_modules,
@@ -136,7 +137,14 @@ def calibrate(
             progress(1)
         key = nothing.key(place, dtype, kernel, **dataclasses.asdict(shape), block_q=block_q, block_k=block_k)
         cost, pair, worst = fit_cost(cells)
-        done.append(Measured(CalibrationEntry(key, cost, pair, tuple(cells), today), layers, worst))
+        rates = {}
+        if block_q == block_k:  # tiles of the profiler are square
+            inputs = random_inputs(
+                shape.query_heads, shape.kv_heads, max(lengths), shape.head_dim, dtype, place, seed,
+                value_dim=shape.value_dim,
+            )  # fmt: skip
+            rates[RATE] = tile_seconds(inputs, block_q, min(repeats, 3))
+        done.append(Measured(CalibrationEntry(key, cost, pair, tuple(cells), today, rates), layers, worst))
     return done
 
 

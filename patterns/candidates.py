@@ -37,7 +37,7 @@ class Candidate:
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 """Budgets of each family, shares of what a row (vertical-slash: the whole call) sees."""
 
-WINDOWS = (128, 256, 512, 1024)
+WINDOWS = (128, 256)
 """Windows of A-shape in tokens: a head that looks at its neighbours needs no more of them in a longer prompt."""
 
 _SINK = 64  # first tokens that every family keeps

@@ -62,7 +62,12 @@ def lost_edges() -> Tensor:
 
 
 def dense_tiles(tokens: int, block: int, every: int = 1) -> int:
-    """Tiles of one head whose logits `score` computes for a prompt of this length, from its first token on."""
+    """Tiles of one head whose logits `score` computes for a prompt of this length, from its first token on.
+
+    Raises ValueError for an `every` below 1.
+    """
+    if every < 1:
+        raise ValueError(f"every must be at least 1, got {every}")
     return sum(row + 1 for row in _rows(-(-tokens // block), every))
 
 
@@ -93,7 +98,7 @@ def _together(query_heads: int, group: int, blocks: int, candidates: int) -> int
 
 
 def _slab_rows(heads: int, block: int, tokens: int) -> int:
-    return max(1, _LOGITS // (heads * block * tokens))
+    return min(-(-tokens // block), max(1, _LOGITS // (heads * block * tokens)))
 
 
 def score(

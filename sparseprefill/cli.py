@@ -12,6 +12,7 @@ import click
 from sparseprefill import __version__
 from sparseprefill.cli_evals import DEMO, along, fidelity, longbench, needle, report, ruler, specs
 from sparseprefill.cli_options import Numbers, clear_errors, progress_bar
+from sparseprefill.cli_profile import profile
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -37,7 +38,7 @@ def methods(as_json: bool, markdown: bool) -> None:
 
 _CALIBRATION = "What `bench --calibrate` wrote; default: where it writes by default, if that is there."
 
-for each in (needle, ruler, longbench, fidelity, report):
+for each in (needle, ruler, longbench, fidelity, report, profile):
     main.add_command(each)
 
 

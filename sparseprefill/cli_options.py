@@ -50,12 +50,22 @@ class Depths(AnyType):
             self.fail(f"{value!r} is neither a number of depths like 10 nor percentages like 0,25,50", param, ctx)
 
 
+class Defaulting(click.Group):
+    """A group with a command, `run`, that need not be named: what names no other command are its arguments."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does, with `run` put before what begins otherwise."""
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """What the library refuses becomes a message without a traceback."""
     try:
         yield
-    except (ValueError, TypeError, NotImplementedError, ImportError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, NotImplementedError, ImportError, OSError, FloatingPointError, MemoryError) as error:
         raise click.ClickException(str(error)) from error
 
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sparseprefill.cli_options import clear_errors
+from sparseprefill.cli_options import Defaulting, clear_errors
+from sparseprefill.cli_profile_run import import_minference, run, validate
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-@click.group()
+@click.group(cls=Defaulting)
 def profile() -> None:
-    """Which pattern each attention head of a model gets, and why."""
+    """Give each attention head of a model its pattern: `profile [MODEL] --out FILE` is `profile run`."""
+
+
+for each in (run, validate, import_minference):
+    profile.add_command(each)
 
 
 @profile.command()
@@ -128,12 +132,15 @@ def merge(files: tuple[Path, ...], out: Path, keep: Any) -> None:
 
 def scores_beside(file: Path) -> Any:
     """What every candidate kept and cost, from the folder beside a profile; None where there is none."""
-    folder = _scores(file)
-    return import_module("sparseprefill.profile").read_scores(folder) if folder.is_dir() else None
+    from sparseprefill.profile_scores import read_scores
+
+    return read_scores(_scores(file)) if _scores(file).is_dir() else None
 
 
 def _scores(file: Path) -> Path:
-    return file.with_name(f"{file.name}.scores")
+    from sparseprefill.profile_scores import scores_folder
+
+    return scores_folder(file)
 
 
 def _refuse_input(out: Path, files: Iterable[Path]) -> None:

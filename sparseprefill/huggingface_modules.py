@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -145,7 +146,13 @@ def model_facts(config: PreTrainedConfig) -> dict[str, Any]:
     layers = config.num_hidden_layers
     each = [_layer_facts(config, number) for number in range(layers)]
     same = {name: values[0] if len(set(values)) == 1 else values for name, values in _columns(each).items()}
-    return {"architecture": config.model_type, "layers": layers, **same, "vocabulary": config.vocab_size}
+    rope = _plain(getattr(config, "rope_parameters", None))
+    return {"architecture": config.model_type, "layers": layers, **same, "rope": rope, "vocabulary": config.vocab_size}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _columns(rows: list[dict[str, int]]) -> dict[str, list[int]]:
