@@ -50,8 +50,8 @@ class Allocation:
 def allocate(mass: Tensor, cost: Tensor, budget: float) -> Allocation:
     """One candidate a head, so that the mean cost is within the budget and the mean mass is the largest possible.
 
-    The optimum is exact for costs rounded up to whole `UNIT`s and for masses rounded to about 2**-46 of the largest
-    one. Of equal allocations the cheaper one is chosen; of those the one that has, head by head in order, the lower
+    The optimum is exact for costs rounded up to whole `UNIT`s and for masses rounded to about 2**-46 of the largest.
+    Of equal allocations the cheaper one is chosen; of those the one that has, head by head in order, the lower
     candidate number (among millions of them, any, but always the same). A budget that pays for every head's best is
     spent only as far as that.
 
