@@ -41,6 +41,7 @@ SELECTORS: dict[str, Callable[[float], Pattern]] = {
 LENGTHS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (4096, 8192, 16384, 32768)}
 """By kind of device, from about where sparse attention begins to pay to where it pays well."""
 DENSITIES = (0.1, 0.2, 0.5)
+"""What is timed unless densities are given."""
 _MUCH = 0.4  # of a fit's error
 _TOLD = (0.1, 0.2, 0.5)  # break-even is printed at these densities
 

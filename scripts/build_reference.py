@@ -25,8 +25,8 @@ import pdoc.render
 import sparseprefill
 
 ROOMS = ("patterns", "estimators", "kernels", "evals")
-# a room's page shows what its `__all__` names; these two hold more that people call
-BESIDE = ("kernels.reference", "evals.bench")
+# a room's page shows what its `__all__` names; these hold more that people call
+BESIDE = ("kernels.reference", "evals.bench", "evals.calibrate")
 # the spine shows itself module by module, but for those whose public names stand on the first page, and the commands
 HIDDEN = re.compile("contracts|huggingface.*|cli|__main__")
 

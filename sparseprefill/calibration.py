@@ -24,11 +24,14 @@ from sparseprefill import __version__, files
 from sparseprefill.patterns.store import MOST_HEADS
 from sparseprefill.prefill import CostModel
 
-VARIABLE = "SPARSEPREFILL_CALIBRATION"  # names the file in place of the default
+VARIABLE = "SPARSEPREFILL_CALIBRATION"
+"""The environment variable that names the file in place of the default."""
 SCHEMA = 1
+"""Of the file; others are refused."""
 COMMAND = "sparseprefill bench --calibrate"
-# a machine with a hundred models and a dozen settings has fewer entries, a measurement far fewer cells
-MOST_ENTRIES, MOST_CELLS, MOST_RATES = 4096, 1024, 64
+"""What writes the file."""
+# a machine with a hundred models and a dozen settings has fewer entries, a measurement some dozens of cells
+_MOST_ENTRIES, _MOST_CELLS, _MOST_RATES = 4096, 1024, 64
 _MOST_SECONDS, _MOST_TOKENS, _MOST_FACTOR, _MOST_LETTERS = 1e6, 1 << 30, 1e4, 256
 
 
@@ -243,7 +246,7 @@ def _entries(data: Any, name: str) -> tuple[CalibrationEntry, ...]:
         found = files.shown(data.get("schema")) if isinstance(data, dict) else None
         raise ValueError(f"{name} has schema {found}; this version reads schema {SCHEMA}")
     _names(data, ("schema", "entries"), name)
-    entries = _list(data["entries"], MOST_ENTRIES, f"{name}: `entries`")
+    entries = _list(data["entries"], _MOST_ENTRIES, f"{name}: `entries`")
     made = tuple(_entry(entry, f"{name}: entry {number}") for number, entry in enumerate(entries))
     if len({entry.key for entry in made}) < len(made):
         raise ValueError(f"{name} has two entries of one key")
@@ -255,9 +258,9 @@ def _entry(data: Any, place: str) -> CalibrationEntry:
     cost = data["cost"]
     _names(cost, ("tile_factor", "fixed_tokens"), f"{place}: `cost`")
     rates = data["rates"]
-    if not isinstance(rates, dict) or len(rates) > MOST_RATES:
-        raise ValueError(f"{place}: `rates` must be an object of at most {MOST_RATES} numbers")
-    cells = _list(data["cells"], MOST_CELLS, f"{place}: `cells`")
+    if not isinstance(rates, dict) or len(rates) > _MOST_RATES:
+        raise ValueError(f"{place}: `rates` must be an object of at most {_MOST_RATES} numbers")
+    cells = _list(data["cells"], _MOST_CELLS, f"{place}: `cells`")
     return CalibrationEntry(
         _key(data["key"], f"{place}: `key`"),
         CostModel(

@@ -118,10 +118,9 @@ class PatchedLayer:
         if self.cost is None:
             why = "no calibration was looked for"
         elif (self.cost.device, self.cost.dtype) != (device, dtype):
-            asked, now = (
-                f"{kind} on {where}" for where, kind in ((self.cost.device, self.cost.dtype), (device, dtype))
-            )
-            why = f"the model was patched for {asked}, and runs in {now}".replace("torch.", "")
+            asked = self.cost
+            why = f"the model was patched for {asked.dtype} on {asked.device}, and runs in {dtype} on {device}"
+            why = why.replace("torch.", "")
         elif self.cost.entry is not None:
             return self.cost.entry.cost, self.cost.entry.describe()
         else:

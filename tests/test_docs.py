@@ -18,7 +18,7 @@ import click
 import pytest
 
 import sparseprefill
-from sparseprefill import cli
+from sparseprefill import calibration, cli
 from sparseprefill.evals.bench import first_token_times
 from sparseprefill.evals.compare import summarise
 from sparseprefill.evals.methods import MethodSpec
@@ -236,6 +236,21 @@ def test_every_reason_of_a_report_is_explained() -> None:
     assert {"below break-even", "fewer keys than min_length=N", "it is not causal"} <= in_source
     assert in_source - explained == set(), "docs/why-not-faster.md does not explain these"
     assert explained - in_source == set(), "docs/why-not-faster.md explains what no report says"
+
+
+def test_every_reason_for_no_calibration_is_explained() -> None:
+    section = WHY_NOT.partition("| reason | what to do |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| `([^`]+)`[^|]* \| [^|]+ \|$", section, flags=re.MULTILINE)
+    explained = {re.sub(r"\b[A-Z]+\b", "N", reason) for reason in rows}
+    assert len(explained) == len(rows)
+    aspects = {"no entry " + re.sub(r"\{\w+\}", "N", words) for _, words in calibration._ASPECTS}
+    assert aspects <= explained
+    said = set()
+    for name in ("calibration.py", "huggingface_layers.py"):
+        for node in ast.walk(ast.parse((ROOT / "sparseprefill" / name).read_text(encoding="utf-8"))):
+            said |= set(texts(node)) if isinstance(node, ast.expr) else set()
+    for reason in explained - aspects:
+        assert any(text.startswith(reason) for text in said), reason
 
 
 def test_break_even_table_follows_from_the_cost_model() -> None:
