@@ -77,6 +77,11 @@ def share(count: int, total: int) -> str:
     return f"{percent:.2g}%" if percent < 1 else f"{min(percent, 99.9):.1f}%"
 
 
+def kept(value: float | None) -> str:
+    """A mass to three digits, 1.000 only where nothing is lost."""
+    return number(value if value is None or value >= 1 - 1e-6 else min(value, 0.999))
+
+
 def worst_heads(profile: ModelPatterns) -> list[Head]:
     """Heads with a score on the prompts that count, the one that keeps the least first."""
     kind = judged_on(profile)
@@ -175,7 +180,7 @@ def findings(profile: ModelPatterns) -> list[str]:
     for kind in reversed(kinds):
         scores = [score for head in heads if (score := getattr(head, kind)) is not None]
         mass, density, work = (mean([getattr(s, name) for s in scores]) for name in ("mass", "density", "work"))
-        lines.append(f"On {KINDS[kind]} prompts a head keeps {number(mass)} of the attention mass on average, at "
+        lines.append(f"On {KINDS[kind]} prompts a head keeps {kept(mass)} of the attention mass on average, at "
                      f"density {number(density)} and work {number(work)}.")  # fmt: skip
     pairs = [(head, head.tuning.mass - head.held_out.mass) for head in heads if head.tuning and head.held_out]
     if pairs:
@@ -187,9 +192,9 @@ def findings(profile: ModelPatterns) -> list[str]:
         head, most = max(pairs, key=lambda pair: pair[1])
         assert head.tuning is not None
         assert head.held_out is not None
+        tuning, held_out = kept(head.tuning.mass), kept(head.held_out.mass)
         widest = (
-            f" The widest gap has {head.place}: {head.tuning.mass:.3f} on tuning prompts, {head.held_out.mass:.3f} on "
-            "held-out prompts."
+            f" The widest gap has {head.place}: {tuning} on tuning prompts, {held_out} on held-out prompts."
             if most > 0
             else " No head keeps less."
         )
@@ -199,7 +204,7 @@ def findings(profile: ModelPatterns) -> list[str]:
     if worst:
         kind = judged_on(profile) or "tuning"
         told = "; ".join(
-            f"{head.place} ({getattr(head, kind).mass:.3f}, {one_line(label_of(head.pattern))})" for head in worst
+            f"{head.place} ({kept(getattr(head, kind).mass)}, {one_line(label_of(head.pattern))})" for head in worst
         )
         lines.append(f"The least is kept by {told}.")
     return lines

@@ -35,6 +35,7 @@ from sparseprefill.evals.profile_findings import (
     cautions,
     findings,
     heads_of,
+    kept,
     kinds_of,
     listed,
     made_words,
@@ -84,8 +85,8 @@ def layer_table(profile: ModelPatterns) -> Table:
             cells.append(str(sum(head.tuning is not None or head.held_out is not None for head in own)))
         for kind in kinds:
             scores = [score for head in own if (score := getattr(head, kind)) is not None]
-            cells += [number(mean([score.mass for score in scores])),
-                      number(min((score.mass for score in scores), default=None)),
+            cells += [kept(mean([score.mass for score in scores])),
+                      kept(min((score.mass for score in scores), default=None)),
                       number(mean([score.density for score in scores]))]  # fmt: skip
         if kinds:  # the last of them is what counts
             cells.append(number(mean([score.work for score in scores])))
@@ -112,8 +113,10 @@ def _head_rows(profile: ModelPatterns, heads: Sequence[Head], caption: str) -> T
         row = [str(each.layer), str(each.head), one_line(label_of(each.pattern))]
         for kind in kinds:
             score = getattr(each, kind)
-            row += [number(None if score is None else getattr(score, name))
-                    for name in ("mass", "low_mass", "density", "work")]  # fmt: skip
+            if score is None:
+                row += ["-"] * 4
+            else:
+                row += [kept(score.mass), kept(score.low_mass), number(score.density), number(score.work)]
         rows.append(row)
     return Table(caption, head, rows)
 
@@ -137,11 +140,9 @@ def made_table(profile: ModelPatterns) -> Table:
     """The model's keys, its weights, and how the profile was made, as far as it says."""
     found = [(f"model.{name}", value) for name, value in profile.model.items()]
     found += [("weights", profile.weights if profile.weights is not None else "not known")]
-    for name, value in profile.made.items():
-        if name in ("target", "prompts") and listed(value):
-            continue  # they are told in words or have a table of their own
-        found.append((name, value))
-    rows = [[one_line(cut(name, 80)), one_line(cut(text_of(value), 600))] for name, value in found]
+    # prompts have a table of their own
+    found += [item for item in profile.made.items() if not (item[0] == "prompts" and listed(item[1]))]
+    rows = [[one_line(cut(name, 80)), one_line(cut(text_of(value), 3000))] for name, value in found]
     return Table("The model, and how the profile was made", ["what", "value"], rows)
 
 
@@ -153,14 +154,10 @@ def prompts_table(profile: ModelPatterns) -> Table | None:
     assert isinstance(prompts, list)
     rows = [
         [one_line(cut(text_of(each.get("name", "-")), 120)), one_line(cut(text_of(each.get("tokens", "-")), 20)),
-         {True: "held-out", False: "tuning"}.get(each.get("held_out"), "-") if _hashable(each.get("held_out")) else "-"]
+         "held-out" if each.get("held_out") is True else "tuning" if each.get("held_out") is False else "-"]
         for each in prompts
     ]  # fmt: skip
     return Table("Prompts", ["prompt", "tokens", "used as"], rows)
-
-
-def _hashable(value: Any) -> bool:
-    return isinstance(value, (bool, type(None)))
 
 
 # The table
@@ -293,7 +290,7 @@ def _maps(profile: ModelPatterns) -> Iterator[_Figure]:
 
 
 def _pareto(found: Comparison) -> Iterator[_Figure]:
-    told = "; ".join(compared_words(found))
+    told = " ".join(compared_words(found))
     for cost, title in (("density", "Kept mass against density"), ("work", "Kept mass against work")):
         figure = draw_pareto(found, "density" if cost == "density" else "work")
         yield _Figure(markup(to_svg(figure, f"pareto-{cost}", title, told)), title)
@@ -302,7 +299,7 @@ def _pareto(found: Comparison) -> Iterator[_Figure]:
 def compared_words(found: Comparison) -> list[str]:
     """The profile beside the best uniform baselines."""
     lines = [
-        f"Over {some(found.heads, 'head')} on {KINDS[found.kind]} prompts the profile keeps {found.mass:.3f} of the "
+        f"Over {some(found.heads, 'head')} on {KINDS[found.kind]} prompts the profile keeps {kept(found.mass)} of the "
         f"mass at density {found.density:.3f} and work {found.work:.3f}."
     ]
     if found.kind == "tuning":
@@ -316,7 +313,7 @@ def compared_words(found: Comparison) -> list[str]:
     as_cheap = [each for each in real if each.work <= found.work]
     if as_cheap:
         each = max(as_cheap, key=lambda each: each.mass)
-        lines.append(f"For no more work than the profile's, the best single pattern keeps {each.mass:.3f} "
+        lines.append(f"For no more work than the profile's, the best single pattern keeps {kept(each.mass)} "
                      f"({one_line(each.label)}).")  # fmt: skip
     else:
         lines.append("No single candidate takes as little work as the profile.")
@@ -366,7 +363,7 @@ def _pictures(profile: ModelPatterns, scores: ProfileScores) -> _Pictures:
 
 
 def _picture_words(label: str, score: HeadScore | None, outlined: bool) -> str:
-    told = "" if score is None else f"; density {number(score.density)}, kept mass {number(score.mass)}"
+    told = "" if score is None else f"; density {number(score.density)}, kept mass {kept(score.mass)}"
     return f"{one_line(label)}{told}{'' if outlined else '; no outline: this pattern was no candidate'}"
 
 

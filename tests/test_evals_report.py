@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from eval_results import MACHINE, METHODS, SETS, fidelity_result, longbench_result, needle_result
 from eval_tasks import SPECS, Parity
+from pages import HOSTILE, Page
 
 from sparseprefill.evals.compare import Summary, summarise
 from sparseprefill.evals.loading import load_model
@@ -32,49 +32,6 @@ from sparseprefill.evals.runner import run_eval
 from sparseprefill.evals.tasks import Metric, Total
 
 PERCENT, PLAIN = Metric("p", "percent"), Metric("k", "plain", higher_is_better=False, percent=False)
-HOSTILE = (
-    "</dd></article><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
-    "| a | `b` | **c** \n\n# heading\r\n```\n$x_1$ {{ 7 * 7 }} {% raw %} &amp; "
-    "\x00\x07\x1b[31m\x85\x9b\u202eevil\u2066 \u200f\ud800\udfff\ufffe\u2028 --> ]]> ' \" \\ <!--"
-)
-VOID = {"meta", "br", "img", "input", "link", "hr", "path", "use", "rect", "line"}
-
-
-class Page(HTMLParser):
-    """What a browser would make of a page, as far as these tests ask; complains about tags that do not close."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == [], f"{self.open} not closed"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in {"meta"}:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        """All words of the page in one line."""
-        return " ".join(" ".join(self.words).split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        """The attributes of every element of a kind."""
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def of(result: EvalResult, resamples: int = 200) -> tuple[EvalResult, Summary]:
