@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from sparseprefill.patterns.vertical_slash import VerticalSlash
 SCHEMA = 2
 HARD_KEYS = ("architecture", "layers", "query_heads", "kv_heads", "head_dim", "rope", "vocabulary")
 """What a model must agree on with the one that a profile was made for."""
+
+INSIDE = "inside"
+"""Names the profile of the model that ships inside where a path is asked for."""
 
 # the largest models have 128 layers of 128 heads; a file that claims many times that would only cost memory
 MOST_LAYERS, MOST_HEADS = 1024, 1024
@@ -154,11 +158,13 @@ _SCORES = ("tuning", "held_out")
 
 
 def load_patterns(path: str | Path) -> ModelPatterns:
-    """Read a profile, which is data: nothing in it is ever executed.
+    """Read a profile, which is data: nothing in it is ever executed. "inside": that of the model that ships inside.
 
     Raises FileNotFoundError or PermissionError with the path, and ValueError that names the file and the place that is
     wrong: no JSON, another schema, an unknown pattern, or more than a model has (see `MOST_LAYERS`).
     """
+    if str(path) == INSIDE:
+        path = str(resources.files("sparseprefill") / "needle_model" / "profile.json")
     return _profile(files.read_json(path, "profile"), f"the profile {path}")
 
 

@@ -34,8 +34,10 @@ class RunOptions:
     markdown: bool
 
 
-DEMO = RunOptions(None, (), 0.2, 0, 1, "auto", None, False, Path("demo"), True, False)
-"""Every method of the grid at one density on the model inside, begun anew."""
+DEMO = RunOptions(
+    None, (*GRID_METHODS, "minference:profile=inside"), 0.2, 0, 1, "auto", None, False, Path("demo"), True, False
+)
+"""Every method of the grid at one density, and the profile of the model inside, on that model, begun anew."""
 
 _OPTIONS = (
     click.option("--model", help="Hub name or folder; default: the model that ships inside."),
