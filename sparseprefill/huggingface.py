@@ -296,7 +296,7 @@ def _resolve(
     if profile is None:
         return resolve_method(method, last_rows_dense=last_rows_dense, **options)
     if method != "minference":
-        name = method if isinstance(method, str) else describe_pattern(method)
+        name = method if isinstance(method, str) else type(method).__name__
         raise ValueError(f"a profile brings its own patterns: it goes with method 'minference' alone, not with {name}")
     return resolve_method(method, last_rows_dense=last_rows_dense, profile=profile, **options)
 
