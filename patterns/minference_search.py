@@ -163,7 +163,8 @@ def _sum_by_distance(share: Tensor) -> Tensor:
     rows, keys = share.shape[2:]
     # as in the probe: a row longer by `rows` than its reversed keys, cut one short, shifts each row by one
     skewed = functional.pad(share.flip(-1), (0, rows)).flatten(2)[..., : rows * (keys + rows - 1)]
-    return skewed.unflatten(2, (rows, keys + rows - 1)).sum(2)[..., rows - 1 :]
+    total: Tensor = skewed.unflatten(2, (rows, keys + rows - 1)).sum(2)
+    return total[..., rows - 1 :]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

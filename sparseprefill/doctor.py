@@ -142,6 +142,7 @@ def explain(
         if running is None:
             plan = plan_patch(inner, method, settings=settings, **options)
             layers, modules = plan.layers, plan.modules
+            notes.extend(plan.warnings)
         facts = model_facts(config)
     except NotImplementedError as error:
         refused = str(error)

@@ -11,8 +11,9 @@ import copy
 import dataclasses
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,6 +51,7 @@ from sparseprefill.huggingface_modules import (
     text_config,
     unwrap,
 )
+from sparseprefill.huggingface_weights import files_hash, weights_hash, weights_warnings
 from sparseprefill.kernels import choose_implementation
 from sparseprefill.patterns import Dense, LastRowsDense, ModelPatterns, Pattern, PerHead
 from sparseprefill.patterns.per_head import of_heads
@@ -69,10 +71,14 @@ class Patch:
     `model` is the patched model itself.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: dict[int, PatchedLayer], undo: list[Callable[[], None]]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: dict[int, PatchedLayer], undo: list[Callable[[], None]],
+        warned: Mapping[str, int],
+    ) -> None:  # fmt: skip
         self.model = model
         self._layers = layers
         self._undo = undo
+        self._warned = warned
 
     def __enter__(self) -> Patch:
         return self
@@ -107,7 +113,7 @@ class Patch:
             return (module and device_of(module)) or self.model.device, self.model.dtype
 
         decision = decision_of((layer, *(layer.decided or place(layer))) for layer in layers)
-        return PatchReport(layers[0].method, decision, tuple(layer.report() for layer in layers))
+        return PatchReport(layers[0].method, decision, tuple(layer.report() for layer in layers), dict(self._warned))
 
     def observe(self, on: bool) -> None:
         """Switch the counting of density, kept mass and times on or off; calls are always counted."""
@@ -136,6 +142,8 @@ def patch_model(
     model: PreTrainedModel,
     method: Method = "minference",
     *,
+    profile: str | Path | None = None,
+    strict: bool = False,
     dense_layers: Sequence[int] = (),
     layers: Mapping[int, Method] | None = None,
     heads: Mapping[tuple[int, int], Method] | None = None,
@@ -162,6 +170,8 @@ def patch_model(
     Args:
         model: any model whose attention dispatches through transformers' attention interface.
         method: a name of `sparseprefill methods`, or an object with `build_index(inputs, grid) -> BlockIndex`.
+        profile: the file of a profile, for method "minference": a pattern for each head.
+        strict: refuse a profile that was not made for the very weights of this model, instead of warning.
         dense_layers: layers that stay as they were (negative numbers count from the end).
         layers: other methods for some layers, `{layer: method}`.
         heads: other methods for some query heads, `{(layer, head): method}`.
@@ -180,6 +190,7 @@ def patch_model(
     Raises:
         TypeError, ValueError: unknown method or option, layers or heads that do not exist, a profile of another model,
             a damaged calibration.
+        FileNotFoundError, PermissionError: a profile that is not there or may not be read.
         NotImplementedError: the model, or its head_dim, cannot be served; the message says what to do.
 
     A model that was refused is exactly as it was. While patched, a forward pass raises NotImplementedError for what
@@ -189,16 +200,18 @@ def patch_model(
     settings = Settings(block_q, block_k, impl, min_length, observe, sample_rows, min_mass)
     known = settings.calibration(calibration)
     plan = plan_patch(
-        model, method, dense_layers=dense_layers, layers=layers, heads=heads, last_rows_dense=last_rows_dense,
-        settings=settings, **options,
+        model, method, profile=profile, strict=strict, dense_layers=dense_layers, layers=layers, heads=heads,
+        last_rows_dense=last_rows_dense, settings=settings, **options,
     )  # fmt: skip
+    for text in plan.warnings:
+        warnings.warn(text, UserWarning, stacklevel=2)
     inner = plan.model
     if known is not None:
         places = {number: device_of(module) for number, module in plan.modules.items()}
         calibrate_layers(known, plan.layers, plan.shapes, places, inner.dtype)
     _register_functions()
     undo: list[Callable[[], None]] = []
-    patch = Patch(inner, plan.layers, undo)
+    patch = Patch(inner, plan.layers, undo, plan.warnings)
     try:
         _use_private_config(inner, undo)
         private = text_config(inner)
@@ -232,18 +245,20 @@ class PatchPlan:
     modules: dict[int, nn.Module]
     shapes: dict[int, LayerShape]
     layers: dict[int, PatchedLayer]
+    warnings: dict[str, int] = field(default_factory=dict)  # what is to be warned of, how often
 
 
 def plan_patch(
-    model: Any, method: Method, *, dense_layers: Sequence[int] = (), layers: Mapping[int, Method] | None = None,
+    model: Any, method: Method, *, profile: str | Path | None = None, strict: bool = False,
+    dense_layers: Sequence[int] = (), layers: Mapping[int, Method] | None = None,
     heads: Mapping[tuple[int, int], Method] | None = None, last_rows_dense: int = 0, settings: Settings | None = None,
     **options: Any,
 ) -> PatchPlan:  # fmt: skip
     """Everything that can be checked and prepared before a model is touched. Raises what `patch_model` raises."""
     settings = settings or Settings()
-    model = unwrap(model)
+    wrapped, model = model, unwrap(model)
     _check_overrides(dense_layers, layers, heads)
-    pattern = resolve_method(method, last_rows_dense=last_rows_dense, **options)
+    pattern = _resolve(method, profile, last_rows_dense, options)
     config = text_config(model)
     modules = attention_modules(model, config)
     if getattr(config, "output_attentions", False):
@@ -258,6 +273,8 @@ def plan_patch(
         mismatch = entry.mismatch(facts) if isinstance(entry, ModelPatterns) else None
         if mismatch:
             raise ValueError(f"this profile is of another model: {mismatch}")
+    profiles = [each for each in (pattern, *(layers or {}).values()) if isinstance(each, ModelPatterns)]
+    doubts = weights_warnings(profiles, functools.partial(weights_hash, wrapped), strict)
     part = tensor_parallel(model)
     shapes = layer_shapes(modules, config, part)
     last = max(modules) + 1
@@ -290,7 +307,19 @@ def plan_patch(
         )
         for number in sorted(modules)
     }  # fmt: skip
-    return PatchPlan(model, config, previous, modules, shapes, states)
+    return PatchPlan(model, config, previous, modules, shapes, states, doubts)
+
+
+def _resolve(
+    method: Method, profile: str | Path | None, last_rows_dense: int, options: dict[str, Any]
+) -> Pattern | ModelPatterns:
+    """The method with its options, of which the profile is one. Raises ValueError for a profile with another method."""
+    if profile is None:
+        return resolve_method(method, last_rows_dense=last_rows_dense, **options)
+    if method != "minference":
+        name = method if isinstance(method, str) else type(method).__name__
+        raise ValueError(f"a profile brings its own patterns: it goes with method 'minference' alone, not with {name}")
+    return resolve_method(method, last_rows_dense=last_rows_dense, profile=profile, **options)
 
 
 def _check_overrides(dense_layers: Any, layers: Any, heads: Any) -> None:
@@ -351,25 +380,33 @@ _OWN_KEYS = (
 
 
 def register(
-    method: Method = "minference", *, previous: str = "sdpa", calibration: str | Path | None = None, **options: Any
+    method: Method = "minference",
+    *,
+    profile: str | Path | None = None,
+    previous: str = "sdpa",
+    calibration: str | Path | None = None,
+    **options: Any,
 ) -> None:
     """Serve `from_pretrained(..., attn_implementation="sparseprefill")` with this method from now on.
 
     `previous` is the implementation that decoding and short prompts run on; models that transformers itself runs on
-    eager (GPT-OSS) need "eager". Takes the method's options, `last_rows_dense`, `block_q`, `block_k`, `impl`,
-    `min_length` and `min_mass` of `patch_model`. There is no handle, so nothing is observed; for a report, patch the
-    model instead. `calibration` is that of `patch_model`, read now.
-    Raises ValueError and TypeError as `patch_model` does; what a model cannot serve shows in its first forward pass.
+    eager (GPT-OSS) need "eager". Takes the method's options, `profile`, `last_rows_dense`, `block_q`, `block_k`,
+    `impl`, `min_length` and `min_mass` of `patch_model`. There is no handle, so nothing is observed; for a report,
+    patch the model instead. `calibration` is that of `patch_model`, read now.
+    Raises ValueError and TypeError as `patch_model` does; what a model cannot serve shows in its first forward pass,
+    as does the warning that a profile was made for other weights.
     """
-    for name in ("observe", "sample_rows"):
+    for name, reason in (
+        ("observe", "there is no handle to read a report from"),
+        ("sample_rows", "there is no handle to read a report from"),
+        ("strict", "the model is not known yet"),
+    ):
         if name in options:
-            raise ValueError(
-                f"register takes no {name}: there is no handle to read a report from; patch the model instead"
-            )
+            raise ValueError(f"register takes no {name}: {reason}; patch the model instead")
     shared = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
     settings = Settings(**shared, observe=False)
     known = settings.calibration(calibration)
-    pattern = resolve_method(method, **options)
+    pattern = _resolve(method, profile, options.pop("last_rows_dense", 0), options)
     if previous not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) or previous == NAME:
         raise ValueError(f"previous must be an attention implementation of transformers, got {previous!r}")
     _REGISTERED.update(
@@ -577,6 +614,9 @@ def _registered_layer(
     mismatch = pattern.mismatch(model_facts(config)) if isinstance(pattern, ModelPatterns) and config else None
     if mismatch:
         raise ValueError(f"the registered profile is of another model: {mismatch}")
+    if isinstance(pattern, ModelPatterns) and config is not None and masks.bound_settings(config) is None:
+        for text in weights_warnings([pattern], functools.partial(files_hash, config, module)):
+            warnings.warn(text, UserWarning, stacklevel=2)
     number = module.layer_idx
     assert isinstance(number, int)
     layer = PatchedLayer(

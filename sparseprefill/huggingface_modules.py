@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,13 +145,19 @@ def model_facts(config: PreTrainedConfig) -> dict[str, Any]:
     layers = config.num_hidden_layers
     each = [_layer_facts(config, number) for number in range(layers)]
     same = {name: values[0] if len(set(values)) == 1 else values for name, values in _columns(each).items()}
-    rope = _plain(getattr(config, "rope_parameters", None))
-    return {"architecture": config.model_type, "layers": layers, **same, "rope": rope, "vocabulary": config.vocab_size}
+    return {
+        "architecture": config.model_type, "layers": layers, **same, "vocabulary": config.vocab_size,
+        "rope": _plain(getattr(config, "rope_parameters", None)),
+    }  # fmt: skip
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value, default=str))
+    """The same in types that JSON has; tables by layer type stay tables."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _columns(rows: list[dict[str, int]]) -> dict[str, list[int]]:

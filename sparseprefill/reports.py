@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -37,6 +37,7 @@ class PatchReport:
     method: str  # its name, or its pattern in words
     decision: str  # what chooses between sparse and dense
     layers: tuple[LayerReport, ...]  # patched layers, in order
+    warnings: dict[str, int] = field(default_factory=dict)  # what was warned of when the model was patched: how often
 
     @property
     def density(self) -> float | None:
@@ -100,6 +101,7 @@ class PatchReport:
         lines += [f"on the previous implementation: {n} calls, {why}" for why, n in self.previous_calls.items()]
         if self.guard_checks:
             lines.append(f"guard: {self.guard_reruns} of {self.guard_checks} checked heads ran again with full rows")
+        lines += [f"warning: {text} ({count} x)" for text, count in self.warnings.items()]
         return "\n".join(lines)
 
     def _guard_cells(self, layer: LayerReport) -> list[str]:
