@@ -27,7 +27,7 @@ TYPE_COLOURS = {
     "tri_shape": "#0072B2",
     "vertical_slash": "#F0C541",
     "block_sparse": "#009E73",
-    "random": "#CC79A7",
+    "random": "#5A5A5A",
 }
 """Of a pattern's type, in every picture of every profile: told apart with any kind of colour vision."""
 
@@ -115,7 +115,7 @@ def plot_maps(profile: ModelPatterns, show: Sequence[Show] = ("pattern", "densit
         raise ValueError(f"the profile has no scores to draw {' and '.join(show)} of: show the patterns")
     layers, heads = len(profile.layers), max(map(len, profile.layers))
     cell = min(22.0, max(6.0, 300 / heads))  # points
-    wide, high = max(2.6, (heads * cell + 60) / 72), (layers * min(cell, 14.0) + 100) / 72
+    wide, high = max(2.6, (heads * cell + 60) / 72), (layers * min(cell, 14.0) + 130) / 72
     abreast = 1 if wide > 7.5 and len(wanted) > 1 else len(wanted)
     down = -(-len(wanted) // abreast)
     with figure_style(INK):
@@ -150,7 +150,8 @@ def _draw_map(panel: Any, profile: ModelPatterns, show: Show, kind: str | None, 
             for layer, row in enumerate(profile.layers):
                 for head, pattern in enumerate(row):
                     axes.text(head + 0.5, layer + 0.5, _LETTERS.get(type_of(pattern), "?"), ha="center", va="center",
-                              fontsize=7, color="#111111")  # fmt: skip
+                              fontsize=7,
+                              color="#ffffff" if type_of(pattern) == "random" else "#111111")  # fmt: skip
         _legend(panel, used, unscored=bool(unscored) and kind is not None)
         axes.set_title("pattern")
     else:
@@ -174,7 +175,8 @@ def _draw_map(panel: Any, profile: ModelPatterns, show: Show, kind: str | None, 
             )
         shown = np.ma.masked_invalid(values)
         image = axes.pcolormesh(shown, cmap=tints, norm=norm, **options)
-        bar = panel.colorbar(image, ax=axes, location="bottom", shrink=0.9, aspect=28, pad=0.02)
+        bar = panel.colorbar(image, ax=axes, location="bottom", shrink=0.9, aspect=28, pad=0.02,
+                             fraction=min(0.15, 20 / (layers * cell)))  # fmt: skip
         bar.set_ticks(ticks, labels=labels)
         bar.minorticks_off()
         bar.outline.set_visible(False)

@@ -251,7 +251,7 @@ def profile_html(profile: ModelPatterns, scores: ProfileScores | None, name: str
         ValueError: the scores cannot be those of this profile.
     """
     found = None if scores is None else compare_uniform(profile, scores)
-    pictures = _Pictures() if scores is None else _pictures(profile, scores)
+    pictures = _Pictures() if scores is None else head_pictures(profile, scores)
     worst = worst_table(profile)
     context = {
         "name": one_line(cut(name, 120)), "model": model_words(profile), "made": made_words(profile),
@@ -320,7 +320,7 @@ def compared_words(found: Comparison) -> list[str]:
     return lines
 
 
-def _pictures(profile: ModelPatterns, scores: ProfileScores) -> _Pictures:
+def head_pictures(profile: ModelPatterns, scores: ProfileScores) -> _Pictures:
     """Where the mass of each head lies, first layers first, as many as a page can hold."""
     check_scores(profile, scores)
     kind, tokens = judged_on(profile), {prompt.name: prompt.tokens for prompt in scores.prompts}
