@@ -35,6 +35,7 @@ IDS_FIELD = "token_ids"
 """Where a document's token ids are looked for, if it has none of the fields with a text."""
 
 _HUB = "hf:"
+_BUILTIN = "builtin"
 _MOST_LINE_BYTES = 64 << 20  # a document of 10 million tokens takes about 50 MiB
 _Documents = Generator[tuple[str, Any], None, None]  # where each stands, for messages, and what stands there
 
@@ -62,8 +63,9 @@ def profile_prompts(
     """Tuning and held-out prompts, `samples` and `held_out` of each length.
 
     Args:
-        spec: "builtin" for `builtin_prompts`; hf:NAME[:CONFIG[:SPLIT]] for `dataset_prompts`; a path that ends in
-            .jsonl for `jsonl_prompts`; any other path for `text_prompts`.
+        spec: "builtin", or "builtin:" and some of `KINDS` joined by "+", for `builtin_prompts`;
+            hf:NAME[:CONFIG[:SPLIT]] for `dataset_prompts`; a path that ends in .jsonl for `jsonl_prompts`; any other
+            path for `text_prompts`.
         tokenizer: of the model. What it puts before every text stands before every prompt.
         lengths: tokens of a prompt, special tokens included.
         samples: tuning prompts a length, at least 1.
@@ -81,10 +83,11 @@ def profile_prompts(
     documents = name.startswith(_HUB) or name.lower().endswith(".jsonl")
     if field is not None and not documents:
         raise ValueError(f"a field is for documents, from a .jsonl file or from {_HUB}NAME: {name!r} has none")
-    if seed is not None and name != "builtin":
+    if seed is not None and name.partition(":")[0] != _BUILTIN:
         raise ValueError(f"a seed is for built-in prompts: those of {name!r} are the same each time")
-    if name == "builtin":
-        return builtin_prompts(*counts, seed=1 if seed is None else seed)
+    if name.partition(":")[0] == _BUILTIN:
+        kinds = tuple(name.partition(":")[2].split("+")) if ":" in name else KINDS
+        return builtin_prompts(*counts, seed=1 if seed is None else seed, kinds=kinds)
     if name.startswith(_HUB):
         return dataset_prompts(name, *counts, field=field)
     return jsonl_prompts(spec, *counts, field=field) if documents else text_prompts(spec, *counts)
@@ -124,23 +127,31 @@ def digest(prompts: Sequence[ProfilePrompt]) -> str:
 
 
 def builtin_prompts(
-    tokenizer: Any, lengths: Sequence[int], samples: int, held_out: int, seed: int = 1
+    tokenizer: Any,
+    lengths: Sequence[int],
+    samples: int,
+    held_out: int,
+    seed: int = 1,
+    kinds: Sequence[str] = KINDS,
 ) -> ProfilePrompts:
-    """Seeded prompts of all `KINDS`, in turn: the i-th of a length is of kind i % 4.
+    """Seeded prompts of these kinds, in turn: the i-th of a length is of kind i % len(kinds).
 
     Needles and prose have exactly the length, the others as many tokens as their units allow. Each prompt has a draw of
     its own, named by the seed, tuning or held-out, kind, length and number: it is the same whatever else is made.
-    Raises ValueError for lengths that are too short for a kind.
+    Raises ValueError for an unknown kind, and for lengths that are too short for one.
     """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"there is no built-in kind {kind!r}: choose from {', '.join(KINDS)}, joined by +")
     prefix = _prefix(tokenizer, lengths, samples, held_out)
     parts = [
         tuple(
-            _builtin(tokenizer, prefix, KINDS[i % len(KINDS)], length, _number(part, i // len(KINDS)), seed)
+            _builtin(tokenizer, prefix, kinds[i % len(kinds)], length, _number(part, i // len(kinds)), seed)
             for length in lengths for i in range(count)
         )
         for part, count in enumerate((samples, held_out))
     ]  # fmt: skip
-    return _apart(ProfilePrompts(parts[0], parts[1], f"built-in prompts, seed {seed}"))
+    return _apart(ProfilePrompts(parts[0], parts[1], f"built-in prompts ({', '.join(kinds)}), seed {seed}"))
 
 
 def _builtin(tokenizer: Any, prefix: Sequence[int], kind: str, length: int, number: str, seed: int) -> ProfilePrompt:

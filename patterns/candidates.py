@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sparseprefill.estimators.selection import check_share
 from sparseprefill.patterns.a_shape import AShape
@@ -27,9 +28,10 @@ class Candidate:
     @property
     def label(self) -> str:
         """As methods are named on the command line, with every option that is set."""
-        if not dataclasses.is_dataclass(self.pattern) or isinstance(self.pattern, type):
+        pattern: Any = self.pattern  # a user's own need not be a dataclass
+        if not dataclasses.is_dataclass(pattern) or isinstance(pattern, type):
             return self.family
-        values = {field.name: getattr(self.pattern, field.name) for field in dataclasses.fields(self.pattern)}
+        values = {field.name: getattr(pattern, field.name) for field in dataclasses.fields(pattern)}
         options = ",".join(f"{name}={value}" for name, value in values.items() if value is not None)
         return f"{self.family}:{options}" if options else self.family
 

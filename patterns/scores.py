@@ -181,8 +181,8 @@ def _score_heads(
         real = (lse[0] > -torch.inf)[..., None]
         mass_sum += (share.double() * real).sum((1, 2))
         queries += real[0].sum()
-        place = torch.bucketize((1 - share.float()).clamp_(0.0, 1.0), edges).clamp_(max=BINS - 1) + number
-        lost += torch.bincount(place[real.expand_as(place)], minlength=len(lost))
+        bins = torch.bucketize((1 - share.float()).clamp_(0.0, 1.0), edges).clamp_(max=BINS - 1) + number
+        lost += torch.bincount(bins[real.expand_as(bins)], minlength=len(lost))
         if cells is not None:
             cells.add(slab[some], mass[0], real, mask[:, some])
     return LayerScores(

@@ -193,7 +193,7 @@ def _profile(data: Any, name: str) -> ModelPatterns:
          for entry, place in zip(heads, own, strict=True)]
         for heads, own in zip(layers, places, strict=True)
     ]  # fmt: skip
-    made, tuning, held_out = (tuple(tuple(each[n] for each in heads) for heads in read) for n in range(3))
+    parts: list[Any] = [tuple(tuple(each[n] for each in heads) for heads in read) for n in range(3)]
     model, how, weights = data.get("model", {}), data.get("made", {}), data.get("weights")
     for key, value in (("model", model), ("made", how)):
         if not isinstance(value, dict):
@@ -207,6 +207,7 @@ def _profile(data: Any, name: str) -> ModelPatterns:
     def some(scores: Any) -> Any:
         return scores if any(score is not None for heads in scores for score in heads) else ()
 
+    made, tuning, held_out = parts
     return ModelPatterns(made, model, weights, some(tuning), some(held_out), how)
 
 

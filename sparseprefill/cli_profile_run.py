@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ _TRUST = click.option("--trust-remote-code", is_flag=True, help="Run code that c
 _PROMPTS = click.option(
     "--prompts",
     default="builtin",
-    help="builtin, a text file, a .jsonl file, or hf:NAME[:CONFIG[:SPLIT]].",
+    help="builtin (or builtin:KIND[+KIND] of needle, multi_key, variable_tracking and prose), a text file, a .jsonl "
+    "file, or hf:NAME[:CONFIG[:SPLIT]].",
 )
 _FIELD = click.option("--field", help="Of documents: where their text is.  [default: the first that is there]")
 
 
-def _lengths(default: str) -> Any:
+def _lengths(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return click.option("--lengths", type=Numbers(), default=default, help="Tokens of a prompt.")
 
 
@@ -36,7 +38,7 @@ def _lengths(default: str) -> Any:
 @_FIELD
 @_lengths("8k")
 @click.option("--samples", type=click.IntRange(1), default=4, help="Prompts a length to tune on.")
-@click.option("--held-out", type=click.IntRange(0), default=2, help="Prompts a length to measure the choice on.")
+@click.option("--held-out", type=click.IntRange(0), default=4, help="Prompts a length to measure the choice on.")
 @click.option("--seed", type=int, help="Of the built-in prompts.  [default: 1]")
 @click.option(
     "--target-mass",
@@ -206,7 +208,7 @@ def validate(
         if out is not None:
             check_folder(out)
         loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        if prompts == "builtin" and seed is None:
+        if prompts.partition(":")[0] == "builtin" and seed is None:
             seed = 2
         made = profile_prompts(prompts, tokenizer, lengths, samples, 0, seed=seed, field=field)
         block = found.made.get("block", 64)

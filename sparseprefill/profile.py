@@ -266,7 +266,7 @@ class _LayerWatcher:
 def _run(model: PreTrainedModel, token_ids: Sequence[int], watcher: _Watcher, block: int) -> None:
     ids = torch.tensor([list(token_ids)], device=model.device)
     # the same kernel whether a layer is scored or was before: a resumed run sees the same numbers
-    with patch_model(model, watcher, min_length=0, observe=False, block_q=block, block_k=block) as patch:  # type: ignore[arg-type]
+    with patch_model(model, watcher, min_length=0, observe=False, block_q=block, block_k=block) as patch:
         watcher.active = True  # patching tries patterns on zeros
         try:
             patch.model.base_model(input_ids=ids, use_cache=False)
@@ -313,7 +313,8 @@ def _prompts(
     """Whatever stands for a prompt, as token ids that the model can read."""
     if isinstance(given, (str, bytes)):
         raise TypeError("prompts are a list of prompts, got one text: put it into a list")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
     for number, each in enumerate(given):
         name = each.name if isinstance(each, ProfilePrompt) else f"{kind} {number}"
         ids: Any = each.token_ids if isinstance(each, ProfilePrompt) else each

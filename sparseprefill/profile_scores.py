@@ -32,6 +32,8 @@ from sparseprefill.patterns.scores import BINS, CandidateTable, LayerScores, Pic
 from sparseprefill.patterns.store import PATTERNS, HeadScore, ModelPatterns
 
 SCHEMA = "sparseprefill-scores-1"
+"""Of a folder of scores; another one is refused."""
+
 _COUNTS = ("mass", "lost", "queries", "kept", "visible", "tiles", "dense_tiles", "estimator")
 _DIGITS = 6  # of numbers in a profile
 
@@ -72,6 +74,7 @@ class MInferenceSearch:
 
 
 Target = TargetMass | WorkBudget | MInferenceSearch
+"""What a choice aims at."""
 
 
 def _check_share(what: str, value: Any) -> None:
@@ -258,8 +261,9 @@ def choose(
     some_held_out = any(prompt.held_out for prompt in scores.prompts)
     held_out = {layer: scores.table(layer, True, quantile) for layer in scores.layers} if some_held_out else {}
     facts = scores.facts
-    count, heads = facts["layers"], facts["query_heads"]
-    each = heads if isinstance(heads, list) else [heads] * count
+    count: int = facts["layers"]
+    heads: Any = facts["query_heads"]
+    each: list[int] = heads if isinstance(heads, list) else [heads] * count
 
     def patterns(layer: int) -> tuple[Pattern, ...]:
         if layer not in chosen:
@@ -275,7 +279,9 @@ def choose(
             getattr(table, name).gather(1, columns)[:, 0].tolist() for name in ("mass", "low_mass", "density", "work")
         ]
         return tuple(
-            HeadScore(*(min(1.0, round(x, _DIGITS)) for x in (mass, low, density)), round(work, _DIGITS))
+            HeadScore(
+                min(1.0, round(mass, _DIGITS)), round(low, _DIGITS), round(density, _DIGITS), round(work, _DIGITS)
+            )
             for mass, low, density, work in zip(*values, strict=True)
         )
 
