@@ -9,6 +9,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from sparseprefill.evals.tasks import Attempt
+from sparseprefill.huggingface_modules import model_window
 
 
 class _FirstToken(LogitsProcessor):
@@ -74,9 +75,3 @@ def check_window(model: Any, tokens: int, what: str) -> None:
             f"{what}: prompt and answer take {tokens} tokens, and the model's window is {window}: choose a shorter "
             "length, or a maximum length that truncates"
         )
-
-
-def model_window(model: Any) -> int | None:
-    """Tokens a model can take, where its configuration says so."""
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(window) if isinstance(window, int) and window > 0 else None

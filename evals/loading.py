@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from sparseprefill.calibration import processor
 from sparseprefill.files import shown
-from sparseprefill.patterns.store import MOST_HEADS, MOST_LAYERS
+from sparseprefill.patterns.store import INSIDE, MOST_HEADS, MOST_LAYERS
 
 MODEL_INSIDE = "needle_model"
 """Folder in this package that holds the small model which ships with it."""
@@ -21,13 +21,13 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def model_folder(name: str | None) -> str:
-    """What to give `from_pretrained`: the folder of the model inside for None, else the name itself."""
-    return str(resources.files("sparseprefill") / MODEL_INSIDE) if name is None else name
+    """What to give `from_pretrained`: the folder of the model inside for None or "inside", else the name itself."""
+    return str(resources.files("sparseprefill") / MODEL_INSIDE) if name in (None, INSIDE) else str(name)
 
 
 def resolve_dtype(name: str | None, dtype: str, device: str) -> str:
     """What `load_model` makes of a dtype; "auto" stays for models that say themselves what they are."""
-    if name is None and dtype == "auto":  # it ships in bfloat16, which few CPUs compute faster than float32
+    if name in (None, INSIDE) and dtype == "auto":  # it ships in bfloat16, which few CPUs compute faster than float32
         return "float32" if device == "cpu" else "bfloat16"
     return dtype
 
@@ -35,7 +35,7 @@ def resolve_dtype(name: str | None, dtype: str, device: str) -> str:
 def load_model(
     name: str | None = None, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer) of a hub name or a local folder; None: the model inside.
+    """(model, tokenizer) of a hub name or a local folder; None or "inside": the model inside.
 
     Weights are read from safetensors alone, never from pickles, and no code of the model's own is run unless
     `trust_remote_code` says so. Raises ValueError with the folder, the reason and the way out where it cannot be

@@ -9,16 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from sparseprefill.evals.generation import check_window
 from sparseprefill.evals.prompt_rendering import Renderer, first_ids, last_ids, plain_ids, prefix_ids
 from sparseprefill.evals.retrieval_prompts import Sample, draft, fitted
 from sparseprefill.evals.ruler import check_lengths
@@ -91,36 +87,6 @@ def profile_prompts(
     if name.startswith(_HUB):
         return dataset_prompts(name, *counts, field=field)
     return jsonl_prompts(spec, *counts, field=field) if documents else text_prompts(spec, *counts)
-
-
-def check_prompts(prompts: Sequence[ProfilePrompt], model: PreTrainedModel) -> None:
-    """Raise ValueError for no prompts, a name that comes twice, or a prompt that this model cannot be given.
-
-    That is one longer than its window, or with a token that it has no embedding for.
-    """
-    if not prompts:
-        raise ValueError("there is no prompt to run: give at least one")
-    embeddings = model.get_input_embeddings()
-    known = int(getattr(embeddings, "num_embeddings", 0) or model.config.get_text_config().vocab_size)
-    names = Counter(prompt.name for prompt in prompts)
-    for prompt in prompts:
-        if names[prompt.name] > 1:
-            raise ValueError(f"{names[prompt.name]} prompts are called {prompt.name}: give each a name of its own")
-        check_window(model, len(prompt.token_ids), prompt.name)
-        for place, token in enumerate(prompt.token_ids):
-            if not 0 <= token < known:
-                raise ValueError(
-                    f"{prompt.name}: token {token} at place {place} is none of the model's {known}: were the prompts "
-                    "made with another model's tokenizer?"
-                )
-
-
-def digest(prompts: Sequence[ProfilePrompt]) -> str:
-    """The sha256 of names and token ids, in their order."""
-    found = hashlib.sha256()
-    for prompt in prompts:
-        found.update(json.dumps([prompt.name, [int(token) for token in prompt.token_ids]]).encode() + b"\n")
-    return found.hexdigest()
 
 
 # ---- made up

@@ -247,7 +247,7 @@ def fidelity(
 ) -> None:  # fmt: skip
     """How far a method's next tokens are from dense attention's, over long text and without any task."""
     from sparseprefill.evals.fidelity import Fidelity
-    from sparseprefill.evals.generation import model_window
+    from sparseprefill.huggingface_modules import model_window
 
     def make(model: Any, tokenizer: Any) -> Fidelity:
         return Fidelity(
@@ -285,8 +285,8 @@ def longbench(
     double_bos: bool,
 ) -> None:  # fmt: skip
     """LongBench with the official prompts, truncation and scores, on SETS or all of them."""
-    from sparseprefill.evals.generation import model_window
     from sparseprefill.evals.longbench import LongBench, LongBenchV2
+    from sparseprefill.huggingface_modules import model_window
 
     if edition == "2" and sets:
         raise ValueError(f"version 2 is one set of questions: leave out {', '.join(sets)}")
@@ -330,8 +330,8 @@ def needle(
     question: str | None, seed: int, haystack: Path | None, chat_template: str | None,
 ) -> None:  # fmt: skip
     """Needles in a haystack: does a method still find what dense attention finds, at every depth and length?"""
-    from sparseprefill.evals.generation import model_window
     from sparseprefill.evals.needle_tasks import needle_task
+    from sparseprefill.huggingface_modules import model_window
 
     depths = 5 if depths is None and kind != "along" else depths
     given = {"depths": depths, "needles": needles, "question_at": question, "chat": chat_template}
@@ -348,8 +348,8 @@ def needle(
 
 def along(run: RunOptions, lengths: tuple[int, ...], samples: int) -> None:
     """Needles all along the prompt, as the demonstration has them."""
-    from sparseprefill.evals.generation import model_window
     from sparseprefill.evals.needle_tasks import NeedlesAlong
+    from sparseprefill.huggingface_modules import model_window
 
     evaluate(
         run, lambda model, tokenizer: NeedlesAlong(
@@ -378,8 +378,8 @@ def ruler(
     Without --official in words of our own, which need no data and no other package; with it those that lm-eval can make
     offline, unless TASKS name others.
     """
-    from sparseprefill.evals.generation import model_window
     from sparseprefill.evals.ruler import Ruler
+    from sparseprefill.huggingface_modules import model_window
 
     if official and haystack is not None:
         raise ValueError("the official tasks have haystacks of their own: leave --haystack out, or --official")
@@ -402,8 +402,8 @@ def _official_ruler(
     model: Any, tokenizer: Any, tasks: tuple[str, ...], lengths: tuple[int, ...], samples: int, seed: int,
     chat_template: str | None,
 ) -> Any:  # fmt: skip
-    from sparseprefill.evals.generation import model_window
     from sparseprefill.evals.lm_eval_tasks import OFFLINE_TASKS, LmEvalRuler
+    from sparseprefill.huggingface_modules import model_window
 
     has = bool(getattr(tokenizer, "chat_template", None))
     return LmEvalRuler(

@@ -218,7 +218,7 @@ def validate(
             )
         click.echo(str(checked))
         if out is not None:
-            data = {"prompts": made.source, **asdict(checked), "provenance": provenance(loaded)}
+            data = {"profile": profile.name, "source": made.source, **asdict(checked), "provenance": provenance(loaded)}
             write_text(out, json.dumps(data, indent=1) + "\n")
             click.echo(f"wrote {out}")
 

@@ -237,6 +237,12 @@ def device_of(module: nn.Module) -> torch.device | None:
     return parameter.device
 
 
+def model_window(model: Any) -> int | None:
+    """Tokens a model can take, where its configuration says so."""
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(window) if isinstance(window, int) and window > 0 else None
+
+
 def nested_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     """A configuration and those inside it."""
     yield config

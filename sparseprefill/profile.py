@@ -25,13 +25,21 @@ from sparseprefill.huggingface import patch_model, plan_patch
 from sparseprefill.huggingface_identity import model_identity
 from sparseprefill.huggingface_layers import Settings
 from sparseprefill.huggingface_masks import mask_of_layer, masks_of
-from sparseprefill.huggingface_modules import LayerShape, device_of, model_facts, tensor_parallel, unwrap
+from sparseprefill.huggingface_modules import (
+    LayerShape,
+    device_of,
+    model_facts,
+    model_window,
+    tensor_parallel,
+    text_config,
+    unwrap,
+)
 from sparseprefill.huggingface_weights import weights_hash
 from sparseprefill.patterns import Dense, ModelPatterns, Pattern
 from sparseprefill.patterns.candidates import Candidate
 from sparseprefill.patterns.candidates import candidates as default_candidates
 from sparseprefill.patterns.minference_search import CANDIDATES as MINFERENCE
-from sparseprefill.patterns.minference_search import search_scores
+from sparseprefill.patterns.minference_search import FIRST_ROW, search_scores
 from sparseprefill.patterns.scores import dense_tiles, peak_bytes, score
 from sparseprefill.patterns.store import PATTERNS
 from sparseprefill.prefill import parse_options, resolve_method
@@ -151,6 +159,12 @@ def score_model(
     if len({prompt.name for prompt in taken}) < len(taken):
         raise ValueError("prompts need names of their own")
     plan = plan_patch(model, Dense(), settings=Settings(block_q=block, block_k=block))
+    short = min(len(prompt.token_ids) for prompt in taken)
+    if search and short <= FIRST_ROW:
+        raise ValueError(
+            f"MInference's search looks at query rows from {FIRST_ROW} on, and a prompt has {short} tokens: take "
+            "longer prompts"
+        )
     masks = masks_of(model, 2 * block)
     layers = [
         number for number in sorted(plan.modules)
@@ -314,7 +328,8 @@ def _prompts(
     if isinstance(given, (str, bytes)):
         raise TypeError("prompts are a list of prompts, got one text: put it into a list")
     embeddings: Any = model.get_input_embeddings()
-    vocabulary = embeddings.weight.shape[0]
+    vocabulary = int(getattr(embeddings, "num_embeddings", 0) or text_config(model).vocab_size)  # some are padded
+    window = model_window(model)
     for number, each in enumerate(given):
         name = each.name if isinstance(each, ProfilePrompt) else f"{kind} {number}"
         ids: Any = each.token_ids if isinstance(each, ProfilePrompt) else each
@@ -334,6 +349,8 @@ def _prompts(
             raise ValueError(
                 f"{name} has {len(ids)} tokens, and a profile needs at least two blocks of {block}: take longer prompts"
             )
+        if window is not None and len(ids) > window:
+            raise ValueError(f"{name} has {len(ids)} tokens, and the model's window is {window}: take shorter prompts")
         if min(ids) < 0 or max(ids) >= vocabulary:
             raise ValueError(f"{name} holds token ids outside of the model's vocabulary of {vocabulary}")
         yield ProfilePrompt(name, list(map(int, ids)))

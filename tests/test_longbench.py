@@ -21,7 +21,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from sparseprefill.evals import longbench, longbench_data, longbench_metrics
-from sparseprefill.evals.generation import model_window
 from sparseprefill.evals.longbench import LongBench, LongBenchV2, Prompting, halves_v1, halves_v2
 from sparseprefill.evals.longbench_data import (
     EXTENDED,
@@ -36,6 +35,7 @@ from sparseprefill.evals.longbench_data import (
 from sparseprefill.evals.longbench_fixture import fixture_rows
 from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.evals.tasks import Answer, Attempt, Item
+from sparseprefill.huggingface_modules import model_window
 
 CASES = json.loads((Path(__file__).parent / "data" / "longbench_cases.json").read_text(encoding="utf-8"))["cases"]
 EXACT = 1e-12

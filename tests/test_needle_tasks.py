@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from test_ruler import LENGTHS, model_inside, score, with_replies
 
 from sparseprefill.evals import needle_tasks
-from sparseprefill.evals.generation import model_window
 from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.evals.needle_prompts import KINDS, NEW_TOKENS, TEXT_KINDS, needle_draft
 from sparseprefill.evals.needle_tasks import ALL_KINDS, Needles, NeedlesAlong, depth_grid, needle_task, stands_alone
 from sparseprefill.evals.tasks import Answer, Attempt, Item
+from sparseprefill.huggingface_modules import model_window
 from sparseprefill.prompts import needle_prompt
 
 

@@ -8,6 +8,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -234,7 +235,22 @@ def test_prompts_in_any_form_are_the_same_prompts(llama: PreTrainedModel) -> Non
     ]
     assert all(each == found[0] for each in found)
     assert found[0].made["prompts_digest"] == prompts_digest([ProfilePrompt("prompt 0", plain)])
-    assert prompts_digest([ProfilePrompt("b", plain)]) != prompts_digest([ProfilePrompt("a", plain)])
+
+
+def test_digests_tell_every_difference() -> None:
+    prompts = [ProfilePrompt("a", [1, 2]), ProfilePrompt("b", [3])]
+    same = [ProfilePrompt("a", (1, 2)), ProfilePrompt("b", torch.tensor([3]))]  # type: ignore[arg-type]
+    assert prompts_digest(prompts) == prompts_digest(same)
+    assert re.fullmatch(r"[0-9a-f]{64}", prompts_digest(prompts))
+    others = [
+        [ProfilePrompt("a", [1]), ProfilePrompt("b", [2, 3])],
+        [ProfilePrompt("a", [12]), ProfilePrompt("b", [3])],
+        [ProfilePrompt("a", [1, 2]), ProfilePrompt("c", [3])],
+        [ProfilePrompt("b", [3]), ProfilePrompt("a", [1, 2])],
+        prompts[:1],
+        [],
+    ]
+    assert len({prompts_digest(each) for each in [prompts, *others]}) == 7
 
 
 def test_nothing_in_a_profile_is_measured_in_seconds(llama: PreTrainedModel, tmp_path: Path) -> None:
@@ -420,6 +436,7 @@ def test_unfinished_scores_choose_nothing(llama: PreTrainedModel, tmp_path: Path
         ({"prompts": ["a text"]}, TypeError, "prompt 0 is a text: give a tokenizer"),
         ({"prompts": [ids(31)]}, ValueError, "prompt 0 has 31 tokens, and a profile needs at least two blocks of 16"),
         ({"held_out": [ids(8)]}, ValueError, "held-out 0 has 8 tokens"),
+        ({"prompts": [ids(2049)]}, ValueError, "prompt 0 has 2049 tokens, and the model's window is 2048"),
         ({"prompts": [[*ids(60), 128]]}, ValueError, "outside of the model's vocabulary of 128"),
         ({"prompts": [[*ids(60), -1]]}, ValueError, "outside of the model's vocabulary"),
         ({"prompts": [[*ids(60), 1.5]]}, TypeError, "whole numbers"),

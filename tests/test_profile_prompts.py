@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from eval_tokenizers import TOKENIZERS, ByteTokenizer, inside
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,9 +21,7 @@ from sparseprefill.evals.profile_prompts import (
     KINDS,
     ProfilePrompts,
     builtin_prompts,
-    check_prompts,
     dataset_prompts,
-    digest,
     jsonl_prompts,
     profile_prompts,
     text_prompts,
@@ -483,48 +480,3 @@ def test_a_prompt_has_a_name_and_tokens() -> None:
     for name, ids in (("", [1]), ("a", []), ("a", ())):
         with pytest.raises(ValueError, match="a name and at least one token"):
             ProfilePrompt(name, ids)
-
-
-def test_digests_tell_every_difference() -> None:
-    prompts = [ProfilePrompt("a", [1, 2]), ProfilePrompt("b", [3])]
-    same = [ProfilePrompt("a", (1, 2)), ProfilePrompt("b", torch.tensor([3]))]  # type: ignore[arg-type]
-    assert digest(prompts) == digest(same)
-    assert re.fullmatch(r"[0-9a-f]{64}", digest(prompts))
-    others = [
-        [ProfilePrompt("a", [1]), ProfilePrompt("b", [2, 3])],
-        [ProfilePrompt("a", [12]), ProfilePrompt("b", [3])],
-        [ProfilePrompt("a", [1, 2]), ProfilePrompt("c", [3])],
-        [ProfilePrompt("b", [3]), ProfilePrompt("a", [1, 2])],
-        prompts[:1],
-        [],
-    ]
-    assert len({digest(each) for each in [prompts, *others]}) == 7
-
-
-class Vocabulary:
-    """What `check_prompts` asks of a model: 20 tokens, of which the configuration knows 16, and a window of 8."""
-
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=16, max_position_embeddings=8))
-
-    def __init__(self, padded: bool) -> None:
-        self.padded = padded
-
-    def get_input_embeddings(self) -> Any:
-        return torch.nn.Embedding(20, 2) if self.padded else SimpleNamespace()
-
-
-def test_prompts_that_a_model_cannot_be_given_are_refused() -> None:
-    model: Any = Vocabulary(padded=True)
-    fits = ProfilePrompt("fits", [0, 19, 3, 3, 3, 3, 3, 3])
-    check_prompts([fits, ProfilePrompt("too", [1])], model)
-    for prompts, message in (
-        ([], "no prompt to run"),
-        ([fits, ProfilePrompt("long", [1] * 9)], "^long: .* 9 tokens, and the model's window is 8"),
-        ([fits, ProfilePrompt("wide", [1, 20])], "^wide: token 20 at place 1 is none of the model's 20"),
-        ([ProfilePrompt("low", [-1])], "^low: token -1 at place 0"),
-        ([fits, fits], "2 prompts are called fits"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            check_prompts(prompts, model)
-    with pytest.raises(ValueError, match="none of the model's 16"):
-        check_prompts([fits], Vocabulary(padded=False))  # type: ignore[arg-type]

@@ -10,13 +10,13 @@ import pytest
 from eval_tokenizers import TOKENIZERS, ByteTokenizer, WordTokenizer, inside
 
 from sparseprefill.evals import ruler
-from sparseprefill.evals.generation import model_window
 from sparseprefill.evals.loading import load_model
 from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.evals.prompt_rendering import Renderer, plain_ids, prefix_ids
 from sparseprefill.evals.retrieval_prompts import TASKS, Sample, draft
 from sparseprefill.evals.ruler import Ruler
 from sparseprefill.evals.tasks import Answer, Attempt, Item
+from sparseprefill.huggingface_modules import model_window
 
 
 @functools.cache
