@@ -20,7 +20,7 @@ from sparseprefill.estimators.probe import Probe
 from sparseprefill.estimators.selection import check_share, check_tokens
 
 PUBLISHED = (1000, 6096)  # MInference's default (verticals, slashes), in tokens
-_SINK, _BAND = 30, 100  # columns and distances MInference always keeps, in tokens
+SINK, BAND = 30, 100  # columns and distances MInference always keeps, in tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ class VerticalSlash:
             )
         column, slash = self._block_mass(inputs, grid)
         block = torch.arange(grid.key_blocks, device=inputs.device)
-        column = column.masked_fill(block * grid.block_k < _SINK, torch.inf)
-        slash = slash.masked_fill((block - 1) * grid.block_k < _BAND, torch.inf)
+        column = column.masked_fill(block * grid.block_k < SINK, torch.inf)
+        slash = slash.masked_fill((block - 1) * grid.block_k < BAND, torch.inf)
         column_rank, slash_rank = _ranks(column), _ranks(slash)
         if self.density is None:
             assert self.verticals is not None
@@ -77,8 +77,8 @@ class VerticalSlash:
             slashes = torch.full_like(slash_rank[..., :1], -(-self.slashes // grid.block_k))
         else:
             columns, slashes = _fit(self.density, column_rank, slash_rank, inputs, grid)
-        columns = columns.clamp(min=-(-_SINK // grid.block_k))
-        slashes = slashes.clamp(min=-(-_BAND // grid.block_k) + 1)
+        columns = columns.clamp(min=-(-SINK // grid.block_k))
+        slashes = slashes.clamp(min=-(-BAND // grid.block_k) + 1)
         return _index(column_rank < columns, slash_rank < slashes, inputs, grid)
 
     def _block_mass(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Tensor, Tensor]:
