@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-full test-oldest support lint format types unit reference release clean
+.PHONY: help install demo profile test test-full test-oldest support lint format types unit reference release clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,12 @@ test-full: lint types ## the same with the slow sweeps
 
 test-oldest: .venv-oldest/installed ## the tests of the Hugging Face seam on the oldest supported releases
 	$(OLDEST)/pytest tests/test_huggingface*.py tests/test_ways.py tests/test_tensor_parallel.py tests/test_doctor.py tests/test_refusals.py $(PYTEST_ARGS)
+
+profile: .venv/installed ## profile the model inside again, as it ships (when methods were added), and write a page of it
+	mkdir -p build
+	$(BIN)/sparseprefill profile inside --prompts builtin:needle --budget 0.3 --out build/profile.json \
+		--html build/profile.html --again
+	cp build/profile.json sparseprefill/needle_model/profile.json
 
 SUPPORT := tests/test_ways.py tests/test_refusals.py tests/test_architectures.py
 support: .venv/installed .venv-oldest/installed ## write docs/support.md from tests on the newest and the oldest release

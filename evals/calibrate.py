@@ -30,7 +30,7 @@ from sparseprefill.huggingface_modules import (
     text_config,
 )
 from sparseprefill.patterns import BlockSparse, Pattern, VerticalSlash
-from sparseprefill.prefill import CostModel, Prefill, expected_density, sparse_prefill
+from sparseprefill.prefill import CostModel, Prefill, sparse_prefill
 from sparseprefill.reports import number, ranges, table
 
 SELECTORS: dict[str, Callable[[float], Pattern]] = {
@@ -42,7 +42,8 @@ LENGTHS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (4096, 8192, 16384, 32768)}
 """By kind of device, from about where sparse attention begins to pay to where it pays well."""
 DENSITIES = (0.1, 0.2, 0.5)
 """What is timed unless densities are given."""
-_MUCH = 0.4  # of a fit's error
+WORST = 0.5
+"""A fit that is further off than this share of a measured time says more of what else ran than of attention."""
 _TOLD = (0.1, 0.2, 0.5)  # break-even is printed at these densities
 
 
@@ -177,8 +178,8 @@ def _measured(
         contenders[what] = run
     seconds = median_seconds(inputs, contenders, repeats)
     return [
-        CalibrationCell(name, length, expected_density(pattern, length), density[what], seconds["dense"], seconds[what])
-        for what, (name, pattern) in patterns.items()
+        CalibrationCell(name, length, density[what], seconds["dense"], seconds[what])
+        for what, (name, _) in patterns.items()
     ]
 
 
@@ -186,10 +187,8 @@ def fit_cost(cells: Sequence[CalibrationCell]) -> tuple[CostModel, float, float]
     """(the more cautious cost model of the selectors, seconds of a dense pair, worst relative error of their fits).
 
     For each selector, sparse = tile_factor * density * dense + fixed is fitted by least squares of relative errors,
-    fixed not below 0. The density is the expected one, as in the decision: in a short prompt a pattern computes more
-    than it promises, for the blocks it always keeps, and what that costs must not be left out. Of each number the
-    larger is kept, so that at no density and length is the model less cautious than a selector's own. `fixed` becomes
-    tokens by the dense pair's seconds, rounded up.
+    fixed not below 0. Of each number the larger is kept, so that at no density and length is the model less cautious
+    than a selector's own. `fixed` becomes tokens by the dense pair's seconds, rounded up.
 
     Raises ValueError where the cells tell nothing of one of the numbers.
     """
@@ -210,7 +209,7 @@ def _dense_pair_seconds(cells: Sequence[CalibrationCell]) -> float:
 
 
 def _fit(cells: Sequence[CalibrationCell]) -> Fit:
-    tiles = [cell.expected * cell.dense / cell.sparse for cell in cells]  # of 1, the measured time
+    tiles = [cell.density * cell.dense / cell.sparse for cell in cells]  # of 1, the measured time
     fixed = [1 / cell.sparse for cell in cells]
     tt, tf, ff = _dot(tiles, tiles), _dot(tiles, fixed), _dot(fixed, fixed)
     determinant = tt * ff - tf * tf
@@ -232,30 +231,39 @@ def _dot(left: Sequence[float], right: Sequence[float]) -> float:
     return math.fsum(a * b for a, b in zip(left, right, strict=True))
 
 
+def check_fits(measured: Sequence[Measured]) -> None:
+    """Raise ValueError where a fit is too far off to decide anything: a busy machine, or cells too short."""
+    for each in measured:
+        if each.worst > WORST:
+            raise ValueError(
+                f"the times of layers {ranges(each.layers)} do not fit together, one is off by {each.worst:.0%}: "
+                "nothing was written. Measure when nothing else runs, with more --repeats or other --lengths"
+            )
+
+
 def calibration_report(measured: Measured, *, markdown: bool = False) -> str:
     """The cells of an entry beside what its cost model says of them, then what follows from it."""
     entry, key = measured.entry, measured.entry.key
     fixed = entry.cost.fixed_tokens**2 / 2 * entry.dense_pair_seconds
     rows = []
     for cell in entry.cells:
-        told = entry.cost.tile_factor * cell.expected * cell.dense + fixed
+        told = entry.cost.tile_factor * cell.density * cell.dense + fixed
         rows.append([
-            cell.selector, str(cell.length), number(cell.expected), number(cell.density), number(cell.dense, 4),
+            cell.selector, str(cell.length), number(cell.density), number(cell.dense, 4),
             number(cell.sparse, 4), number(told, 4), f"{100 * (told / cell.sparse - 1):+.0f}%",
             number(cell.dense / cell.sparse, 2),
         ])  # fmt: skip
-    head = ["selector", "length", "expected", "density", "dense s", "sparse s", "model s", "model", "dense / sparse"]
+    head = ["selector", "length", "density", "dense s", "sparse s", "model s", "model", "dense / sparse"]
     even = {density: entry.cost.break_even(density) for density in _TOLD}
     told_even = ", ".join(
         f"{'never' if tokens is None else f'{tokens} tokens'} at {density:g}" for density, tokens in even.items()
     )
     dims = f"{key.head_dim}" if key.head_dim == key.value_dim else f"{key.head_dim}/{key.value_dim}"
-    doubt = "; that is much, was the machine busy? Then measure again" if measured.worst > _MUCH else ""
     return "\n".join([
         f"layers {ranges(measured.layers)}: {key.query_heads} query heads, {key.kv_heads} KV heads, head_dim {dims}, "
         f"kernel {key.kernel}, tiles of {key.block_q} x {key.block_k}",
         table(head, rows, markdown=markdown),
         entry.describe(),
         f"break-even: {told_even}",
-        f"largest relative error of a selector's own fit: {100 * measured.worst:.0f}%{doubt}",
+        f"largest relative error of a selector's own fit: {100 * measured.worst:.0f}%",
     ])  # fmt: skip

@@ -21,7 +21,7 @@ from sparseprefill.estimators.probe import Probe
 from sparseprefill.estimators.selection import check_share, check_tokens
 
 PUBLISHED = (1000, 6096)  # MInference's default (verticals, slashes), in tokens
-_SINK, _BAND = 30, 100  # columns and distances MInference always keeps, in tokens
+SINK, BAND = 30, 100  # columns and distances MInference always keeps, in tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,8 @@ class VerticalSlash:
         """Ranks of block columns and of block slashes, int64 [batch, query_heads, key_blocks]; `choose` cuts them."""
         column, slash = self._block_mass(inputs, grid)
         block = torch.arange(grid.key_blocks, device=inputs.device)
-        column = column.masked_fill(block * grid.block_k < _SINK, torch.inf)
-        slash = slash.masked_fill((block - 1) * grid.block_k < _BAND, torch.inf)
+        column = column.masked_fill(block * grid.block_k < SINK, torch.inf)
+        slash = slash.masked_fill((block - 1) * grid.block_k < BAND, torch.inf)
         return _ranks(column), _ranks(slash)
 
     def choose(self, estimate: tuple[Tensor, Tensor], inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
@@ -91,8 +91,8 @@ class VerticalSlash:
             slashes = torch.full_like(slash_rank[..., :1], -(-self.slashes // grid.block_k))
         else:
             columns, slashes = _fit(self.density, column_rank, slash_rank, inputs, grid)
-        columns = columns.clamp(min=-(-_SINK // grid.block_k))
-        slashes = slashes.clamp(min=-(-_BAND // grid.block_k) + 1)
+        columns = columns.clamp(min=-(-SINK // grid.block_k))
+        slashes = slashes.clamp(min=-(-BAND // grid.block_k) + 1)
         return _index(column_rank < columns, slash_rank < slashes, inputs, grid)
 
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> int:

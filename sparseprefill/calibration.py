@@ -61,7 +61,6 @@ class CalibrationCell:
 
     selector: str  # the method that chose the blocks
     length: int  # tokens of the prefill
-    expected: float  # density as the pattern promises it before anything was looked at, which is what decides
     density: float  # pairs computed over visible pairs, mean of the heads
     dense: float  # seconds of torch's dense causal attention
     sparse: float  # seconds of the whole sparse call, estimator and kernel
@@ -296,7 +295,6 @@ def _cell(data: Any, place: str) -> CalibrationCell:
     return CalibrationCell(
         _text(data["selector"], f"{place}: `selector`"),
         _whole(data["length"], 1, _MOST_TOKENS, f"{place}: `length`"),
-        _real(data["expected"], 1.0, f"{place}: `expected`"),
         _real(data["density"], 1.0, f"{place}: `density`"),
         _real(data["dense"], _MOST_SECONDS, f"{place}: `dense`"),
         _real(data["sparse"], _MOST_SECONDS, f"{place}: `sparse`"),

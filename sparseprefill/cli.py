@@ -171,6 +171,7 @@ def _calibrate(
         )  # fmt: skip
     for each in found:
         click.echo(calibrating.calibration_report(each, markdown=markdown))
+    calibrating.check_fits(found)
     path = save_entries((each.entry for each in found), out)
     click.echo(f"wrote {path}")
     if path != default_path():

@@ -33,7 +33,7 @@ from sparseprefill.patterns import (
     VerticalSlash,
 )
 from sparseprefill.patterns.store import ModelPatterns, load_patterns
-from sparseprefill.patterns.vertical_slash import PUBLISHED
+from sparseprefill.patterns.vertical_slash import BAND, PUBLISHED, SINK
 
 
 def _minference(
@@ -184,7 +184,8 @@ caution; the GPU's is an assumption.
 def expected_density(pattern: Any, keys: int) -> float:
     """What share of a one-shot prefill's pairs a pattern will keep, at most, before anything was looked at.
 
-    A user's object may have `expected_density(keys) -> float`; one without is taken for 0.5.
+    What a pattern keeps in any case counts, in blocks of 64: in a short prompt that is more than its budget. A user's
+    object may have `expected_density(keys) -> float`; one without is taken for 0.5.
     """
     if isinstance(pattern, PerHead):
         return math.fsum(expected_density(each, keys) for each in pattern.patterns) / len(pattern.patterns)
@@ -197,16 +198,21 @@ def expected_density(pattern: Any, keys: int) -> float:
             return _kept_share((sink if isinstance(window, int) else 0), window, keys)
         case TriShape(sink, window, last):
             return min(1.0, _kept_share((sink if isinstance(window, int) else 0), window, keys) + 2 * last / keys)
-        case BlockSparse(keep=keep) | RandomBlocks(keep=keep):
-            return _kept_share(0, keep, keys)
-        case VerticalSlash(density=density) if density is not None:
-            return density
-        case VerticalSlash(verticals=verticals, slashes=slashes):
+        case BlockSparse(keep=keep, sink=sink, local=local) | RandomBlocks(keep=keep, sink=sink, local=local):
+            return max(_kept_share(0, keep, keys), _kept_share(0, _in_blocks(sink) + _in_blocks(local), keys))
+        case VerticalSlash(verticals=verticals, slashes=slashes, density=density):
+            forced = _kept_share(_in_blocks(SINK), _in_blocks(BAND) + 64, keys)  # a distance lies in two block slashes
+            if density is not None:
+                return max(density, forced)
             assert verticals is not None
             assert slashes is not None
-            return _kept_share(verticals, slashes, keys)
+            return max(_kept_share(verticals, slashes, keys), forced)
     own = getattr(pattern, "expected_density", None)
     return float(own(keys)) if callable(own) else 0.5
+
+
+def _in_blocks(tokens: int) -> int:
+    return -(-tokens // 64) * 64
 
 
 def _kept_share(extra: int, budget: int | float, keys: int) -> float:

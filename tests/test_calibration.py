@@ -9,7 +9,7 @@ import io
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,22 @@ from sparseprefill.calibration import (
     save_entries,
 )
 from sparseprefill.cli import main
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.coverage import coverage
 from sparseprefill.evals import bench as benches
 from sparseprefill.evals.calibrate import calibrate, calibration_report, fit_cost, shapes_of
 from sparseprefill.huggingface import patched_layers
 from sparseprefill.huggingface_masks import NAME
 from sparseprefill.huggingface_modules import STATE, LayerShape
-from sparseprefill.patterns import BlockSparse
+from sparseprefill.patterns import BlockSparse, RandomBlocks, VerticalSlash
 from sparseprefill.prefill import COST_MODELS, CostModel, expected_density
 
 BLOCKS = {"block_q": 16, "block_k": 16}
+ASKED: dict[str, Any] = {"keep": 0.1, "sink": 0, "local": 0, **BLOCKS}  # of block_sparse
 SHAPE = {"query_heads": 4, "kv_heads": 2, "head_dim": 16, "value_dim": 16}  # of the tiny llama
-CELL = CalibrationCell("block_sparse", 1024, 0.2, 0.21, 0.01, 0.004)
+CELL = CalibrationCell("block_sparse", 1024, 0.21, 0.01, 0.004)
 EAGER, NEVER = CostModel(1.0, 50), CostModel(20.0, 50)  # sparse from about 50 tokens on; never at a density of 0.1
+EXACT = CostModel(1.25, 77)
 LENGTH = 200  # dense by the stated model
 CPU = torch.device("cpu")
 
@@ -62,7 +66,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ran_sparsely(model: PreTrainedModel, length: int = LENGTH, **options: Any) -> tuple[bool, str]:
     """(whether every layer did, the decision in words)."""
-    with patch_model(model, "block_sparse", keep=0.1, **BLOCKS, **options) as patch, torch.no_grad():
+    with patch_model(model, "block_sparse", **ASKED, **options) as patch, torch.no_grad():
         model(input_ids=tokens(1, length))
         report = patch.report()
     assert report.sparse_calls in (0, len(report.layers))
@@ -274,14 +278,14 @@ def test_the_decision_follows_the_calibration(here: Path) -> None:
         for options in ({"calibration": named}, {"calibration": str(named)}):
             assert ran_sparsely(model, start, **options)[0]
             assert not ran_sparsely(model, start - 1, **options)[0]
-        found = explain(model, "block_sparse", keep=0.1, **BLOCKS, calibration=named)
+        found = explain(model, "block_sparse", **ASKED, calibration=named)
         assert [layer.break_even for layer in found.layers] == [start] * 3
         assert found.decision == ran_sparsely(model, calibration=named)[1]
         assert found.decision.startswith("calibrated on 2026-11-20 (cpu, float32, ")
         assert cost.describe() in found.decision
     save_entries([entry(NEVER)])
     assert ran_sparsely(model, 1500) == (False, entry(NEVER).describe())
-    assert explain(model, "block_sparse", keep=0.1, **BLOCKS).layers[0].break_even is None
+    assert explain(model, "block_sparse", **ASKED).layers[0].break_even is None
 
 
 def test_min_length_overrides_and_needs_no_file(here: Path) -> None:
@@ -307,32 +311,31 @@ def test_layers_of_two_shapes_are_told_apart(here: Path) -> None:
         LayerShape(4, 2, 16, 16): (0, 2),
         LayerShape(4, 4, 16, 16): (1,),
     }
-    asked: dict[str, Any] = {"keep": 0.1, **BLOCKS}
     save_entries([entry(), entry(NEVER, kv_heads=4)])
-    with patch_model(model, "block_sparse", **asked) as patch, torch.no_grad():
+    with patch_model(model, "block_sparse", **ASKED) as patch, torch.no_grad():
         model(input_ids=tokens(1, LENGTH))
         report = patch.report()
         running = explain(model)
     assert [layer.sparse_calls for layer in report.layers] == [1, 0, 1]
     assert report.decision == f"layers 0, 2: {entry().describe()}; layer 1: {entry(NEVER).describe()}"
-    assert running.decision == explain(model, "block_sparse", **asked).decision == report.decision
+    assert running.decision == explain(model, "block_sparse", **ASKED).decision == report.decision
     here.unlink()
     save_entries([entry()])
-    with patch_model(model, "block_sparse", **asked, dense_layers=[0]) as patch:
+    with patch_model(model, "block_sparse", **ASKED, dense_layers=[0]) as patch:
         told = patch.report().decision
     assert told.startswith("layer 1: uncalibrated cost model")
     assert "no entry for layers of 4/4 heads of 16/16, only for layers of 4/2 heads of 16/16" in told
     assert told.endswith(f"layer 2: {entry().describe()}")
-    with patch_model(model, "block_sparse", **asked, dense_layers=[1]) as patch:
+    with patch_model(model, "block_sparse", **ASKED, dense_layers=[1]) as patch:
         assert patch.report().decision == entry().describe()
-    with patch_model(model, "block_sparse", **asked, dense_layers=[0, 1, 2]) as patch:
+    with patch_model(model, "block_sparse", **ASKED, dense_layers=[0, 1, 2]) as patch:
         assert patch.report().decision == "every layer stays dense"
 
 
 def test_another_device_or_dtype_keeps_the_stated_model(here: Path) -> None:
     model = tiny_model("llama")
     save_entries([entry()])
-    with patch_model(model, "block_sparse", keep=0.1, **BLOCKS) as patch:
+    with patch_model(model, "block_sparse", **ASKED) as patch:
         layer = (patched_layers(model) or {})[0]
         assert layer.decision(CPU, torch.float32)[0] == EAGER
         cost, words = layer.decision(torch.device("cuda:0"), torch.float32)
@@ -347,7 +350,7 @@ def test_another_device_or_dtype_keeps_the_stated_model(here: Path) -> None:
         assert patch.report().decision == entry().describe()
         model.bfloat16()
         assert "runs in bfloat16" in patch.report().decision
-    with patch_model(model, "block_sparse", keep=0.1, **BLOCKS) as patch:
+    with patch_model(model, "block_sparse", **ASKED) as patch:
         assert "no entry in bfloat16, only in float32" in patch.report().decision
     assert "no entry in bfloat16" in patch.report().decision, "also after it was removed"
 
@@ -358,9 +361,9 @@ def test_no_forward_pass_reads_a_file(here: Path, tmp_path: Path, monkeypatch: p
     model.save_pretrained(tmp_path / "model")
     save_entries([entry()])
     ran_sparsely(model)  # what is loaded lazily is loaded
-    register("block_sparse", keep=0.1, **BLOCKS)
+    register("block_sparse", **ASKED)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation=NAME).eval()
-    with patch_model(model, "block_sparse", keep=0.1, **BLOCKS) as patch, monkeypatch.context() as closed:
+    with patch_model(model, "block_sparse", **ASKED) as patch, monkeypatch.context() as closed:
         here.unlink()
         for owner, name in ((builtins, "open"), (io, "open"), (os, "open"), (os, "stat")):
             closed.setattr(owner, name, forbidden)
@@ -387,19 +390,19 @@ def test_register_takes_a_calibration(tmp_path: Path) -> None:
         return [getattr(m, STATE).sparse_calls for m in loaded.modules() if hasattr(m, STATE)]
 
     save_entries([entry()], path)
-    register("block_sparse", keep=0.1, **BLOCKS, calibration=path)
+    register("block_sparse", **ASKED, calibration=path)
     assert ran() == [1, 1, 1]
-    register("block_sparse", keep=0.1, **BLOCKS)
+    register("block_sparse", **ASKED)
     assert ran() == [0, 0, 0]
     path.write_text("")
     with pytest.raises(ValueError, match="Remove it"):
-        register("block_sparse", keep=0.1, **BLOCKS, calibration=path)
+        register("block_sparse", **ASKED, calibration=path)
 
 
 def test_a_patched_model_is_explained_without_another_calibration(here: Path) -> None:
     model = tiny_model("llama")
     save_entries([entry()])
-    with patch_model(model, "block_sparse", keep=0.1, **BLOCKS):
+    with patch_model(model, "block_sparse", **ASKED):
         here.write_text("damaged after it was read")
         assert explain(model).decision == entry().describe()
         with pytest.raises(ValueError, match="this model is patched"):
@@ -407,6 +410,25 @@ def test_a_patched_model_is_explained_without_another_calibration(here: Path) ->
 
 
 # ---- measuring
+
+
+@pytest.mark.parametrize("length", [64, 200, 512, 1024, 4096])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        BlockSparse(keep=0.1), BlockSparse(keep=0.3, sink=0, local=0), BlockSparse(keep=300), RandomBlocks(keep=0.1),
+        VerticalSlash(density=0.1), VerticalSlash(density=0.3), VerticalSlash(verticals=1, slashes=1),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_expected_is_what_is_computed_at_most(pattern: Any, length: int) -> None:
+    """The density that the decision is given, up to a block a row that budgets are rounded up to."""
+    inputs = benches.random_inputs(2, 1, length, 16, torch.float32, "cpu", 0)
+    index = pattern.build_index(inputs, BlockGrid.of(inputs, 64, 64))
+    computed = float(coverage(inputs, index).density.mean())
+    assert computed <= min(1.0, expected_density(pattern, length) + 2 * 64 / length) + 1e-6
+    if length <= 256:  # the sink, the band and the row's own block are everything
+        assert expected_density(VerticalSlash(density=0.1), length) == 1.0
 
 
 def test_break_even_is_where_sparse_begins_to_be_cheaper() -> None:
@@ -433,7 +455,7 @@ def made_cells(
         for name, (factor, fixed) in models.items():
             for density in (0.1, 0.2, 0.5):
                 sparse = factor * density * dense + fixed**2 / 2 * pair
-                cells.append(CalibrationCell(name, length, density, density, dense, sparse * noise()))
+                cells.append(CalibrationCell(name, length, density, dense, sparse * noise()))
     return cells
 
 
@@ -466,16 +488,16 @@ def test_the_fit_is_as_cautious_as_each_selector() -> None:
 
 
 def test_times_that_tell_nothing_are_refused() -> None:
-    same = [CalibrationCell("a", 1024, 0.2, 0.2, 0.01, 0.004)] * 4
+    same = [CalibrationCell("a", 1024, 0.2, 0.01, 0.004)] * 4
     with pytest.raises(ValueError, match="too much alike"):
         fit_cost(same)
     with pytest.raises(ValueError, match="no cell was measured"):
         fit_cost([])
-    falling = [dataclasses.replace(cell, sparse=1 / cell.expected / cell.dense) for cell in made_cells({"a": (1, 1)})]
+    falling = [dataclasses.replace(cell, sparse=1 / cell.density / cell.dense) for cell in made_cells({"a": (1, 1)})]
     with pytest.raises(ValueError, match="did not take longer"):
         fit_cost(falling)
     gaining = [  # less than nothing is fixed
-        dataclasses.replace(cell, sparse=2 * cell.expected * cell.dense * (1 - 200 / cell.length))
+        dataclasses.replace(cell, sparse=2 * cell.density * cell.dense * (1 - 200 / cell.length))
         for cell in made_cells({"a": (1, 1)})
     ]
     cost, _, _ = fit_cost(gaining)
@@ -515,26 +537,38 @@ def test_what_is_measured_is_what_a_patch_would_run(monkeypatch: pytest.MonkeyPa
     assert sum(steps) == 2
     assert [each.layers for each in found] == [(0, 1, 2)]
     cells = found[0].entry.cells
-    assert [(c.length, c.selector, c.expected) for c in cells] == [
-        (length, name, density)
-        for length in (256, 384)
-        for density in (0.1, 0.5)
-        for name in ("vertical_slash", "block_sparse")
+    assert [(c.length, c.selector) for c in cells] == [
+        (length, name) for length in (256, 384) for _ in (0.1, 0.5) for name in ("vertical_slash", "block_sparse")
     ]
-    assert all(cell.expected == expected_density(BlockSparse(keep=cell.expected), cell.length) for cell in cells)
-    assert all(cell.expected <= cell.density + 0.1 for cell in cells)
+    assert [c.density for c in cells if c.selector == "block_sparse" and c.length == 384] == [
+        pytest.approx(float(coverage(inputs, index).density.mean())) for inputs, index in expected_indices()
+    ]
+    assert found[0].entry.cost.tile_factor == pytest.approx(EXACT.tile_factor)
+    assert found[0].entry.cost.fixed_tokens == EXACT.fixed_tokens
     save_entries(each.entry for each in found)
-    with patch_model(model, "block_sparse", keep=0.1, **BLOCKS) as patch:
+    with patch_model(model, "block_sparse", **ASKED) as patch:
         assert patch.report().decision == found[0].entry.describe()
     assert "layers 0-2: 4 query heads, 4 KV heads, head_dim 24/12" in calibration_report(found[0])
 
 
+def expected_indices() -> Iterator[tuple[AttentionInputs, BlockIndex]]:
+    inputs = benches.random_inputs(4, 4, 384, 24, torch.float32, "cpu", 0, value_dim=12)
+    for density in (0.1, 0.5):
+        yield inputs, BlockSparse(keep=density).build_index(inputs, BlockGrid.of(inputs, 16, 16))
+
+
 def by_the_length(inputs: Any, contenders: dict[str, Any], repeats: int) -> dict[str, float]:
-    """Every call is made, but what it takes does not depend on what else the machine does."""
-    for run in contenders.values():
-        run()
-    dense = inputs.queries**2 * 1e-9
-    return {name: dense if name == "dense" else dense * (1 + n) / 9 for n, name in enumerate(contenders)}
+    """Every call is made; what it takes is EXACT, whatever else the machine does."""
+    dense = inputs.queries * (inputs.queries + 1) / 2 * 1e-9
+    seconds = {}
+    for name, run in contenders.items():
+        done = run()
+        if name == "dense":
+            seconds[name] = dense
+        else:
+            density = float(coverage(inputs, done.index).density.mean())
+            seconds[name] = EXACT.tile_factor * density * dense + EXACT.fixed_tokens**2 / 2 * 1e-9
+    return seconds
 
 
 def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -577,7 +611,9 @@ class TestCommand:
         output = self.run(*small, "--model", str(tmp_path / "model"))
         assert f"wrote {here}\n" in output
         assert "layers 0-2: 4 query heads, 2 KV heads, head_dim 64, kernel cpu, tiles of 64 x 64" in output
-        assert "break-even: " in output
+        assert EXACT.describe() in output
+        told = ", ".join(f"{EXACT.break_even(density)} tokens at {density}" for density in (0.1, 0.2, 0.5))
+        assert f"break-even: {told}\n" in output
         assert "largest relative error" in output
         (found,) = load_calibration().entries
         assert len(found.cells) == 12
@@ -601,6 +637,17 @@ class TestCommand:
         self.run("bench", "--calibrate", "--device", "cpu", "--lengths", "128,512", "--repeats", "1")
         assert [each.key.dtype for each in load_calibration().entries] == ["float32"]
         assert "decision   calibrated on" in self.run("doctor", "--device", "cpu")
+
+    def test_times_that_do_not_fit_are_not_written(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def busy(inputs: Any, contenders: dict[str, Any], repeats: int) -> dict[str, float]:
+            steady = by_the_length(inputs, contenders, repeats)
+            return {name: seconds * (5 if "0.2" in name else 1) for name, seconds in steady.items()}
+
+        monkeypatch.setattr("sparseprefill.evals.calibrate.median_seconds", busy)
+        output = self.run("bench", "--calibrate", "--device", "cpu", "--lengths", "128,512", code=1)
+        assert "the times of layers 0-3 do not fit together" in output
+        assert "break-even: " in output, "what was measured is still shown"
+        assert not here.exists()
 
     def test_refusals(self, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("sparseprefill.evals.calibrate.calibrate", forbidden)  # all of it before measuring

@@ -266,6 +266,9 @@ def test_break_even_table_follows_from_the_cost_model() -> None:
             assert name is not None, budget
             pattern = resolve_method(name[1], **({"budget": "paper"} if "paper" in budget else {}))
         assert [shortest_sparse("cpu", pattern), shortest_sparse("cuda", pattern)] == [cpu, gpu], budget
+    begins = re.search(r"`vertical_slash` keeps four, and begins\s+at (\d+)", WHY_NOT)
+    assert begins is not None
+    assert begins[1] == shortest_sparse("cpu", resolve_method("vertical_slash", density=0.2))
 
 
 def shortest_sparse(device: str, pattern: Any) -> str:

@@ -24,7 +24,9 @@ from transformers import PreTrainedModel
 
 from sparseprefill import patch_model, profile, profile_scores
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.evals.loading import load_model
 from sparseprefill.huggingface_modules import model_facts
+from sparseprefill.huggingface_weights import weights_hash
 from sparseprefill.patterns import (
     AShape,
     BlockSparse,
@@ -609,3 +611,17 @@ def test_scores_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert torch.equal(found.picture.mass, wanted.picture.mass)
     assert scores.picture(0)[0] == "0"
     assert profile_scores.SCHEMA in (tmp_path / "s" / "run.json").read_text(encoding="utf-8")
+
+
+def test_the_profile_inside_is_of_the_model_inside(recwarn: pytest.WarningsRecorder) -> None:
+    """Made by `make profile`: of these weights, from the candidates that there are now."""
+    model, _ = load_model()
+    found = load_patterns("inside")
+    assert found.mismatch(model_facts(model.config)) is None
+    assert found.weights == weights_hash(model)[0]
+    assert found.made["candidates"] == [each.label for each in candidates() if not each.control], "run `make profile`"
+    kinds = {type(pattern) for heads in found.layers for pattern in heads} - {Dense}
+    assert len(kinds) >= 3
+    with patch_model(model, profile="inside", strict=True) as patch:
+        assert patch.report().method == "minference"
+    assert not [each for each in recwarn if issubclass(each.category, UserWarning)]
