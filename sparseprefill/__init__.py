@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sparseprefill.doctor import Explanation, explain
     from sparseprefill.huggingface import Patch, patch_model, register
     from sparseprefill.kernels import block_sparse_attention
+    from sparseprefill.profile import profile_model
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _HOMES = {
     "block_sparse_attention": "sparseprefill.kernels",
     "explain": "sparseprefill.doctor",
     "patch_model": "sparseprefill.huggingface",
+    "profile_model": "sparseprefill.profile",
     "register": "sparseprefill.huggingface",
 }
 
@@ -42,6 +44,7 @@ __all__ = [
     "block_sparse_attention",
     "explain",
     "patch_model",
+    "profile_model",
     "register",
 ]
 
