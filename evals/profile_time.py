@@ -46,11 +46,17 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def predicted_seconds(model: Any, cost: ProfileCost, block: int) -> tuple[float | None, str]:
+def predicted_seconds(
+    model: Any, cost: ProfileCost, block: int, *, search: bool = False
+) -> tuple[float | None, str]:  # fmt: skip
     """Seconds of what is left to do, and on what that rests; or None, and why there is no saying.
+
+    The rate is that of the default candidates; MInference's search has none.
 
     Attention and scoring come from the calibration; what the rest of the model takes is timed now, on a few tokens.
     """
+    if search:
+        return None, "time: unknown, MInference's search has no calibrated rate"
     model = unwrap(model)
     plan = plan_patch(model, Dense(), settings=Settings(block_q=block, block_k=block))
     shape = plan.shapes[min(plan.shapes)]
@@ -69,7 +75,7 @@ def predicted_seconds(model: Any, cost: ProfileCost, block: int) -> tuple[float 
         return None, f"time: uncalibrated ({why})"
     left = cost.tiles - cost.done
     rest = cost.tokens * left / cost.tiles * _seconds_a_token(model)
-    return left * entry.rates[RATE] + rest, f"calibrated on {entry.date}"
+    return left * entry.rates[RATE] + rest, f"calibrated on {entry.date}, for the default candidates"
 
 
 @torch.no_grad()

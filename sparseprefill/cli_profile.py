@@ -55,6 +55,11 @@ def show(file: Path, heads: bool, markdown: bool, png: Path | None, html: Path |
             click.echo(f"wrote {png}")
         if html is not None:
             scores = scores_beside(file)
+            if scores is not None and scores.settings["prompts_digest"] != found.made.get("prompts_digest"):
+                raise ValueError(
+                    f"{_scores(file)} holds the scores of another run than the one that made {file.name}: remove it, "
+                    "or profile again"
+                )
             write_page(found, scores, html, file.name)
             click.echo(f"wrote {html}" + ("" if scores is not None else f", without what {_scores(file)} would add"))
 

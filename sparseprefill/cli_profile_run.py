@@ -103,7 +103,9 @@ def run(
         for note in made.notes:
             click.echo(f"note: {note}")
         details: dict[str, Any] = {"source": made.source}
-        with _Progress(loaded, block) as progress:
+        if minference_search:
+            click.echo("note: MInference's search computes these pairs once more, its own way")
+        with _Progress(loaded, block, search=minference_search) as progress:
             profile = profile_model(
                 loaded, made.tuning, held_out=made.held_out, candidates=chosen or None, target=target,
                 quantile=quantile, block=block, every=every, folder=folder, resume=resume, details=details,
@@ -132,8 +134,8 @@ def _target(mass: float | None, budget: float | None, search: bool) -> Any:
 class _Progress:
     """Says what profiling will take, shows a bar, and compares afterwards."""
 
-    def __init__(self, model: Any, block: int) -> None:
-        self.model, self.block = model, block
+    def __init__(self, model: Any, block: int, *, search: bool = False) -> None:
+        self.model, self.block, self.search = model, block, search
         self.predicted: float | None = None
         self.cost: Any = None
         self.computed = 0
@@ -153,7 +155,7 @@ class _Progress:
             f"{cost.tiles} tiles of {self.block} x {self.block} to compute, {cost.done} of them done before; at most "
             f"{cost.peak_bytes / 2**20:.0f} MiB beside the model"
         )
-        self.predicted, reason = predicted_seconds(self.model, cost, self.block)
+        self.predicted, reason = predicted_seconds(self.model, cost, self.block, search=self.search)
         click.echo(reason if self.predicted is None else f"predicted: {self.predicted:.0f} s ({reason})")
         self.bar = progress_bar(cost.tiles - cost.done, "profile")
         self.step = self.bar.__enter__()

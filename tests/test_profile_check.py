@@ -164,7 +164,11 @@ def test_time_is_predicted_from_the_calibration_alone(
     assert "has no rate for profiling" in reason
     save_entries([CalibrationEntry(key, CostModel(2.0, 512), 1e-9, (), "2026-01-02", {RATE: 0.5})])
     monkeypatch.setattr(profile_time, "_seconds_a_token", lambda model: 0.25)
-    assert predicted_seconds(llama, cost, 16) == (400 * 0.5 + 800 * 0.25, "calibrated on 2026-01-02")
+    assert predicted_seconds(llama, cost, 16) == (
+        400 * 0.5 + 800 * 0.25,
+        "calibrated on 2026-01-02, for the default candidates",
+    )
+    assert predicted_seconds(llama, cost, 16, search=True)[0] is None
     assert "uncalibrated (the calibration has no entry with tiles" in predicted_seconds(llama, cost, 32)[1]
 
 

@@ -269,3 +269,21 @@ def test_random_lists_keep_what_the_kernel_says() -> None:
         reference_attention(inputs, index).lse - reference_attention(inputs, BlockIndex.dense(inputs, index.grid)).lse
     )
     torch.testing.assert_close(found.mass[:, 0] / 200, exact.exp()[0].mean(-1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_scores_on_a_gpu_are_those_of_the_cpu() -> None:
+    inputs = sharp(make_inputs(queries=1500, query_heads=4, kv_heads=2, head_dim=64))
+    on_gpu = dataclasses.replace(
+        inputs, query=inputs.query.cuda(), key=inputs.key.cuda(), value=inputs.value.cuda()
+    )  # fmt: skip
+    static = [each.pattern for each in candidates() if each.family in ("dense", "a_shape", "tri_shape", "random")]
+    cpu, gpu = score(inputs, static, picture=True), score(on_gpu, static, picture=True)
+    for name in ("queries", "kept", "visible", "tiles", "dense_tiles", "estimator"):
+        assert torch.equal(getattr(cpu, name), getattr(gpu, name)), name
+    torch.testing.assert_close(cpu.mass, gpu.mass, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(cpu.picture.mass, gpu.picture.mass, rtol=1e-4, atol=1e-6)
+    own = [each.pattern for each in candidates() if each.family in ("vertical_slash", "block_sparse")]
+    cpu, gpu = score(inputs, own), score(on_gpu, own)
+    # rankings may differ where scores are as good as equal
+    torch.testing.assert_close(cpu.mass / 1500, gpu.mass / 1500, rtol=0, atol=1e-3)
