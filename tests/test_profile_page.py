@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import sys
 from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -32,6 +31,7 @@ from profile_cases import (
     scores,
 )
 
+from sparseprefill import profile_scores
 from sparseprefill.cli_profile import profile as commands
 from sparseprefill.evals import profile_figures, profile_page
 from sparseprefill.evals.profile_figures import (
@@ -610,11 +610,15 @@ def test_a_profile_is_shown(folder: Path, profile: ModelPatterns, found: Scores,
     (folder / "model.json.scores").mkdir()
     asked: list[Path] = []
 
-    def read_scores(where: Path) -> Scores:
+    def read_scores(where: Path) -> Any:
         asked.append(where)
-        return found
+        fields = ("candidates", "prompts", "layers", "table", "picture")
+        return SimpleNamespace(
+            **{name: getattr(found, name) for name in fields},
+            settings={"prompts_digest": profile.made.get("prompts_digest")},
+        )
 
-    monkeypatch.setitem(sys.modules, "sparseprefill.profile", SimpleNamespace(read_scores=read_scores))
+    monkeypatch.setattr(profile_scores, "read_scores", read_scores)
     output = invoke("show", path, "--html", str(html)).stdout
     assert output.endswith(f"wrote {html}\n")
     assert asked == [folder / "model.json.scores"]
