@@ -275,6 +275,7 @@ def plan_patch(
             raise ValueError(f"this profile is of another model: {mismatch}")
     profiles = [each for each in (pattern, *(layers or {}).values()) if isinstance(each, ModelPatterns)]
     doubts = weights_warnings(profiles, functools.partial(weights_hash, wrapped), strict)
+    doubts |= _tile_warnings(profiles, settings)
     part = tensor_parallel(model)
     shapes = layer_shapes(modules, config, part)
     last = max(modules) + 1
@@ -320,6 +321,21 @@ def _resolve(
         name = method if isinstance(method, str) else type(method).__name__
         raise ValueError(f"a profile brings its own patterns: it goes with method 'minference' alone, not with {name}")
     return resolve_method(method, last_rows_dense=last_rows_dense, profile=profile, **options)
+
+
+def _tile_warnings(profiles: Sequence[ModelPatterns], settings: Settings) -> dict[str, int]:
+    """What is to be said of profiles that were made for other tiles; how often."""
+    said: dict[str, int] = {}
+    for profile in profiles:
+        block = profile.made.get("block")
+        if block is not None and (settings.block_q, settings.block_k) != (block, block):
+            text = (
+                f"the profile was made for tiles of {block} x {block}, this patch has {settings.block_q} x "
+                f"{settings.block_k}: what its heads keep may be different; its own are block_q={block}, "
+                f"block_k={block}"
+            )
+            said[text] = said.get(text, 0) + 1
+    return said
 
 
 def _check_overrides(dense_layers: Any, layers: Any, heads: Any) -> None:

@@ -99,8 +99,7 @@ def weights_warnings(
     said: dict[str, int] = {}
     found = None
     for profile in profiles:
-        # profiles of before name no weights
-        made_for = getattr(profile, "weights", None)
+        made_for = profile.weights
         if made_for is None:
             if strict:
                 raise ValueError("strict=True, but the profile does not say which weights it was made for: drop strict")

@@ -625,3 +625,13 @@ def test_the_profile_inside_is_of_the_model_inside(recwarn: pytest.WarningsRecor
     with patch_model(model, profile="inside", strict=True) as patch:
         assert patch.report().method == "minference"
     assert not [each for each in recwarn if issubclass(each.category, UserWarning)]
+
+
+def test_other_tiles_than_the_profile_s_are_warned_of(llama: PreTrainedModel) -> None:
+    found = profiled(llama)
+    with pytest.warns(UserWarning, match="made for tiles of 16 x 16, this patch has 64 x 64"):
+        patch = patch_model(llama, found)
+    assert list(patch.report().warnings.values()) == [1]
+    patch.remove()
+    with patch_model(llama, found, block_q=16, block_k=16) as patch:
+        assert patch.report().warnings == {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -31,15 +30,8 @@ from sparseprefill.patterns import AShape, ModelPatterns, save_patterns
 OPTIONS: dict[str, Any] = {"block_q": 16, "block_k": 16, "min_length": 0}
 
 
-@dataclasses.dataclass(frozen=True)
-class Profile(ModelPatterns):
-    """Patterns that name the weights they were made for."""
-
-    weights: str | None = None
-
-
-def profile(weights: str | None, layers: int = 3) -> Profile:
-    return Profile(((AShape(16, 32),) * 4,) * layers, {}, weights)
+def profile(weights: str | None, layers: int = 3) -> ModelPatterns:
+    return ModelPatterns(((AShape(16, 32),) * 4,) * layers, {}, weights)
 
 
 @pytest.fixture(scope="module")
