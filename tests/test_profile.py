@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import ALL_LOCAL, FAMILIES, tiny_model
 from transformers import PreTrainedModel
 
 from sparseprefill import patch_model, profile, profile_scores
@@ -203,7 +203,16 @@ def test_what_a_profile_says_is_what_then_runs(llama: PreTrainedModel, tmp_path:
     assert load_patterns(tmp_path / "p.json") == found
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3_next", "llama4_text", "deepseek_v3"])
+QUICK = ("llama", "gemma2", "gpt_oss", "qwen3_next")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in FAMILIES if name not in ALL_LOCAL
+    ],
+)  # fmt: skip
 def test_what_it_costs_is_known_before(family: str) -> None:
     """Tiles to the last one; local layers and layers without attention are dense, and say that nobody looked."""
     model = tiny_model(family)
