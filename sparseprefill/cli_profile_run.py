@@ -170,6 +170,8 @@ class _Progress:
         if self.bar is None:
             return
         self.bar.__exit__(kind, error, trace)
+        if kind is KeyboardInterrupt:
+            click.echo(f"stopped after {self.computed} tiles: the same command with --resume goes on")
         if error is None:
             took = time.perf_counter() - self.began
             compared = "" if self.predicted is None else f", {took / self.predicted:.2f} of what was predicted"

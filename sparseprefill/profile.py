@@ -49,6 +49,7 @@ from sparseprefill.profile_scores import (
     ProfileScores,
     Target,
     TargetMass,
+    WorkBudget,
     check_candidates,
     choose,
 )
@@ -114,8 +115,10 @@ def profile_model(
         MemoryError: it will not fit, or did not; the message says which length would.
         NotImplementedError: the model cannot be patched, or is spread over several processes.
     """
-    if isinstance(target, float):
+    if isinstance(target, (int, float)):
         target = TargetMass(target)
+    if not isinstance(target, (TargetMass, WorkBudget, MInferenceSearch)):
+        raise TypeError(f"target is a TargetMass (or its mass), a WorkBudget or a MInferenceSearch, got {target!r:.80}")
     chosen = _candidates(candidates, target)
     with _folder(folder) as place:
         scores = score_model(

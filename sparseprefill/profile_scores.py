@@ -27,6 +27,7 @@ from sparseprefill.patterns.allocation import allocate, cheapest_reaching
 from sparseprefill.patterns.candidates import Candidate
 from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.last_rows import Pattern
+from sparseprefill.patterns.minference_search import CANDIDATES as MINFERENCE
 from sparseprefill.patterns.minference_search import choose as choose_as_minference
 from sparseprefill.patterns.scores import BINS, CandidateTable, LayerScores, Picture, summarise
 from sparseprefill.patterns.store import PATTERNS, HeadScore, ModelPatterns
@@ -224,8 +225,9 @@ class ProfileScores:
         return torch.stack(scores).mean(0)
 
     def remove(self) -> None:
-        """The whole folder."""
-        shutil.rmtree(self.folder)
+        """The whole folder. ValueError where a process is still writing it."""
+        with self.locked():
+            shutil.rmtree(self.folder)
 
 
 def read_scores(folder: str | Path) -> ProfileScores:
@@ -305,6 +307,8 @@ def _chosen(
     """Columns of the candidates, int64 [query_heads] for each layer; and what the target came to, for the profile."""
     allowed = torch.tensor([n for n, each in enumerate(candidates) if not each.control])
     if isinstance(target, MInferenceSearch):
+        if [each.pattern for each in candidates] != [Dense(), *MINFERENCE]:
+            raise ValueError("MInference's search chooses among its own candidates, after dense: score those")
         found = {layer: choose_as_minference(scores.search(layer)) + 1 for layer in tables}  # dense stands first
         return found, {"kind": "minference"}
     if isinstance(target, TargetMass):

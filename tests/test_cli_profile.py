@@ -13,7 +13,7 @@ from sparseprefill import patch_model
 from sparseprefill.cli import main
 from sparseprefill.evals.loading import load_model
 from sparseprefill.patterns import AShape, BlockSparse, Dense, VerticalSlash, load_patterns
-from sparseprefill.profile_scores import read_scores
+from sparseprefill.profile_scores import ProfileScores, read_scores
 
 FEW = ("--candidate", "a_shape:window=0.2", "--candidate", "block_sparse:keep=0.4,sink=0,local=64")
 
@@ -128,6 +128,26 @@ def test_a_budget_that_nothing_meets_keeps_the_scores(tmp_path: Path) -> None:
     assert "a budget of 0.05 is below" in output
     assert not out.exists()
     assert "computed 0 tiles" in invoke(*settings, "--budget", 0.6, "--out", out, "--resume").output
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, left = ProfileScores.add, [3]
+
+    def stopped(self: ProfileScores, *arguments: object) -> None:
+        real(self, *arguments)  # type: ignore[arg-type]
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProfileScores, "add", stopped)
+    settings = ("--prompts", "builtin:prose", "--lengths", "600", "--samples", 1, "--held-out", 0, *FEW)
+    out = tmp_path / "p.json"
+    output = invoke(*settings, "--out", out, code=1).output
+    assert "stopped after 880 tiles: the same command with --resume goes on" in output  # two of three were counted
+    monkeypatch.undo()
+    assert "1760 tiles of 64 x 64 to compute, 1320 of them done before" in invoke(
+        *settings, "--out", out, "--resume"
+    ).output  # fmt: skip
 
 
 def entry(kind: str, first: int, second: int) -> list[object]:

@@ -162,6 +162,8 @@ def test_targets_keep_their_word(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no held-out prompts"):
         scores.table(0, True, 0.1)
     assert found.held_out == ()
+    with pytest.raises(ValueError, match="chooses among its own candidates"):
+        choose(scores, table, MInferenceSearch())
     with pytest.raises(ValueError, match="scores of other candidates"):
         choose(scores, table[:-1], TargetMass(0.9))
     for bad in (0.0, 1.5, math.nan):
@@ -460,6 +462,8 @@ def test_unfinished_scores_choose_nothing(llama: PreTrainedModel, tmp_path: Path
         ({"candidates": ["a_shape", AShape()]}, ValueError, "is there twice"),
         ({"candidates": [object.__new__(type("Mine", (), {"build_index": None}))]}, TypeError, "got Mine"),
         ({"candidates": CANDIDATES, "target": MInferenceSearch()}, ValueError, "brings its own candidates"),
+        ({"target": "most"}, TypeError, "target is a TargetMass"),
+        ({"target": True}, TypeError, "target mass must be a number"),
         ({"target": 1.2}, ValueError, r"target mass must be in \(0, 1\]"),
         ({"target": WorkBudget(0.001)}, ValueError, "budget"),
         ({"quantile": 1.0}, ValueError, "quantile must be in"),
