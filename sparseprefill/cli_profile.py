@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sparseprefill.cli_options import Defaulting, clear_errors
+from sparseprefill.cli_options import Defaulting, clear_errors, refuse_input
 from sparseprefill.cli_profile_run import import_minference, run, validate
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -43,10 +41,10 @@ def show(file: Path, heads: bool, markdown: bool, png: Path | None, html: Path |
 
     with clear_errors():
         if png is not None:
-            _refuse_input(png, [file])
+            refuse_input(png, [file])
             check_folder(png)
         if html is not None:
-            _refuse_input(html, [file] if png is None else [file, png])
+            refuse_input(html, [file] if png is None else [file, png])
             check_folder(html)
         found = load_patterns(file)
         click.echo(profile_table(found, markdown, heads=heads), nl=False)
@@ -109,7 +107,7 @@ def merge(files: tuple[Path, ...], out: Path, keep: Any) -> None:
     from sparseprefill.patterns.store import load_patterns, save_patterns
 
     with clear_errors():
-        _refuse_input(out, files)
+        refuse_input(out, files)
         check_folder(out)
         if _scores(out).exists():
             raise ValueError(f"{_scores(out)} holds the scores of another profile: name another file, or remove it")
@@ -141,9 +139,3 @@ def _scores(file: Path) -> Path:
     from sparseprefill.profile_scores import scores_folder
 
     return scores_folder(file)
-
-
-def _refuse_input(out: Path, files: Iterable[Path]) -> None:
-    for file in files:
-        if os.path.realpath(out) == os.path.realpath(file):
-            raise ValueError(f"{out} is named twice in this command and would be replaced: name another file to write")

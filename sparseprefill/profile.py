@@ -40,7 +40,7 @@ from sparseprefill.patterns.candidates import Candidate
 from sparseprefill.patterns.candidates import candidates as default_candidates
 from sparseprefill.patterns.minference_search import CANDIDATES as MINFERENCE
 from sparseprefill.patterns.minference_search import FIRST_ROW, search_scores
-from sparseprefill.patterns.scores import dense_tiles, peak_bytes, score
+from sparseprefill.patterns.scores import check_quantile, dense_tiles, peak_bytes, score
 from sparseprefill.patterns.store import PATTERNS
 from sparseprefill.prefill import parse_options, resolve_method
 from sparseprefill.profile_memory import available_bytes, longest_that_fits, out_of_memory
@@ -49,6 +49,7 @@ from sparseprefill.profile_scores import (
     ProfileScores,
     Target,
     TargetMass,
+    WorkBudget,
     check_candidates,
     choose,
 )
@@ -81,6 +82,7 @@ def profile_model(
     tokenizer: Any = None,
     folder: str | Path | None = None,
     resume: bool = False,
+    again: bool = False,
     details: dict[str, Any] | None = None,
     progress: Callable[[int], Any] = lambda tiles: None,
     announce: Callable[[ProfileCost], Any] = lambda cost: None,
@@ -104,6 +106,7 @@ def profile_model(
         tokenizer: for prompts that are texts.
         folder: where scores are kept; None: nowhere. See `ProfileScores`.
         resume: go on with what lies in `folder`.
+        again: remove what lies in `folder`, when all that can be checked before has been.
         details: plain values that go into the profile as they are, such as seeds.
         progress: called with each number of tiles that was computed.
         announce: called once, before anything is computed.
@@ -114,14 +117,19 @@ def profile_model(
         MemoryError: it will not fit, or did not; the message says which length would.
         NotImplementedError: the model cannot be patched, or is spread over several processes.
     """
-    if isinstance(target, float):
+    if isinstance(target, (int, float)):
         target = TargetMass(target)
+    if not isinstance(target, (TargetMass, WorkBudget, MInferenceSearch)):
+        raise TypeError(f"a target is a TargetMass, a WorkBudget or a MInferenceSearch, got {type(target).__name__}")
+    check_quantile(quantile)
+    if resume and again:
+        raise ValueError("resume keeps what is there, again removes it: choose one")
     chosen = _candidates(candidates, target)
     with _folder(folder) as place:
         scores = score_model(
             model, prompts, held_out=held_out, candidates=chosen, search=isinstance(target, MInferenceSearch),
-            block=block, every=every, tokenizer=tokenizer, folder=place, resume=resume, details=details,
-            progress=progress, announce=announce,
+            block=block, every=every, tokenizer=tokenizer, folder=place, resume=resume, again=again,
+            details=details, progress=progress, announce=announce,
         )  # fmt: skip
         return choose(scores, chosen, target, quantile=quantile)
 
@@ -138,6 +146,7 @@ def score_model(
     tokenizer: Any = None,
     folder: str | Path,
     resume: bool = False,
+    again: bool = False,
     details: dict[str, Any] | None = None,
     progress: Callable[[int], Any] = lambda tiles: None,
     announce: Callable[[ProfileCost], Any] = lambda cost: None,
@@ -191,7 +200,7 @@ def score_model(
     longest = max(len(prompt.token_ids) for prompt in taken)
     need = _need(plan.shapes, layers, len(candidates), block)
     _check_memory(model, longest, need)
-    scores = ProfileScores.begin(folder, settings, resume=resume)
+    scores = ProfileScores.begin(folder, settings, resume=resume, again=again)
     with scores.locked():
         done = sum(
             tiles[n] * (len(layers) - len(scores.missing(n))) // len(layers) for n in range(len(taken))

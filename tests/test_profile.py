@@ -453,6 +453,8 @@ def test_unfinished_scores_choose_nothing(llama: PreTrainedModel, tmp_path: Path
         ({"candidates": CANDIDATES, "target": MInferenceSearch()}, ValueError, "brings its own candidates"),
         ({"target": 1.2}, ValueError, r"target mass must be in \(0, 1\]"),
         ({"target": WorkBudget(0.001)}, ValueError, "budget"),
+        ({"target": "cheap"}, TypeError, "a target is a TargetMass, a WorkBudget or a MInferenceSearch, got str"),
+        ({"resume": True, "again": True}, ValueError, "choose one"),
         ({"quantile": 1.0}, ValueError, "quantile must be in"),
         ({"every": 0}, ValueError, "every must be at least 1"),
         ({"block": 0}, ValueError, "block_q must be at least 1"),
@@ -469,6 +471,18 @@ def test_what_cannot_be_profiled_is_refused(
     with pytest.raises(error, match=message):
         profile_model(llama, prompts, **settings)
     assert llama.config._attn_implementation == "eager"  # as it was
+
+
+def test_a_target_is_known_before_anything_is_computed(llama: PreTrainedModel) -> None:
+    """What only the choice would notice is refused before minutes of scoring; a whole number is a mass too."""
+
+    def never(cost: ProfileCost) -> None:
+        raise AssertionError("it went on")
+
+    for wrong in ({"quantile": math.nan}, {"quantile": -0.1}, {"target": 2}, {"target": True}, {"target": None}):
+        with pytest.raises((ValueError, TypeError)):
+            profiled(llama, announce=never, **wrong)
+    assert profiled(llama, target=1).made["target"] == {"kind": "mass", "mass": 1}
 
 
 def test_models_that_see_nothing_whole_are_refused() -> None:
@@ -524,6 +538,9 @@ def test_one_run_writes_a_folder_at_a_time(llama: PreTrainedModel, tmp_path: Pat
         other.stdout.readline()
         with pytest.raises(ValueError, match="another process writes"):
             profiled(llama, folder=tmp_path / "s", resume=True)
+        with pytest.raises(ValueError, match="another process writes"):
+            profiled(llama, folder=tmp_path / "s", again=True)
+        assert list((tmp_path / "s").glob("*.safetensors"))
     finally:
         other.communicate()
     profiled(llama, folder=tmp_path / "s", resume=True)
