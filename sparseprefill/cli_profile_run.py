@@ -200,7 +200,7 @@ def validate(
         from dataclasses import asdict
 
         from sparseprefill.evals.loading import load_model, provenance
-        from sparseprefill.evals.profile_check import check_profile
+        from sparseprefill.evals.profile_check import check_new, check_profile
         from sparseprefill.evals.profile_prompts import profile_prompts
         from sparseprefill.files import check_folder, write_text
         from sparseprefill.patterns import load_patterns
@@ -213,6 +213,7 @@ def validate(
         if prompts.partition(":")[0] == "builtin" and seed is None:
             seed = 2
         made = profile_prompts(prompts, tokenizer, lengths, samples, 0, seed=seed, field=field)
+        check_new(found, made.source, made.tuning)
         block = found.made.get("block", 64)
         with _Progress(loaded, block) as progress:
             checked = check_profile(

@@ -89,6 +89,12 @@ def test_a_profile_is_judged(tmp_path: Path) -> None:
     assert data["prompts"][0]["name"] == "needle/2048/0"
     assert data["source"] == "built-in prompts (needle), seed 2"
     assert 0 < data["low"] <= data["ratio"] <= data["high"]
+    again = ("validate", out, "--prompts", "builtin:needle", "--lengths", "2k", "--samples", 2, "--seed", 1)
+    assert "was tuned on the prompt needle/2048/0" in invoke(*again, code=1).output
+    assert "there is no profile at" in invoke("validate", tmp_path / "missing.json", code=1).output
+    assert "at least two blocks" in invoke(
+        "validate", "inside", "--prompts", "builtin:prose", "--lengths", "100", "--samples", 2, code=1
+    ).output  # fmt: skip
 
 
 def test_what_cannot_be_made_is_refused_before_work(tmp_path: Path) -> None:
