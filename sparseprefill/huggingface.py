@@ -275,6 +275,7 @@ def plan_patch(
             raise ValueError(f"this profile is of another model: {mismatch}")
     profiles = [each for each in (pattern, *(layers or {}).values()) if isinstance(each, ModelPatterns)]
     doubts = weights_warnings(profiles, functools.partial(weights_hash, wrapped), strict)
+    doubts |= _tile_warnings(profiles, settings)
     part = tensor_parallel(model)
     shapes = layer_shapes(modules, config, part)
     last = max(modules) + 1
@@ -320,6 +321,21 @@ def _resolve(
         name = method if isinstance(method, str) else type(method).__name__
         raise ValueError(f"a profile brings its own patterns: it goes with method 'minference' alone, not with {name}")
     return resolve_method(method, last_rows_dense=last_rows_dense, profile=profile, **options)
+
+
+def _tile_warnings(profiles: Iterable[ModelPatterns], settings: Settings) -> dict[str, int]:
+    """What is to be said of profiles that were scored with other tiles than these settings have; how often."""
+    said: dict[str, int] = {}
+    for profile in profiles:
+        block = profile.made.get("block")
+        if type(block) is int and (block, block) != (settings.block_q, settings.block_k):
+            text = (
+                f"the profile was made with tiles of {block} x {block}, and runs with {settings.block_q} x "
+                f"{settings.block_k}: its heads keep and compute something else than it says; use block_q={block} and "
+                f"block_k={block}, or make it again with --block"
+            )
+            said[text] = said.get(text, 0) + 1
+    return said
 
 
 def _check_overrides(dense_layers: Any, layers: Any, heads: Any) -> None:
@@ -407,6 +423,8 @@ def register(
     settings = Settings(**shared, observe=False)
     known = settings.calibration(calibration)
     pattern = _resolve(method, profile, options.pop("last_rows_dense", 0), options)
+    for text in _tile_warnings([pattern] if isinstance(pattern, ModelPatterns) else [], settings):
+        warnings.warn(text, UserWarning, stacklevel=2)
     if previous not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) or previous == NAME:
         raise ValueError(f"previous must be an attention implementation of transformers, got {previous!r}")
     _REGISTERED.update(
