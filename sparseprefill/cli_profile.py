@@ -53,6 +53,12 @@ def show(file: Path, heads: bool, markdown: bool, png: Path | None, html: Path |
             click.echo(f"wrote {png}")
         if html is not None:
             scores = scores_beside(file)
+            digest = found.made.get("prompts_digest")
+            if scores is not None and digest != scores.settings.get("prompts_digest"):
+                raise ValueError(
+                    f"{_scores(file)} holds the scores of another run than {file} was made by: remove it, or make the "
+                    "profile again with --resume"
+                )
             write_page(found, scores, html, file.name)
             click.echo(f"wrote {html}" + ("" if scores is not None else f", without what {_scores(file)} would add"))
 

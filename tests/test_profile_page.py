@@ -6,11 +6,9 @@ import base64
 import io
 import json
 import re
-import sys
 from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +30,7 @@ from profile_cases import (
     scores,
 )
 
+from sparseprefill import profile_scores
 from sparseprefill.cli_profile import profile as commands
 from sparseprefill.evals import profile_figures, profile_page
 from sparseprefill.evals.profile_figures import (
@@ -176,6 +175,7 @@ def test_the_gap_to_held_out_prompts_is_said() -> None:
     ("made", "words"),
     [
         ({"target": {"kind": "budget", "work": 0.2, "bound": 0.9, "gap": 1e-3}}, "for 0.2 of dense attention's work"),
+        ({"target": {"kind": "mass", "mass": 0.9}, "quantile": 0.1}, "0.9 of the attention mass in all but 10% of the"),
         ({"target": {"kind": "minference"}}, "MInference's own search"),
         ({"merged": [{}, {}], "keep": "density"}, "each head has the pattern that computed less"),
         ({"target": {"kind": "mass", "mass": "much"}}, 'Target: {"kind": "mass", "mass": "much"}.'),
@@ -614,11 +614,13 @@ def test_a_profile_is_shown(folder: Path, profile: ModelPatterns, found: Scores,
         asked.append(where)
         return found
 
-    monkeypatch.setitem(sys.modules, "sparseprefill.profile", SimpleNamespace(read_scores=read_scores))
+    monkeypatch.setattr(profile_scores, "read_scores", read_scores)
     output = invoke("show", path, "--html", str(html)).stdout
     assert output.endswith(f"wrote {html}\n")
     assert asked == [folder / "model.json.scores"]
     assert html.read_text() == page, "the same profile makes the same page"
+    save_patterns(replace(profile, made={**profile.made, "prompts_digest": "d2"}), path)
+    assert "holds the scores of another run" in invoke("show", path, "--html", str(html), code=1).stderr
 
 
 def test_a_difference_is_an_exit_status(folder: Path) -> None:
@@ -644,7 +646,7 @@ def test_profiles_are_merged(folder: Path, profile: ModelPatterns) -> None:
     assert done.stderr == ""
     merged = load_patterns(out)
     assert merged.layers == profile.layers
-    assert merged.made == {"merged": [profile.made, profile.made], "keep": "mass"}
+    assert merged.made == {"merged": [profile.made, profile.made], "keep": "mass", "block": 32}
     assert "Merged from 2 profiles" in invoke("show", out).stdout
     save_patterns(replace(profile, made={**profile.made, "prompts_digest": "d2"}), b)
     assert "made on different prompts" in invoke("merge", a, b, "--keep", "density", "--out", out).stderr
