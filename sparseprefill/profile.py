@@ -35,11 +35,11 @@ from sparseprefill.huggingface_modules import (
     unwrap,
 )
 from sparseprefill.huggingface_weights import weights_hash
-from sparseprefill.patterns import Dense, ModelPatterns, Pattern
+from sparseprefill.patterns import Dense, ModelPatterns, Pattern, RandomBlocks
 from sparseprefill.patterns.candidates import Candidate
 from sparseprefill.patterns.candidates import candidates as default_candidates
 from sparseprefill.patterns.minference_search import CANDIDATES as MINFERENCE
-from sparseprefill.patterns.minference_search import FIRST_ROW, search_scores
+from sparseprefill.patterns.minference_search import FIRST_ROW, search_peak_bytes, search_scores
 from sparseprefill.patterns.scores import check_quantile, dense_tiles, peak_bytes, score
 from sparseprefill.patterns.store import PATTERNS
 from sparseprefill.prefill import parse_options, resolve_method
@@ -98,7 +98,7 @@ def profile_model(
         prompts: token ids of each prompt (a list, a 1-D tensor, a `ProfilePrompt`), or texts with a `tokenizer`.
         held_out: prompts on which the choice is measured but not made.
         candidates: a `Candidate`, a pattern, or a text such as "block_sparse:keep=0.1" each; None: the default table.
-            Dense is always among them.
+            Dense is always among them; random blocks are a control, scored and never chosen.
         target: a `TargetMass` (or its mass), a `WorkBudget`, or a `MInferenceSearch`, which brings its candidates.
         quantile: share of the query rows that may keep less than what counts as kept.
         block: tokens of a tile, both ways; what `patch_model` will be given.
@@ -198,7 +198,7 @@ def score_model(
         "prompts_digest": prompts_digest(taken), "details": details or {},
     }  # fmt: skip
     longest = max(len(prompt.token_ids) for prompt in taken)
-    need = _need(plan.shapes, layers, len(candidates), block)
+    need = _need(plan.shapes, layers, len(candidates), block, search)
     _check_memory(model, longest, need)
     scores = ProfileScores.begin(folder, settings, resume=resume, again=again)
     with scores.locked():
@@ -323,10 +323,10 @@ def _candidate(each: Any) -> Candidate:
         pattern = resolve_method(family, **parse_options(options))
         if isinstance(pattern, ModelPatterns):
             raise ValueError(f"the candidate {each!r} is a profile of a whole model: name the pattern of a head")
-        return Candidate(family, pattern)
+        return Candidate(family, pattern, isinstance(pattern, RandomBlocks))
     if callable(getattr(each, "build_index", None)):
         names = {cls: name for name, cls in PATTERNS.items()}
-        return Candidate(names.get(type(each), type(each).__name__), each)
+        return Candidate(names.get(type(each), type(each).__name__), each, isinstance(each, RandomBlocks))
     raise TypeError(f"a candidate is a Candidate, a pattern or a text, got {type(each).__name__}")
 
 
@@ -372,13 +372,18 @@ def _pictured(prompts: Sequence[ProfilePrompt], tuning: int) -> int:
 
 
 def _need(
-    shapes: dict[int, LayerShape], layers: Sequence[int], candidates: int, block: int
+    shapes: dict[int, LayerShape], layers: Sequence[int], candidates: int, block: int, search: bool
 ) -> Callable[[int], int]:  # fmt: skip
     """Bytes that scoring holds at most for a prompt of so many tokens."""
     distinct = {shapes[layer] for layer in layers}
-    return lambda tokens: max(
-        peak_bytes(tokens, s.query_heads, s.kv_heads, s.head_dim, candidates, block) for s in distinct
-    )
+
+    def need(tokens: int) -> int:
+        each = [peak_bytes(tokens, s.query_heads, s.kv_heads, s.head_dim, candidates, block) for s in distinct]
+        if search:  # after the other scores, which are small by then
+            each += [search_peak_bytes(tokens, s.query_heads, s.kv_heads, s.head_dim) for s in distinct]
+        return max(each)
+
+    return need
 
 
 def _check_memory(model: PreTrainedModel, tokens: int, need: Callable[[int], int]) -> None:

@@ -124,7 +124,8 @@ class ProfileScores:
     def begin(folder: str | Path, settings: dict[str, Any], *, resume: bool, again: bool = False) -> ProfileScores:
         """Make a folder for these settings, or, with `resume`, go on in one that was begun with the same.
 
-        `again` first removes the scores that are there. Raises ValueError where the folder is there and `resume` is not asked for, or its settings differ.
+        `again` first removes the scores that are there.
+        Raises ValueError where the folder is there and `resume` is not asked for, or its settings differ.
         """
         folder = Path(folder)
         settings = json.loads(json.dumps(settings, allow_nan=False))
