@@ -8,6 +8,7 @@ the best there.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from sparseprefill.patterns.candidates import Candidate
 from sparseprefill.prefill import resolve_method
 from sparseprefill.profile import ProfileCost, score_model
 from sparseprefill.profile_scores import ProfileScores
+from sparseprefill.prompts import ProfilePrompt
 from sparseprefill.reports import number, table
 
 FAMILIES = ("a_shape", "tri_shape", "vertical_slash", "block_sparse")
@@ -121,11 +123,15 @@ def check_profile(
     with tempfile.TemporaryDirectory(prefix="sparseprefill-") as made:
         options: dict[str, Any] = {"tokenizer": tokenizer, "block": block}
         own = [Candidate("profile", _Whole(profile), control=True)]
-        first = score_model(model, prompts[:1], candidates=own, folder=Path(made) / "first", **options)
-        density = _means(first, 0)[1][0]
+        # a profile is denser in short prompts: each length needs neighbours of its own
+        first = score_model(model, _one_a_length(prompts), candidates=own, folder=Path(made) / "first", **options)
+        wanted = {
+            float(f"{min(1.0, _means(first, number)[1][0] * around):.3g}")
+            for number in range(len(first.prompts)) for around in _AROUND
+        }  # fmt: skip
         uniform = [
-            Candidate(family, _uniform(family, min(1.0, density * around)), control=True)
-            for family in (*FAMILIES, _CONTROL) for around in _AROUND
+            Candidate(family, _uniform(family, density), control=True)
+            for family in (*FAMILIES, _CONTROL) for density in sorted(wanted)
         ]  # fmt: skip
         scores = score_model(
             model,
@@ -137,6 +143,31 @@ def check_profile(
             **options,
         )
         return _compared(scores, [each.family for each in uniform], seed)
+
+
+def check_new(profile: ModelPatterns, source: str, prompts: Sequence[ProfilePrompt]) -> None:
+    """Raise ValueError where a prompt has the name, and the source, of one that the profile was tuned on."""
+    listed: Any = profile.made.get("prompts")
+    if profile.made.get("source") != source or not isinstance(listed, list):
+        return
+    tuned_on = [each.get("name") for each in listed if isinstance(each, dict) and each.get("held_out") is False]
+    for prompt in prompts:
+        if prompt.name in tuned_on:
+            raise ValueError(
+                f"{source}: this profile was tuned on the prompt {prompt.name}, so that it cannot be judged by it: "
+                "take another seed, or other prompts"
+            )
+
+
+def _one_a_length(prompts: Sequence[Any]) -> list[Any]:
+    """The first prompt of each length; of texts, whose length is not known yet, each."""
+    found: dict[Any, Any] = {}
+    for place, prompt in enumerate(prompts):
+        ids = prompt.token_ids if isinstance(prompt, ProfilePrompt) else prompt
+        # lengths within a twentieth are one: some built-in prompts fall short of what was asked for
+        key = (place, "text") if isinstance(ids, str) else round(math.log(max(1, len(ids))) * 20)
+        found.setdefault(key, prompt)
+    return list(found.values())
 
 
 def _lost(mass: float | None) -> float:
@@ -178,9 +209,10 @@ def _compared(scores: ProfileScores, families: Sequence[str], seed: int) -> Prof
         # dense closes each curve: it keeps everything
         uniform = {
             name: None
-            if density[own].min() > density[0]
-            else float(np.interp(density[0], [*density[own], 1.0], [*mass[own], 1.0]))
-            for name, own in columns.items()
+            if density[near].min() > density[0]
+            else float(np.interp(density[0], [*density[near], 1.0], [*mass[near], 1.0]))
+            for name, some in columns.items()
+            if (near := sorted(some, key=lambda column: (density[column], mass[column])))
         }
         found.append(PromptCheck(prompt.name, prompt.tokens, float(density[0]), float(mass[0]), uniform))
     own = np.array([1 - each.mass for each in found])

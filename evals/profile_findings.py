@@ -116,7 +116,7 @@ def target_words(made: dict[str, Any]) -> str:
     target = made.get("target")
     if not isinstance(target, dict):
         return "" if target is None else f"Target: {one_line(cut(text_of(target), 200))}."
-    mass, quantile, work = (_number(target.get(name)) for name in ("mass", "quantile", "work"))
+    mass, work, quantile = _number(target.get("mass")), _number(target.get("work")), _number(made.get("quantile"))
     if target.get("kind") == "mass" and mass is not None:
         rows = "" if quantile is None else f" in all but {100 * quantile:.4g}% of the query rows"
         return f"Target: each head has the cheapest pattern that keeps {mass:.4g} of the attention mass{rows}."

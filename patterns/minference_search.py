@@ -49,8 +49,20 @@ class SearchSettings:
     block_share: int = 8  # one of so many blocks is kept
 
 
+SLAB_ENTRIES = 1 << 25
+"""Scores of queries and keys that the search holds at one time."""
+
+
+def search_peak_bytes(tokens: int, query_heads: int, kv_heads: int, head_dim: int) -> int:
+    """An upper bound of what `search_scores` holds at one time beside its inputs, in bytes, as it is published."""
+    group = query_heads // kv_heads
+    slab = max(min(SLAB_ENTRIES, group * tokens * tokens), group * tokens)
+    probe = group * tokens * (64 * 24 + 512)  # last rows, several copies; masks, ranks and sums of columns
+    return slab * 24 + probe + 4 * tokens * head_dim * (2 * group + 2)
+
+
 def search_scores(
-    inputs: AttentionInputs, settings: SearchSettings | None = None, *, slab_entries: int = 1 << 25
+    inputs: AttentionInputs, settings: SearchSettings | None = None, *, slab_entries: int = SLAB_ENTRIES
 ) -> Tensor:
     """float64 [query_heads, 6]: the share of dense attention that each candidate keeps, as the search scores it.
 

@@ -27,10 +27,11 @@ def build_indexes(
 ) -> Iterator[tuple[int, BlockIndex]]:
     """(its place in `patterns`, its index) of each pattern, family by family; one estimate is held at a time."""
     families: dict[Any, list[int]] = {}
+    alone = object()
     for place, pattern in enumerate(patterns):
-        families.setdefault(getattr(pattern, "family", place), []).append(place)
-    for family, places in families.items():
-        if isinstance(family, int):
+        families.setdefault(getattr(pattern, "family", (alone, place)), []).append(place)
+    for places in families.values():
+        if not hasattr(patterns[places[0]], "family"):
             yield places[0], patterns[places[0]].build_index(inputs, grid)
             continue
         first: Any = patterns[places[0]]

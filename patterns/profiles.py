@@ -225,8 +225,8 @@ def merge(profiles: Sequence[ModelPatterns], keep: Literal["mass", "density"] = 
         keep: "mass": the pattern that kept more attention mass; "density": the one that computed less.
 
     Raises:
-        ValueError: profiles of different models, weights or heads, or a head on which they disagree and one has no
-            held-out score.
+        ValueError: profiles of different models, weights, tiles or heads, or a head on which they disagree and one has
+            no held-out score.
     """
     if keep not in ("mass", "density"):
         raise ValueError(f"keep must be mass or density, got {keep!r}")
@@ -248,6 +248,7 @@ def merge(profiles: Sequence[ModelPatterns], keep: Literal["mass", "density"] = 
         return found if any(score is not None for heads in found for score in heads) else ()
 
     how = [profile.made for profile in profiles]
+    block = _agreed_block(profiles)
     return ModelPatterns(
         tuple(
             tuple(profiles[number].layers[layer][head] for head, number in enumerate(numbers))
@@ -255,7 +256,8 @@ def merge(profiles: Sequence[ModelPatterns], keep: Literal["mass", "density"] = 
         ),
         {key: value for key, value in profiles[0].model.items() if all(p.model.get(key) == value for p in profiles)},
         weights, of("tuning"), of("held_out"),
-        {"merged": how, "keep": keep} if any(how) else {},  # what was written by hand stays so
+        # what was written by hand stays so
+        {"merged": how, "keep": keep, **({} if block is None else {"block": block})} if any(how) else {},
     )  # fmt: skip
 
 
@@ -272,6 +274,20 @@ def _agreed_weights(profiles: Sequence[ModelPatterns]) -> str | None:
             raise ValueError(
                 f"profiles {known[0][0]} and {number} are of different weights: "
                 f"{files.shown(known[0][1])} and {files.shown(weights)}"
+            )
+    return known[0][1] if known else None
+
+
+def _agreed_block(profiles: Sequence[ModelPatterns]) -> Any:
+    """Tokens of a tile, None where no profile says."""
+    known = [
+        (number, block) for number, each in enumerate(profiles, 1) if (block := each.made.get("block")) is not None
+    ]
+    for number, block in known[1:]:
+        if block != known[0][1]:
+            raise ValueError(
+                f"profiles {known[0][0]} and {number} were made with tiles of {files.shown(known[0][1])} and "
+                f"{files.shown(block)}: no head keeps in other tiles what it says, make one again"
             )
     return known[0][1] if known else None
 

@@ -243,6 +243,12 @@ class CandidateTable:
     work: Tensor  # tile_work and estimator work
 
 
+def check_quantile(quantile: float) -> None:
+    """Raise ValueError for a quantile outside of [0, 1)."""
+    if not 0 <= quantile < 1:
+        raise ValueError(f"quantile must be in [0, 1), got {quantile}: a share of the query rows")
+
+
 def summarise(scores: Sequence[LayerScores], quantile: float) -> CandidateTable:
     """Average over prompts, each counting the same however long it is.
 
@@ -251,8 +257,7 @@ def summarise(scores: Sequence[LayerScores], quantile: float) -> CandidateTable:
     """
     if not scores:
         raise ValueError("there are no scores to average")
-    if not 0 <= quantile < 1:
-        raise ValueError(f"quantile must be in [0, 1), got {quantile}: a share of the query rows")
+    check_quantile(quantile)
     mass = torch.stack([each.mass / each.queries.clamp(min=1) for each in scores]).mean(0)
     spread = torch.stack([each.lost.double() / each.queries.clamp(min=1) for each in scores]).mean(0)
     reached = spread.cumsum(-1) >= 1 - quantile - 1e-9

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -67,6 +69,13 @@ def clear_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError, NotImplementedError, ImportError, OSError, FloatingPointError, MemoryError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def refuse_input(out: Path, files: Iterable[str | Path]) -> None:
+    """ValueError where a file to be written is one of those that the same command reads or writes."""
+    for file in files:
+        if os.path.realpath(out) == os.path.realpath(file):
+            raise ValueError(f"{out} is named twice in this command and would be replaced: name another file to write")
 
 
 @contextmanager

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sparseprefill.cli_options import Defaulting, clear_errors
+from sparseprefill.cli_options import Defaulting, clear_errors, refuse_input
 from sparseprefill.cli_profile_run import import_minference, run, validate
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -43,10 +41,10 @@ def show(file: Path, heads: bool, markdown: bool, png: Path | None, html: Path |
 
     with clear_errors():
         if png is not None:
-            _refuse_input(png, [file])
+            refuse_input(png, [file])
             check_folder(png)
         if html is not None:
-            _refuse_input(html, [file] if png is None else [file, png])
+            refuse_input(html, [file] if png is None else [file, png])
             check_folder(html)
         found = load_patterns(file)
         click.echo(profile_table(found, markdown, heads=heads), nl=False)
@@ -55,10 +53,11 @@ def show(file: Path, heads: bool, markdown: bool, png: Path | None, html: Path |
             click.echo(f"wrote {png}")
         if html is not None:
             scores = scores_beside(file)
-            if scores is not None and scores.settings["prompts_digest"] != found.made.get("prompts_digest"):
+            digest = found.made.get("prompts_digest")
+            if scores is not None and digest != scores.settings.get("prompts_digest"):
                 raise ValueError(
-                    f"{_scores(file)} holds the scores of another run than the one that made {file.name}: remove it, "
-                    "or profile again"
+                    f"{_scores(file)} holds the scores of another run than {file} was made by: remove it, or make the "
+                    "profile again with --resume"
                 )
             write_page(found, scores, html, file.name)
             click.echo(f"wrote {html}" + ("" if scores is not None else f", without what {_scores(file)} would add"))
@@ -114,7 +113,7 @@ def merge(files: tuple[Path, ...], out: Path, keep: Any) -> None:
     from sparseprefill.patterns.store import load_patterns, save_patterns
 
     with clear_errors():
-        _refuse_input(out, files)
+        refuse_input(out, files)
         check_folder(out)
         if _scores(out).exists():
             raise ValueError(f"{_scores(out)} holds the scores of another profile: name another file, or remove it")
@@ -146,9 +145,3 @@ def _scores(file: Path) -> Path:
     from sparseprefill.profile_scores import scores_folder
 
     return scores_folder(file)
-
-
-def _refuse_input(out: Path, files: Iterable[Path]) -> None:
-    for file in files:
-        if os.path.realpath(out) == os.path.realpath(file):
-            raise ValueError(f"{out} is named twice in this command and would be replaced: name another file to write")

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sparseprefill.cli_options import Numbers, clear_errors, progress_bar
+from sparseprefill.cli_options import Numbers, clear_errors, progress_bar, refuse_input
 
 _MODEL = click.argument("model", required=False)
 _OUT = click.option(
@@ -89,12 +89,13 @@ def run(
         for path in (out, html):
             if path is not None:
                 check_folder(path)  # before minutes of work
+        refuse_input(out, [prompts])
+        if html is not None:
+            refuse_input(html, [out, prompts])
         folder = scores_folder(out)
         if resume and again:
             raise ValueError("--resume keeps what is there, --again removes it: choose one")
-        if again and folder.exists():
-            read_scores(folder).remove()
-        elif folder.exists() and not resume:
+        if folder.exists() and not resume and not again:
             raise ValueError(
                 f"{folder} holds scores of an earlier run: --resume goes on with them, --again removes them"
             )
@@ -108,8 +109,8 @@ def run(
         with _Progress(loaded, block, search=minference_search) as progress:
             profile = profile_model(
                 loaded, made.tuning, held_out=made.held_out, candidates=chosen or None, target=target,
-                quantile=quantile, block=block, every=every, folder=folder, resume=resume, details=details,
-                progress=progress.advance, announce=progress.announce,
+                quantile=quantile, block=block, every=every, folder=folder, resume=resume, again=again,
+                details=details, progress=progress.advance, announce=progress.announce,
             )  # fmt: skip
         save_patterns(profile, out)
         profile = load_patterns(out)
@@ -179,7 +180,7 @@ class _Progress:
 
 
 @click.command()
-@click.argument("profile", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("profile", type=click.Path(dir_okay=False, path_type=Path))
 @_MODEL
 @_PROMPTS
 @_FIELD
@@ -203,18 +204,20 @@ def validate(
         from dataclasses import asdict
 
         from sparseprefill.evals.loading import load_model, provenance
-        from sparseprefill.evals.profile_check import check_profile
+        from sparseprefill.evals.profile_check import check_new, check_profile
         from sparseprefill.evals.profile_prompts import profile_prompts
         from sparseprefill.files import check_folder, write_text
         from sparseprefill.patterns import load_patterns
 
         found = load_patterns(profile)
         if out is not None:
+            refuse_input(out, [profile, prompts])
             check_folder(out)
         loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         if prompts.partition(":")[0] == "builtin" and seed is None:
             seed = 2
         made = profile_prompts(prompts, tokenizer, lengths, samples, 0, seed=seed, field=field)
+        check_new(found, made.source, made.tuning)
         block = found.made.get("block", 64)
         with _Progress(loaded, block) as progress:
             checked = check_profile(
@@ -243,8 +246,14 @@ def import_minference(config: Path, model: str | None, out: Path, trust_remote_c
         from sparseprefill.huggingface_modules import model_facts
         from sparseprefill.patterns import Dense, ModelPatterns, save_patterns
         from sparseprefill.patterns.minference_config import read_minference
+        from sparseprefill.profile_scores import scores_folder
 
+        refuse_input(out, [config])
         check_folder(out)
+        if scores_folder(out).exists():
+            raise ValueError(
+                f"{scores_folder(out)} holds the scores of another profile: name another file, or remove it"
+            )
         facts: dict[str, Any] = {}
         if model is not None:
             facts = model_facts(load_config(model, trust_remote_code=trust_remote_code).get_text_config())

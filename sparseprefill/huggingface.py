@@ -323,16 +323,16 @@ def _resolve(
     return resolve_method(method, last_rows_dense=last_rows_dense, profile=profile, **options)
 
 
-def _tile_warnings(profiles: Sequence[ModelPatterns], settings: Settings) -> dict[str, int]:
-    """What is to be said of profiles that were made for other tiles; how often."""
+def _tile_warnings(profiles: Iterable[ModelPatterns], settings: Settings) -> dict[str, int]:
+    """What is to be said of profiles that were scored with other tiles than these settings have; how often."""
     said: dict[str, int] = {}
     for profile in profiles:
         block = profile.made.get("block")
-        if block is not None and (settings.block_q, settings.block_k) != (block, block):
+        if type(block) is int and (block, block) != (settings.block_q, settings.block_k):
             text = (
-                f"the profile was made for tiles of {block} x {block}, this patch has {settings.block_q} x "
-                f"{settings.block_k}: what its heads keep may be different; its own are block_q={block}, "
-                f"block_k={block}"
+                f"the profile was made with tiles of {block} x {block}, and runs with {settings.block_q} x "
+                f"{settings.block_k}: its heads keep and compute something else than it says; use block_q={block} and "
+                f"block_k={block}, or make it again with --block"
             )
             said[text] = said.get(text, 0) + 1
     return said
@@ -423,6 +423,8 @@ def register(
     settings = Settings(**shared, observe=False)
     known = settings.calibration(calibration)
     pattern = _resolve(method, profile, options.pop("last_rows_dense", 0), options)
+    for text in _tile_warnings([pattern] if isinstance(pattern, ModelPatterns) else [], settings):
+        warnings.warn(text, UserWarning, stacklevel=2)
     if previous not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) or previous == NAME:
         raise ValueError(f"previous must be an attention implementation of transformers, got {previous!r}")
     _REGISTERED.update(

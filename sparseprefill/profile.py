@@ -35,12 +35,12 @@ from sparseprefill.huggingface_modules import (
     unwrap,
 )
 from sparseprefill.huggingface_weights import weights_hash
-from sparseprefill.patterns import Dense, ModelPatterns, Pattern
+from sparseprefill.patterns import Dense, ModelPatterns, Pattern, RandomBlocks
 from sparseprefill.patterns.candidates import Candidate
 from sparseprefill.patterns.candidates import candidates as default_candidates
 from sparseprefill.patterns.minference_search import CANDIDATES as MINFERENCE
-from sparseprefill.patterns.minference_search import FIRST_ROW, search_scores
-from sparseprefill.patterns.scores import dense_tiles, peak_bytes, score
+from sparseprefill.patterns.minference_search import FIRST_ROW, search_peak_bytes, search_scores
+from sparseprefill.patterns.scores import check_quantile, dense_tiles, peak_bytes, score
 from sparseprefill.patterns.store import PATTERNS
 from sparseprefill.prefill import parse_options, resolve_method
 from sparseprefill.profile_memory import available_bytes, longest_that_fits, out_of_memory
@@ -82,6 +82,7 @@ def profile_model(
     tokenizer: Any = None,
     folder: str | Path | None = None,
     resume: bool = False,
+    again: bool = False,
     details: dict[str, Any] | None = None,
     progress: Callable[[int], Any] = lambda tiles: None,
     announce: Callable[[ProfileCost], Any] = lambda cost: None,
@@ -97,7 +98,7 @@ def profile_model(
         prompts: token ids of each prompt (a list, a 1-D tensor, a `ProfilePrompt`), or texts with a `tokenizer`.
         held_out: prompts on which the choice is measured but not made.
         candidates: a `Candidate`, a pattern, or a text such as "block_sparse:keep=0.1" each; None: the default table.
-            Dense is always among them.
+            Dense is always among them; random blocks are a control, scored and never chosen.
         target: a `TargetMass` (or its mass), a `WorkBudget`, or a `MInferenceSearch`, which brings its candidates.
         quantile: share of the query rows that may keep less than what counts as kept.
         block: tokens of a tile, both ways; what `patch_model` will be given.
@@ -105,6 +106,7 @@ def profile_model(
         tokenizer: for prompts that are texts.
         folder: where scores are kept; None: nowhere. See `ProfileScores`.
         resume: go on with what lies in `folder`.
+        again: remove what lies in `folder`, when all that can be checked before has been.
         details: plain values that go into the profile as they are, such as seeds.
         progress: called with each number of tiles that was computed.
         announce: called once, before anything is computed.
@@ -119,12 +121,15 @@ def profile_model(
         target = TargetMass(target)
     if not isinstance(target, (TargetMass, WorkBudget, MInferenceSearch)):
         raise TypeError(f"target is a TargetMass (or its mass), a WorkBudget or a MInferenceSearch, got {target!r:.80}")
+    check_quantile(quantile)
+    if resume and again:
+        raise ValueError("resume keeps what is there, again removes it: choose one")
     chosen = _candidates(candidates, target)
     with _folder(folder) as place:
         scores = score_model(
             model, prompts, held_out=held_out, candidates=chosen, search=isinstance(target, MInferenceSearch),
-            block=block, every=every, tokenizer=tokenizer, folder=place, resume=resume, details=details,
-            progress=progress, announce=announce,
+            block=block, every=every, tokenizer=tokenizer, folder=place, resume=resume, again=again,
+            details=details, progress=progress, announce=announce,
         )  # fmt: skip
         return choose(scores, chosen, target, quantile=quantile)
 
@@ -141,6 +146,7 @@ def score_model(
     tokenizer: Any = None,
     folder: str | Path,
     resume: bool = False,
+    again: bool = False,
     details: dict[str, Any] | None = None,
     progress: Callable[[int], Any] = lambda tiles: None,
     announce: Callable[[ProfileCost], Any] = lambda cost: None,
@@ -192,9 +198,9 @@ def score_model(
         "prompts_digest": prompts_digest(taken), "details": details or {},
     }  # fmt: skip
     longest = max(len(prompt.token_ids) for prompt in taken)
-    need = _need(plan.shapes, layers, len(candidates), block)
+    need = _need(plan.shapes, layers, len(candidates), block, search)
     _check_memory(model, longest, need)
-    scores = ProfileScores.begin(folder, settings, resume=resume)
+    scores = ProfileScores.begin(folder, settings, resume=resume, again=again)
     with scores.locked():
         done = sum(
             tiles[n] * (len(layers) - len(scores.missing(n))) // len(layers) for n in range(len(taken))
@@ -317,10 +323,10 @@ def _candidate(each: Any) -> Candidate:
         pattern = resolve_method(family, **parse_options(options))
         if isinstance(pattern, ModelPatterns):
             raise ValueError(f"the candidate {each!r} is a profile of a whole model: name the pattern of a head")
-        return Candidate(family, pattern)
+        return Candidate(family, pattern, isinstance(pattern, RandomBlocks))
     if callable(getattr(each, "build_index", None)):
         names = {cls: name for name, cls in PATTERNS.items()}
-        return Candidate(names.get(type(each), type(each).__name__), each)
+        return Candidate(names.get(type(each), type(each).__name__), each, isinstance(each, RandomBlocks))
     raise TypeError(f"a candidate is a Candidate, a pattern or a text, got {type(each).__name__}")
 
 
@@ -366,13 +372,18 @@ def _pictured(prompts: Sequence[ProfilePrompt], tuning: int) -> int:
 
 
 def _need(
-    shapes: dict[int, LayerShape], layers: Sequence[int], candidates: int, block: int
+    shapes: dict[int, LayerShape], layers: Sequence[int], candidates: int, block: int, search: bool
 ) -> Callable[[int], int]:  # fmt: skip
     """Bytes that scoring holds at most for a prompt of so many tokens."""
     distinct = {shapes[layer] for layer in layers}
-    return lambda tokens: max(
-        peak_bytes(tokens, s.query_heads, s.kv_heads, s.head_dim, candidates, block) for s in distinct
-    )
+
+    def need(tokens: int) -> int:
+        each = [peak_bytes(tokens, s.query_heads, s.kv_heads, s.head_dim, candidates, block) for s in distinct]
+        if search:  # after the other scores, which are small by then
+            each += [search_peak_bytes(tokens, s.query_heads, s.kv_heads, s.head_dim) for s in distinct]
+        return max(each)
+
+    return need
 
 
 def _check_memory(model: PreTrainedModel, tokens: int, need: Callable[[int], int]) -> None:

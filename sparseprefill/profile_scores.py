@@ -122,13 +122,16 @@ class ProfileScores:
             raise ValueError(f"the scores {path} are damaged ({error}): remove {self.folder}, profile again") from error
 
     @staticmethod
-    def begin(folder: str | Path, settings: dict[str, Any], *, resume: bool) -> ProfileScores:
+    def begin(folder: str | Path, settings: dict[str, Any], *, resume: bool, again: bool = False) -> ProfileScores:
         """Make a folder for these settings, or, with `resume`, go on in one that was begun with the same.
 
+        `again` first removes the scores that are there.
         Raises ValueError where the folder is there and `resume` is not asked for, or its settings differ.
         """
         folder = Path(folder)
         settings = json.loads(json.dumps(settings, allow_nan=False))
+        if again and (folder / "run.json").exists():
+            ProfileScores(folder).remove()
         if (folder / "run.json").exists():
             if not resume:
                 raise ValueError(f"{folder} holds scores of an earlier run: resume it, or remove it")
@@ -225,9 +228,12 @@ class ProfileScores:
         return torch.stack(scores).mean(0)
 
     def remove(self) -> None:
-        """The whole folder. ValueError where a process is still writing it."""
-        with self.locked():
-            shutil.rmtree(self.folder)
+        """Remove the whole folder. ValueError where another process writes it."""
+        with (self.folder / "run.json").open("rb") as file:
+            lock(file, self.folder)
+            for each in self.folder.glob("*.safetensors"):
+                each.unlink()
+        shutil.rmtree(self.folder)
 
 
 def read_scores(folder: str | Path) -> ProfileScores:

@@ -50,6 +50,10 @@ class Scores:
     def table(self, layer: int, held_out: bool, quantile: float) -> CandidateTable:
         return summarise([self.found[p.name, layer] for p in self.prompts if p.held_out == held_out], quantile)
 
+    @property
+    def settings(self) -> dict[str, object]:
+        return {"prompts_digest": "d1"}
+
     def picture(self, layer: int) -> tuple[str, Picture] | None:
         name = self.prompts[-1].name
         picture = self.found[name, layer].picture
@@ -89,7 +93,7 @@ def profile_of(found: Scores, target: float = 0.8, quantile: float = 0.1, held_o
             other = found.table(layer, True, quantile)
             judged.append(tuple(score_of(other, head, column) for head, column in enumerate(chosen)))
     made = {
-        "sparseprefill": "0.1.0", "target": {"kind": "mass", "mass": target, "quantile": quantile},
+        "sparseprefill": "0.1.0", "target": {"kind": "mass", "mass": target},
         "quantile": quantile, "block": BLOCK, "every": 1, "candidates": [each.label for each in found.candidates],
         "prompts": [{"name": p.name, "tokens": p.tokens, "held_out": p.held_out} for p in found.prompts],
         "prompts_digest": "d1", "seed": 1, "tiles": 7,

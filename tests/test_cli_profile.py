@@ -13,7 +13,7 @@ from sparseprefill import patch_model
 from sparseprefill.cli import main
 from sparseprefill.evals.loading import load_model
 from sparseprefill.patterns import AShape, BlockSparse, Dense, VerticalSlash, load_patterns
-from sparseprefill.profile_scores import ProfileScores, read_scores
+from sparseprefill.profile_scores import ProfileScores, read_scores, scores_folder
 
 FEW = ("--candidate", "a_shape:window=0.2", "--candidate", "block_sparse:keep=0.4,sink=0,local=64")
 
@@ -89,6 +89,12 @@ def test_a_profile_is_judged(tmp_path: Path) -> None:
     assert data["prompts"][0]["name"] == "needle/2048/0"
     assert data["source"] == "built-in prompts (needle), seed 2"
     assert 0 < data["low"] <= data["ratio"] <= data["high"]
+    again = ("validate", out, "--prompts", "builtin:needle", "--lengths", "2k", "--samples", 2, "--seed", 1)
+    assert "was tuned on the prompt needle/2048/0" in invoke(*again, code=1).output
+    assert "there is no profile at" in invoke("validate", tmp_path / "missing.json", code=1).output
+    assert "at least two blocks" in invoke(
+        "validate", "inside", "--prompts", "builtin:prose", "--lengths", "100", "--samples", 2, code=1
+    ).output  # fmt: skip
 
 
 def test_what_cannot_be_made_is_refused_before_work(tmp_path: Path) -> None:
@@ -113,11 +119,46 @@ def test_what_cannot_be_made_is_refused_before_work(tmp_path: Path) -> None:
         (("--resume", "--again", "--out", tmp_path / "p.json"), "choose one"),
         (("--candidate", "star", "--prompts", "builtin:prose", *short), "unknown method 'star'"),
         (("--minference-search", "--prompts", "builtin:prose", *short), "2500"),
+        (("--quantile", 2, "--prompts", "builtin:prose", *short), "quantile must be in [0, 1)"),
+        (("--html", tmp_path / "p.json", *short), "is named twice in this command"),
+        (("--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "p.jsonl"), "is named twice in this command"),
         (("nobody/nothing", "--out", tmp_path / "p.json"), "cannot be loaded"),
     ):
         output = invoke(*arguments, code=2 if message == "is a directory" else 1).output
         assert message in output, output
     assert not (tmp_path / "p.json").exists()
+
+
+def test_scores_are_removed_only_when_work_can_begin(tmp_path: Path) -> None:
+    """A mistake beside --again does not cost what an earlier run has left."""
+    out = tmp_path / "p.json"
+    settings = ("--lengths", "200", "--samples", 1, "--held-out", 0, "--out", out)
+    invoke("--prompts", "builtin:prose", *settings, *FEW)
+    before = {file.name: file.read_bytes() for file in scores_folder(out).iterdir()}
+    for arguments in (
+        ("--prompts", tmp_path / "missing.txt"),
+        ("--prompts", "builtin:prose", "--candidate", "star"),
+        ("--prompts", "builtin:prose", "--block", 128),
+        ("--prompts", "builtin:prose", "--quantile", 1),
+    ):
+        invoke(*arguments, *settings, "--again", code=1)
+        assert {file.name: file.read_bytes() for file in scores_folder(out).iterdir()} == before
+    assert "0 of them done before" in invoke("--prompts", "builtin:prose", *settings, *FEW[:2], "--again").output
+    assert [each.label for each in read_scores(scores_folder(out)).candidates][1:] == ["a_shape:sink=128,window=0.2"]
+
+
+def test_no_command_replaces_what_it_reads(tmp_path: Path) -> None:
+    out, config = tmp_path / "p.json", tmp_path / "config.json"
+    config.write_text(json.dumps([{"0": entry("stream_llm", 64, 128)}]), encoding="utf-8")
+    twice = "is named twice in this command"
+    assert twice in invoke("import-minference", config, "--out", config, code=1).output
+    assert json.loads(config.read_text(encoding="utf-8"))[0]["0"][0] == "stream_llm"
+    invoke("import-minference", config, "--out", out)
+    before = out.read_bytes()
+    assert twice in invoke("validate", out, "--json", out, code=1).output
+    assert out.read_bytes() == before
+    scores_folder(out).mkdir()
+    assert "the scores of another profile" in invoke("import-minference", config, "--out", out, code=1).output
 
 
 def test_a_budget_that_nothing_meets_keeps_the_scores(tmp_path: Path) -> None:

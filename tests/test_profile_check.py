@@ -16,13 +16,14 @@ from sparseprefill.calibration import Calibration, CalibrationEntry, Machine, lo
 from sparseprefill.contracts import AttentionInputs
 from sparseprefill.evals import profile_check, profile_time
 from sparseprefill.evals.loading import load_model
-from sparseprefill.evals.profile_check import FAMILIES, ProfileCheck, PromptCheck, check_profile
+from sparseprefill.evals.profile_check import FAMILIES, ProfileCheck, PromptCheck, check_new, check_profile
 from sparseprefill.evals.profile_prompts import profile_prompts
 from sparseprefill.evals.profile_time import RATE, predicted_seconds, tile_seconds
 from sparseprefill.huggingface_modules import model_facts
 from sparseprefill.patterns import AShape, BlockSparse, Dense, ModelPatterns, VerticalSlash, load_patterns
 from sparseprefill.prefill import CostModel
 from sparseprefill.profile import ProfileCost, profile_model
+from sparseprefill.prompts import ProfilePrompt
 from support import make_inputs
 
 
@@ -71,6 +72,33 @@ def test_the_figures_are_those_of_a_patched_model(llama: PreTrainedModel) -> Non
     assert found.prompts[0].density == pytest.approx(
         np.mean([each.density for heads in own.tuning for each in heads]), abs=1e-6
     )
+
+
+def test_every_length_has_neighbours_of_its_own(llama: PreTrainedModel) -> None:
+    """A window of tokens is denser in a short prompt: the order of prompts and their lengths decide nothing."""
+    profile = uniform(llama, AShape(64, 128))
+    long, short = ids(1600, 5), ids(500, 6)
+    found = check_profile(llama, profile, [long, short], block=16)
+    other = check_profile(llama, profile, [short, long], block=16)
+    assert found.prompts[0].density < found.prompts[1].density / 2
+    assert (found.best, found.ratio) == (other.best, pytest.approx(other.ratio))
+    for one, two in zip(found.prompts, reversed(other.prompts), strict=True):
+        assert (one.density, one.mass) == (two.density, two.mass)
+        assert one.uniform == pytest.approx(two.uniform)
+
+
+def test_a_profile_is_not_judged_by_what_it_was_tuned_on() -> None:
+    made = {"source": "text a.txt", "prompts": [
+        {"name": "text/9/0", "tokens": 9, "held_out": False}, {"name": "text/9/held-out-0", "tokens": 9,
+                                                                "held_out": True},
+    ]}  # fmt: skip
+    profile = ModelPatterns(((Dense(),),), made=made)
+    with pytest.raises(ValueError, match="was tuned on the prompt text/9/0"):
+        check_new(profile, "text a.txt", [ProfilePrompt("text/9/1", [1]), ProfilePrompt("text/9/0", [1])])
+    check_new(profile, "text b.txt", [ProfilePrompt("text/9/0", [1])])
+    check_new(profile, "text a.txt", [ProfilePrompt("text/9/held-out-0", [1])])
+    for odd in ({}, {**made, "prompts": 3}, {**made, "prompts": ["text/9/0", None]}):
+        check_new(ModelPatterns(((Dense(),),), made=odd), "text a.txt", [ProfilePrompt("text/9/0", [1])])
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import re
 from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -176,6 +175,7 @@ def test_the_gap_to_held_out_prompts_is_said() -> None:
     ("made", "words"),
     [
         ({"target": {"kind": "budget", "work": 0.2, "bound": 0.9, "gap": 1e-3}}, "for 0.2 of dense attention's work"),
+        ({"target": {"kind": "mass", "mass": 0.9}, "quantile": 0.1}, "0.9 of the attention mass in all but 10% of the"),
         ({"target": {"kind": "minference"}}, "MInference's own search"),
         ({"merged": [{}, {}], "keep": "density"}, "each head has the pattern that computed less"),
         ({"target": {"kind": "mass", "mass": "much"}}, 'Target: {"kind": "mass", "mass": "much"}.'),
@@ -610,19 +610,17 @@ def test_a_profile_is_shown(folder: Path, profile: ModelPatterns, found: Scores,
     (folder / "model.json.scores").mkdir()
     asked: list[Path] = []
 
-    def read_scores(where: Path) -> Any:
+    def read_scores(where: Path) -> Scores:
         asked.append(where)
-        fields = ("candidates", "prompts", "layers", "table", "picture")
-        return SimpleNamespace(
-            **{name: getattr(found, name) for name in fields},
-            settings={"prompts_digest": profile.made.get("prompts_digest")},
-        )
+        return found
 
     monkeypatch.setattr(profile_scores, "read_scores", read_scores)
     output = invoke("show", path, "--html", str(html)).stdout
     assert output.endswith(f"wrote {html}\n")
     assert asked == [folder / "model.json.scores"]
     assert html.read_text() == page, "the same profile makes the same page"
+    save_patterns(replace(profile, made={**profile.made, "prompts_digest": "d2"}), path)
+    assert "holds the scores of another run" in invoke("show", path, "--html", str(html), code=1).stderr
 
 
 def test_a_difference_is_an_exit_status(folder: Path) -> None:
@@ -648,7 +646,7 @@ def test_profiles_are_merged(folder: Path, profile: ModelPatterns) -> None:
     assert "different prompts" not in done.output
     merged = load_patterns(out)
     assert merged.layers == profile.layers
-    assert merged.made == {"merged": [profile.made, profile.made], "keep": "mass"}
+    assert merged.made == {"merged": [profile.made, profile.made], "keep": "mass", "block": 32}
     assert "Merged from 2 profiles" in invoke("show", out).stdout
     save_patterns(replace(profile, made={**profile.made, "prompts_digest": "d2"}), b)
     assert "made on different prompts" in invoke("merge", a, b, "--keep", "density", "--out", out).output

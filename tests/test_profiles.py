@@ -160,6 +160,17 @@ def test_merging_takes_the_best_of_each_head(seeds: list[int], keep: Any) -> Non
     assert merge([merge(profiles[:1] * 2, keep), *profiles[1:]], keep).layers == merged.layers
 
 
+def test_profiles_of_other_tiles_are_not_merged() -> None:
+    """What a pattern keeps is said of one size of tiles; which one stays known."""
+    score = ((HeadScore(0.9, 0.8, 0.2, 0.3),),)
+    small, large, unknown = (ModelPatterns(((AShape(64, 128),),), held_out=score, made=made)
+                             for made in ({"block": 32}, {"block": 64}, {}))  # fmt: skip
+    with pytest.raises(ValueError, match="profiles 1 and 3 were made with tiles of 32 and 64"):
+        merge([small, unknown, large])
+    assert merge([unknown, small, small]).made["block"] == 32
+    assert "block" not in merge([unknown, unknown]).made
+
+
 def test_ties_go_to_the_first() -> None:
     score = ((HeadScore(0.9, 0.8, 0.2, 0.3),),)
     a, b = (ModelPatterns(((pattern,),), held_out=score) for pattern in (AShape(64, 128), BlockSparse(0.2)))

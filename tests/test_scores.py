@@ -166,6 +166,33 @@ def test_budgets_of_a_family_share_one_estimate(monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(found[place].to_mask(), pattern.build_index(inputs, grid).to_mask()), pattern
 
 
+def test_a_family_may_be_a_number() -> None:
+    """Whatever can be hashed names one: budgets of a pattern of one's own are all asked."""
+
+    class Mine:
+        family = 0
+
+        def __init__(self, keep: float) -> None:
+            self.keep = keep
+
+        def build_index(self, inputs: Any, grid: BlockGrid) -> Any:
+            return BlockSparse(self.keep).build_index(inputs, grid)
+
+        def estimate(self, inputs: Any, grid: BlockGrid) -> Any:
+            return BlockSparse(0.1).estimate(inputs, grid)
+
+        def choose(self, estimate: Any, inputs: Any, grid: BlockGrid) -> Any:
+            return BlockSparse(self.keep).choose(estimate, inputs, grid)
+
+    inputs = make_inputs(queries=300)
+    grid = BlockGrid.of(inputs, 64, 64)
+    patterns = [Mine(0.2), Dense(), Mine(0.8)]
+    found = dict(build_indexes(patterns, inputs, grid))
+    assert sorted(found) == [0, 1, 2]
+    for place, pattern in enumerate(patterns):
+        assert torch.equal(found[place].to_mask(), pattern.build_index(inputs, grid).to_mask())
+
+
 def test_what_finding_blocks_costs() -> None:
     """64 probe rows over all keys; block means read every token and multiply once a tile."""
     inputs = make_inputs(queries=640, head_dim=32, value_dim=16)
