@@ -104,7 +104,7 @@ def run(
         for note in made.notes:
             click.echo(f"note: {note}")
         details: dict[str, Any] = {"source": made.source}
-        with _Progress(loaded, block) as progress:
+        with _Progress(loaded, block, folder) as progress:
             profile = profile_model(
                 loaded, made.tuning, held_out=made.held_out, candidates=chosen or None, target=target,
                 quantile=quantile, block=block, every=every, folder=folder, resume=resume, again=again,
@@ -133,8 +133,8 @@ def _target(mass: float | None, budget: float | None, search: bool) -> Any:
 class _Progress:
     """Says what profiling will take, shows a bar, and compares afterwards."""
 
-    def __init__(self, model: Any, block: int) -> None:
-        self.model, self.block = model, block
+    def __init__(self, model: Any, block: int, kept: Path | None = None) -> None:
+        self.model, self.block, self.kept = model, block, kept
         self.predicted: float | None = None
         self.cost: Any = None
         self.computed = 0
@@ -169,6 +169,8 @@ class _Progress:
         if self.bar is None:
             return
         self.bar.__exit__(kind, error, trace)
+        if isinstance(error, KeyboardInterrupt) and self.kept is not None:
+            click.echo(f"stopped; {self.kept} keeps what was computed: --resume goes on", err=True)
         if error is None:
             took = time.perf_counter() - self.began
             compared = "" if self.predicted is None else f", {took / self.predicted:.2f} of what was predicted"

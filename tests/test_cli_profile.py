@@ -147,6 +147,20 @@ def test_scores_are_removed_only_when_work_can_begin(tmp_path: Path) -> None:
     assert [each.label for each in read_scores(scores_folder(out)).candidates][1:] == ["a_shape:sink=128,window=0.2"]
 
 
+def test_who_stops_a_run_is_told_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "p.json"
+    settings = ("--prompts", "builtin:prose", "--lengths", "200", "--samples", 1, "--held-out", 0, *FEW, "--out", out)
+
+    def stops(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed:
+        changed.setattr("sparseprefill.cli_profile_run._Progress.advance", stops)
+        assert f"{scores_folder(out)} keeps what was computed: --resume goes on" in invoke(*settings, code=1).output
+    assert not out.exists()
+    assert ", 0 of them done before" not in invoke(*settings, "--resume").output
+
+
 def test_no_command_replaces_what_it_reads(tmp_path: Path) -> None:
     out, config = tmp_path / "p.json", tmp_path / "config.json"
     config.write_text(json.dumps([{"0": entry("stream_llm", 64, 128)}]), encoding="utf-8")
