@@ -12,7 +12,7 @@ from sparseprefill.calibration import COMMAND, load_calibration
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.huggingface import plan_patch
 from sparseprefill.huggingface_layers import Settings
-from sparseprefill.huggingface_modules import device_of, unwrap
+from sparseprefill.huggingface_modules import device_of, model_window, unwrap
 from sparseprefill.kernels import block_sparse_attention
 from sparseprefill.patterns import Dense
 from sparseprefill.patterns.candidates import candidates
@@ -81,11 +81,12 @@ def predicted_seconds(
 @torch.no_grad()
 def _seconds_a_token(model: Any) -> float:
     """Of a forward pass so short that attention is next to nothing."""
-    ids = torch.zeros(1, _WARM, dtype=torch.int64, device=model.device)
+    tokens = min(_WARM, model_window(model) or _WARM)
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
     taken = []
     for _ in range(3):
         began = time.perf_counter()
         model.base_model(input_ids=ids, use_cache=False)
         _finish(model.device)
         taken.append(time.perf_counter() - began)
-    return min(taken) / _WARM
+    return min(taken) / tokens

@@ -208,7 +208,22 @@ def _profile(data: Any, name: str) -> ModelPatterns:
         return scores if any(score is not None for heads in scores for score in heads) else ()
 
     made, tuning, held_out = parts
+    _check_counts(layers, model, name)
     return ModelPatterns(made, model, weights, some(tuning), some(held_out), how)
+
+
+def _check_counts(layers: list[list[Any]], model: dict[str, Any], name: str) -> None:
+    """Raise ValueError where a profile holds more or less than its model has, as it says itself."""
+    said = model.get("layers", len(layers))
+    if said != len(layers):
+        raise ValueError(f"{name} is damaged: it has {len(layers)} layers, and says {files.shown(said)}")
+    heads = model.get("query_heads", [len(each) for each in layers])
+    each = heads if isinstance(heads, list) else [heads] * len(layers)  # a list where layers differ
+    if len(each) != len(layers):
+        raise ValueError(f"{name} is damaged: `query_heads` has {len(each)} entries for {len(layers)} layers")
+    for number, (own, count) in enumerate(zip(layers, each, strict=True)):
+        if count != len(own):
+            raise ValueError(f"{name} is damaged: layer {number} has {len(own)} heads, and says {files.shown(count)}")
 
 
 def _score(entry: Any, kind: str, place: str) -> HeadScore | None:

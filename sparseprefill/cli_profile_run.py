@@ -106,7 +106,7 @@ def run(
         details: dict[str, Any] = {"source": made.source}
         if minference_search:
             click.echo("note: MInference's search computes these pairs once more, its own way")
-        with _Progress(loaded, block, search=minference_search) as progress:
+        with _Progress(loaded, block, folder, search=minference_search) as progress:
             profile = profile_model(
                 loaded, made.tuning, held_out=made.held_out, candidates=chosen or None, target=target,
                 quantile=quantile, block=block, every=every, folder=folder, resume=resume, again=again,
@@ -135,8 +135,8 @@ def _target(mass: float | None, budget: float | None, search: bool) -> Any:
 class _Progress:
     """Says what profiling will take, shows a bar, and compares afterwards."""
 
-    def __init__(self, model: Any, block: int, *, search: bool = False) -> None:
-        self.model, self.block, self.search = model, block, search
+    def __init__(self, model: Any, block: int, kept: Path | None = None, *, search: bool = False) -> None:
+        self.model, self.block, self.kept, self.search = model, block, kept, search
         self.predicted: float | None = None
         self.cost: Any = None
         self.computed = 0
@@ -171,8 +171,8 @@ class _Progress:
         if self.bar is None:
             return
         self.bar.__exit__(kind, error, trace)
-        if kind is KeyboardInterrupt:
-            click.echo(f"stopped after {self.computed} tiles: the same command with --resume goes on")
+        if isinstance(error, KeyboardInterrupt) and self.kept is not None:
+            click.echo(f"stopped; {self.kept} keeps what was computed: --resume goes on", err=True)
         if error is None:
             took = time.perf_counter() - self.began
             compared = "" if self.predicted is None else f", {took / self.predicted:.2f} of what was predicted"

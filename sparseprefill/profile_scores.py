@@ -139,7 +139,8 @@ class ProfileScores:
         else:
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise ValueError(f"{folder} is there and holds no scores: remove it, or name another")
-            folder.mkdir(exist_ok=True)
+            if not folder.exists():
+                folder.mkdir()  # of two runs that begin at once, one fails here
             write_text(folder / "run.json", json.dumps({"schema": SCHEMA, "settings": settings}, indent=1) + "\n")
         return ProfileScores(folder)
 

@@ -13,7 +13,7 @@ from sparseprefill import patch_model
 from sparseprefill.cli import main
 from sparseprefill.evals.loading import load_model
 from sparseprefill.patterns import AShape, BlockSparse, Dense, VerticalSlash, load_patterns
-from sparseprefill.profile_scores import ProfileScores, read_scores, scores_folder
+from sparseprefill.profile_scores import read_scores, scores_folder
 
 FEW = ("--candidate", "a_shape:window=0.2", "--candidate", "block_sparse:keep=0.4,sink=0,local=64")
 
@@ -147,6 +147,20 @@ def test_scores_are_removed_only_when_work_can_begin(tmp_path: Path) -> None:
     assert [each.label for each in read_scores(scores_folder(out)).candidates][1:] == ["a_shape:sink=128,window=0.2"]
 
 
+def test_who_stops_a_run_is_told_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "p.json"
+    settings = ("--prompts", "builtin:prose", "--lengths", "200", "--samples", 1, "--held-out", 0, *FEW, "--out", out)
+
+    def stops(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed:
+        changed.setattr("sparseprefill.cli_profile_run._Progress.advance", stops)
+        assert f"{scores_folder(out)} keeps what was computed: --resume goes on" in invoke(*settings, code=1).output
+    assert not out.exists()
+    assert ", 0 of them done before" not in invoke(*settings, "--resume").output
+
+
 def test_no_command_replaces_what_it_reads(tmp_path: Path) -> None:
     out, config = tmp_path / "p.json", tmp_path / "config.json"
     config.write_text(json.dumps([{"0": entry("stream_llm", 64, 128)}]), encoding="utf-8")
@@ -169,26 +183,6 @@ def test_a_budget_that_nothing_meets_keeps_the_scores(tmp_path: Path) -> None:
     assert "a budget of 0.05 is below" in output
     assert not out.exists()
     assert "computed 0 tiles" in invoke(*settings, "--budget", 0.6, "--out", out, "--resume").output
-
-
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, left = ProfileScores.add, [3]
-
-    def stopped(self: ProfileScores, *arguments: object) -> None:
-        real(self, *arguments)  # type: ignore[arg-type]
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ProfileScores, "add", stopped)
-    settings = ("--prompts", "builtin:prose", "--lengths", "600", "--samples", 1, "--held-out", 0, *FEW)
-    out = tmp_path / "p.json"
-    output = invoke(*settings, "--out", out, code=1).output
-    assert "stopped after 880 tiles: the same command with --resume goes on" in output  # two of three were counted
-    monkeypatch.undo()
-    assert "1760 tiles of 64 x 64 to compute, 1320 of them done before" in invoke(
-        *settings, "--out", out, "--resume"
-    ).output  # fmt: skip
 
 
 def entry(kind: str, first: int, second: int) -> list[object]:

@@ -191,6 +191,18 @@ def _builds(pattern: Any) -> None:
             '{"schema": 2, "layers": [[{"type": "dense"}]], "made": {"a": 1}, "model": {"layers": 1}}',
             "`model` lacks architecture, query_heads, kv_heads, head_dim, rope, vocabulary",
         ),
+        (
+            '{"schema": 2, "layers": [[{"type": "dense"}]], "model": {"layers": 2}}',
+            "damaged: it has 1 layers, and says 2",
+        ),
+        (
+            '{"schema": 2, "layers": [[{"type": "dense"}]], "model": {"query_heads": 2}}',
+            "damaged: layer 0 has 1 heads, and says 2",
+        ),
+        (
+            '{"schema": 2, "layers": [[{"type": "dense"}]], "model": {"query_heads": [1, 1]}}',
+            "damaged: `query_heads` has 2 entries for 1 layers",
+        ),
         ('{"schema": 2, "layers": [[{"type": "dense", "tuning": {"mass": 1}}]]}', "head 0: `tuning` must have mass"),
         (
             '{"schema": 2, "layers": [[{"type": "dense", "held_out": '

@@ -200,6 +200,17 @@ def test_time_is_predicted_from_the_calibration_alone(
     assert "uncalibrated (the calibration has no entry with tiles" in predicted_seconds(llama, cost, 32)[1]
 
 
+@pytest.mark.parametrize(("window", "tokens"), [(100, 100), (2048, 256)])
+def test_the_rest_of_a_model_is_timed_within_its_window(window: int, tokens: int) -> None:
+    model = tiny_model("llama", max_position_embeddings=window)
+    seen: list[int] = []
+    model.base_model.register_forward_pre_hook(
+        lambda _, arguments, options: seen.append(options["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert profile_time._seconds_a_token(model) > 0
+    assert set(seen) == {tokens}
+
+
 def test_a_check_reads_as_a_table() -> None:
     one = PromptCheck("needle/1", 10, 0.25, 0.75, {"a_shape": 0.5, "random": 0.125})
     found = ProfileCheck((one, one), "a_shape", 0.5, 0.45, 0.55)

@@ -170,7 +170,7 @@ def test_a_family_may_be_a_number() -> None:
     """Whatever can be hashed names one: budgets of a pattern of one's own are all asked."""
 
     class Mine:
-        family = 0
+        family = 1  # the place of another pattern
 
         def __init__(self, keep: float) -> None:
             self.keep = keep
