@@ -183,14 +183,13 @@ def score_model(
         raise ValueError(
             f"no layer of {type(model).__name__} sees a whole prompt (all are local), so there is nothing to profile"
         )
-    tiles = [
-        sum(plan.shapes[n].query_heads for n in layers) * dense_tiles(len(prompt.token_ids), block, every)
-        for prompt in taken
-    ]
+    heads = {number: plan.shapes[number].query_heads for number in layers}
+    a_head = [dense_tiles(len(prompt.token_ids), block, every) for prompt in taken]
+    tiles = sum(a_head) * sum(heads.values())
     settings = {
         "facts": model_facts(plan.config), "weights": weights_hash(model)[0], "identity": model_identity(model),
         "dtype": str(model.dtype).removeprefix("torch."), "torch": torch.__version__, "layers": layers,
-        "block": block, "every": every, "search": search, "tiles": sum(tiles), "picture": _pictured(taken, tuning),
+        "block": block, "every": every, "search": search, "tiles": tiles, "picture": _pictured(taken, tuning),
         "candidates": [{"label": c.label, "family": c.family, "control": c.control} for c in candidates],
         "prompts": [
             {"name": p.name, "tokens": len(p.token_ids), "held_out": n >= tuning} for n, p in enumerate(taken)
@@ -202,13 +201,11 @@ def score_model(
     _check_memory(model, longest, need)
     scores = ProfileScores.begin(folder, settings, resume=resume, again=again)
     with scores.locked():
-        done = sum(
-            tiles[n] * (len(layers) - len(scores.missing(n))) // len(layers) for n in range(len(taken))
-        )  # fmt: skip
+        left = sum(each * heads[layer] for n, each in enumerate(a_head) for layer in scores.missing(n))
         announce(
             ProfileCost(
-                len(taken), sum(len(p.token_ids) for p in taken), len(layers),
-                sum(plan.shapes[n].query_heads for n in layers), sum(tiles), done, need(longest),
+                len(taken), sum(len(p.token_ids) for p in taken), len(layers), sum(heads.values()), tiles, tiles - left,
+                need(longest),
             )
         )  # fmt: skip
         watcher = _Watcher([candidate.pattern for candidate in candidates], block, every, search)
@@ -223,11 +220,11 @@ def score_model(
                 if not out_of_memory(error):
                     raise
                 raise _memory_error(model, len(prompt.token_ids), need, "ran out of memory") from error
-            left = scores.missing(number)
-            if left:
+            silent = scores.missing(number)
+            if silent:
                 raise NotImplementedError(
-                    f"layer {left[0]} did not run through sparseprefill on prompt {prompt.name}: this model cannot be "
-                    "profiled; `sparseprefill doctor` says how its layers run"
+                    f"layer {silent[0]} did not run through sparseprefill on prompt {prompt.name}: this model cannot "
+                    "be profiled; `sparseprefill doctor` says how its layers run"
                 )
     return scores
 
