@@ -78,6 +78,7 @@ def test_minference_s_own_search(tmp_path: Path) -> None:
     assert found.held_out == ()
 
 
+@pytest.mark.slow
 def test_a_profile_is_judged(tmp_path: Path) -> None:
     out = tmp_path / "p.json"
     invoke("--prompts", "builtin:needle", "--lengths", "2k", "--samples", 1, "--held-out", 0, *FEW, "--out", out)
