@@ -44,6 +44,7 @@ class ProfilePrompts:
     held_out: tuple[ProfilePrompt, ...]  # the same
     source: str  # where they are from, without the path of a machine
     notes: tuple[str, ...] = ()  # what was left out, and which field was read
+    seed: int | None = None  # of built-in prompts
 
 
 def profile_prompts(
@@ -117,7 +118,7 @@ def builtin_prompts(
         )
         for part, count in enumerate((samples, held_out))
     ]  # fmt: skip
-    return _apart(ProfilePrompts(parts[0], parts[1], f"built-in prompts ({', '.join(kinds)}), seed {seed}"))
+    return _apart(ProfilePrompts(parts[0], parts[1], f"built-in prompts ({', '.join(kinds)}), seed {seed}", seed=seed))
 
 
 def _builtin(tokenizer: Any, prefix: Sequence[int], kind: str, length: int, number: str, seed: int) -> ProfilePrompt:

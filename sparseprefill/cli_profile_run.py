@@ -104,6 +104,8 @@ def run(
         for note in made.notes:
             click.echo(f"note: {note}")
         details: dict[str, Any] = {"source": made.source}
+        if made.seed is not None:
+            details["seed"] = made.seed
         if minference_search:
             click.echo("note: MInference's search computes these pairs once more, its own way")
         with _Progress(loaded, block, folder, search=minference_search) as progress:

@@ -37,6 +37,7 @@ def test_a_profile_is_made_shown_and_used(tmp_path: Path) -> None:
     found = load_patterns(out)
     assert {type(pattern) for heads in found.layers for pattern in heads} <= {AShape, BlockSparse, Dense}
     assert found.made["source"] == "built-in prompts (needle, prose), seed 1"
+    assert found.made["seed"] == 1
     assert found.weights is not None
     assert str(tmp_path) not in out.read_text(encoding="utf-8")
     shown = invoke("show", out).output
