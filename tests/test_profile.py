@@ -612,6 +612,7 @@ def test_a_long_wide_layer_stays_within_its_bound() -> None:
     assert bound / 8 < used <= bound < 2 << 30
 
 
+@pytest.mark.slow
 def test_memory_of_the_search_is_within_its_bound() -> None:
     """Sixteen heads of one group: slabs of the search are larger than all the rest, and are asked for."""
     code = (

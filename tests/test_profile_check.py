@@ -74,6 +74,7 @@ def test_the_figures_are_those_of_a_patched_model(llama: PreTrainedModel) -> Non
     )
 
 
+@pytest.mark.slow
 def test_every_length_has_neighbours_of_its_own(llama: PreTrainedModel) -> None:
     """A window of tokens is denser in a short prompt: the order of prompts and their lengths decide nothing."""
     profile = uniform(llama, AShape(64, 128))
