@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -464,17 +463,10 @@ def scale_png() -> bytes:
 def _png(pixels: NDArray[np.uint8], shades: Sequence[tuple[int, int, int]]) -> bytes:
     """A PNG file of numbered colours; the last of them is transparent."""
     import numpy as np
+    from matplotlib.image import imsave
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    high, wide = pixels.shape
-    lines = np.pad(pixels, ((0, 0), (1, 0)))  # each line begins with the number of its filter: none
-    return b"".join((
-        b"\x89PNG\r\n\x1a\n",
-        chunk(b"IHDR", struct.pack(">IIBBBBB", wide, high, 8, 3, 0, 0, 0)),
-        chunk(b"PLTE", bytes(part for shade in shades for part in shade)),
-        chunk(b"tRNS", bytes([255] * (len(shades) - 1) + [0])),
-        chunk(b"IDAT", zlib.compress(lines.tobytes(), 6)),
-        chunk(b"IEND", b""),
-    ))  # fmt: skip
+    colours = np.array([(*shade, 255) for shade in shades], np.uint8)
+    colours[-1, 3] = 0
+    file = io.BytesIO()
+    imsave(file, colours[pixels], format="png")
+    return file.getvalue()
