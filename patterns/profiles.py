@@ -232,7 +232,7 @@ def merge(profiles: Sequence[ModelPatterns], keep: Literal["mass", "density"] = 
         raise ValueError(f"keep must be mass or density, got {keep!r}")
     if len(profiles) < 2:
         raise ValueError(f"merging takes two profiles or more, got {len(profiles)}")
-    weights = _agreed_weights(profiles)
+    weights = _agreed([each.weights for each in profiles], "are of different weights: {} and {}")
     for number, other in enumerate(profiles[1:], 2):
         _check_same_model(profiles[0], other, number)
     chosen = [
@@ -248,7 +248,10 @@ def merge(profiles: Sequence[ModelPatterns], keep: Literal["mass", "density"] = 
         return found if any(score is not None for heads in found for score in heads) else ()
 
     how = [profile.made for profile in profiles]
-    block = _agreed_block(profiles)
+    block = _agreed(
+        [each.made.get("block") for each in profiles],
+        "were made with tiles of {} and {}: no head keeps in other tiles what it says, make one again",
+    )
     return ModelPatterns(
         tuple(
             tuple(profiles[number].layers[layer][head] for head, number in enumerate(numbers))
@@ -267,28 +270,13 @@ def same_prompts(profiles: Sequence[ModelPatterns]) -> bool | None:
     return None if None in digests else all(digest == digests[0] for digest in digests)
 
 
-def _agreed_weights(profiles: Sequence[ModelPatterns]) -> str | None:
-    known = [(number, each.weights) for number, each in enumerate(profiles, 1) if each.weights is not None]
-    for number, weights in known[1:]:
-        if weights != known[0][1]:
-            raise ValueError(
-                f"profiles {known[0][0]} and {number} are of different weights: "
-                f"{files.shown(known[0][1])} and {files.shown(weights)}"
-            )
-    return known[0][1] if known else None
-
-
-def _agreed_block(profiles: Sequence[ModelPatterns]) -> Any:
-    """Tokens of a tile, None where no profile says."""
-    known = [
-        (number, block) for number, each in enumerate(profiles, 1) if (block := each.made.get("block")) is not None
-    ]
-    for number, block in known[1:]:
-        if block != known[0][1]:
-            raise ValueError(
-                f"profiles {known[0][0]} and {number} were made with tiles of {files.shown(known[0][1])} and "
-                f"{files.shown(block)}: no head keeps in other tiles what it says, make one again"
-            )
+def _agreed(values: Sequence[Any], clash: str) -> Any:
+    """What all profiles say that say anything, None where none does; ValueError with `clash` where two differ."""
+    known = [(number, value) for number, value in enumerate(values, 1) if value is not None]
+    for number, value in known[1:]:
+        if value != known[0][1]:
+            said = clash.format(files.shown(known[0][1]), files.shown(value))
+            raise ValueError(f"profiles {known[0][0]} and {number} {said}")
     return known[0][1] if known else None
 
 
