@@ -2,16 +2,29 @@
 
 from sparseprefill.estimators.mean_pooled import MeanPooled
 from sparseprefill.estimators.probe import Probe, ProbeMass
-from sparseprefill.estimators.selection import Budget, TopK, check_budget, check_share, check_tokens, keep_blocks
+from sparseprefill.estimators.relative_attention import RelativeAttention
+from sparseprefill.estimators.selection import (
+    Budget,
+    TopK,
+    check_budget,
+    check_share,
+    check_threshold,
+    check_tokens,
+    keep_blocks,
+    passed,
+)
 
 __all__ = [
     "Budget",
     "MeanPooled",
     "Probe",
     "ProbeMass",
+    "RelativeAttention",
     "TopK",
     "check_budget",
     "check_share",
+    "check_threshold",
     "check_tokens",
     "keep_blocks",
+    "passed",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,3 +105,17 @@ def ranked(scores: Tensor, visible: Tensor, forced: Tensor | None) -> Tensor:
     if forced is not None:
         best_first = best_first.masked_fill((forced & visible)[:, None], torch.inf)
     return best_first.argsort(dim=-1, descending=True, stable=True)
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise ValueError or TypeError unless `threshold` is a number in (0, 1)."""
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise TypeError(f"threshold must be a number in (0, 1), got {threshold!r:.80}")
+    if not 0.0 < threshold < 1.0:
+        raise ValueError(f"threshold must be in (0, 1), got {threshold!r:.80}")
+
+
+def passed(thresholds: Sequence[float], scores: Tensor) -> Tensor:
+    """bool like scores [batch, heads, rows, key_blocks], logarithms of weights: above its head's threshold, or NaN."""
+    floor = torch.tensor([math.log(each) for each in thresholds], dtype=scores.dtype).to(scores.device)
+    return ~(scores <= floor[:, None, None])

@@ -6,6 +6,7 @@ from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.last_rows import LastRowsDense, Pattern
 from sparseprefill.patterns.per_head import PerHead
 from sparseprefill.patterns.random_blocks import RandomBlocks
+from sparseprefill.patterns.sale import Sale
 from sparseprefill.patterns.store import HeadScore, ModelPatterns, load_patterns, save_patterns
 from sparseprefill.patterns.tri_shape import TriShape
 from sparseprefill.patterns.vertical_slash import VerticalSlash
@@ -20,6 +21,7 @@ __all__ = [
     "Pattern",
     "PerHead",
     "RandomBlocks",
+    "Sale",
     "TriShape",
     "VerticalSlash",
     "load_patterns",

@@ -56,4 +56,5 @@ class LastRowsDense:
             torch.cat([dense.columns, sparse.columns]),
             torch.where(last, dense.start, sparse.start + dense.columns.numel()),
             torch.where(last, dense.count, sparse.count),
+            sparse.unjudged,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.patterns.last_rows import LastRowsDense, Pattern
@@ -14,6 +15,9 @@ from sparseprefill.patterns.last_rows import LastRowsDense, Pattern
 class PerHead:
     """Head h follows patterns[h]. Heads with equal patterns are estimated together.
 
+    So are heads with different patterns that have an equal `together` (anything hashable): their class is then asked
+    for `build_together(patterns, inputs, grid)`, with one pattern for each head of the inputs.
+
     `build_index` raises ValueError where there are not as many patterns as query heads.
     """
 
@@ -22,11 +26,19 @@ class PerHead:
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         if len(self.patterns) != inputs.query_heads:
             raise ValueError(f"{len(self.patterns)} patterns for {inputs.query_heads} query heads")
-        groups: dict[Pattern, list[int]] = {}
+        groups: dict[Any, list[int]] = {}
         for head, pattern in enumerate(self.patterns):
-            groups.setdefault(pattern, []).append(head)
-        parts = [(heads, pattern.build_index(inputs.select_heads(heads), grid)) for pattern, heads in groups.items()]
+            groups.setdefault(getattr(pattern, "together", pattern), []).append(head)
+        parts = [(heads, self._build(heads, inputs.select_heads(heads), grid)) for heads in groups.values()]
         return BlockIndex.merge(parts, inputs.query_heads)
+
+    def _build(self, heads: Sequence[int], inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        patterns: list[Any] = [self.patterns[head] for head in heads]
+        if not hasattr(patterns[0], "together"):
+            index: BlockIndex = patterns[0].build_index(inputs, grid)
+            return index
+        index = patterns[0].build_together(patterns, inputs, grid)
+        return index
 
 
 def of_heads(pattern: Pattern, heads: Sequence[int]) -> Pattern:

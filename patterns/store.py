@@ -22,6 +22,7 @@ from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.last_rows import Pattern
 from sparseprefill.patterns.per_head import PerHead
 from sparseprefill.patterns.random_blocks import RandomBlocks
+from sparseprefill.patterns.sale import Sale
 from sparseprefill.patterns.tri_shape import TriShape
 from sparseprefill.patterns.vertical_slash import VerticalSlash
 
@@ -42,6 +43,7 @@ PATTERNS: dict[str, type[Any]] = {
     "vertical_slash": VerticalSlash,
     "block_sparse": BlockSparse,
     "random": RandomBlocks,
+    "sale": Sale,
 }
 
 

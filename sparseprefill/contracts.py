@@ -305,9 +305,13 @@ class BlockGrid:
         block = torch.arange(self.key_blocks, device=self.anchor.device)
         return (block >= low[..., None]) & (block < high[..., None])
 
-    def slabs(self, heads: int) -> Iterator[tuple[int, int]]:
-        """Rows [start, stop), a slab at a time, so that what is held for `heads` x rows x key_blocks stays bounded."""
-        together = max(1, _SLAB_ENTRIES // (self.anchor.shape[0] * heads * self.key_blocks))
+    def slabs(self, heads: int, entries: int | None = None) -> Iterator[tuple[int, int]]:
+        """Rows [start, stop), a slab at a time, so that what is held for `heads` x rows x key_blocks stays bounded.
+
+        `entries`: at most so many at a time, where the common bound is not small enough.
+        """
+        most = _SLAB_ENTRIES if entries is None else min(entries, _SLAB_ENTRIES)
+        together = max(1, most // (self.anchor.shape[0] * heads * self.key_blocks))
         for start in range(0, self.rows, together):
             yield start, min(self.rows, start + together)
 
@@ -327,6 +331,7 @@ class BlockIndex:
     columns: Tensor  # int32 [capacity], key blocks
     start: Tensor  # int64 [batch, query_heads, rows], where each list begins in `columns`
     count: Tensor  # int32 [batch, query_heads, rows], how long it is
+    unjudged: Tensor | None = None  # int64 [batch, query_heads], queries whose row was kept whole as none could choose
 
     @property
     def query_heads(self) -> int:
@@ -401,7 +406,12 @@ class BlockIndex:
             return parts[0][1]
         order = torch.tensor(served, device=grid.anchor.device).argsort()
         columns = torch.cat([part.columns for _, part in parts])
-        return BlockIndex(grid, columns, torch.cat(starts, 1)[:, order], torch.cat(counts, 1)[:, order])
+        unjudged = None
+        if any(part.unjudged is not None for _, part in parts):
+            each = [torch.zeros_like(p.count[..., 0], dtype=torch.int64) if p.unjudged is None else p.unjudged
+                    for _, p in parts]  # fmt: skip
+            unjudged = torch.cat(each, 1)[:, order]
+        return BlockIndex(grid, columns, torch.cat(starts, 1)[:, order], torch.cat(counts, 1)[:, order], unjudged)
 
     def to_mask(self, start: int = 0, stop: int | None = None) -> Tensor:
         """bool [batch, query_heads, rows, key_blocks]; `start`, `stop`: a slab of rows."""

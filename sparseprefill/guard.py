@@ -122,6 +122,7 @@ def run_again(
         torch.cat([dense.columns, index.columns]),
         torch.where(again, dense.start, index.start + dense.columns.numel()),
         torch.where(again, dense.count, index.count),
+        index.unjudged,
     )
 
 

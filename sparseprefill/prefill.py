@@ -29,9 +29,11 @@ from sparseprefill.patterns import (
     Pattern,
     PerHead,
     RandomBlocks,
+    Sale,
     TriShape,
     VerticalSlash,
 )
+from sparseprefill.patterns.sale import PUBLISHED as PUBLISHED_THRESHOLD
 from sparseprefill.patterns.store import ModelPatterns, load_patterns
 from sparseprefill.patterns.vertical_slash import BAND, PUBLISHED, SINK
 
@@ -58,6 +60,17 @@ def _vertical_slash(**options: Any) -> VerticalSlash:
     if not {"verticals", "slashes", "density"} & options.keys():
         options["density"] = 0.2
     return VerticalSlash(**options)
+
+
+def _sale(profile: str | Path | None = None, **options: Any) -> Pattern | ModelPatterns:
+    """Thresholds of each head from a profile, else one for all heads."""
+    if profile is not None:
+        if options:
+            raise ValueError(f"sale takes a profile, or else {', '.join(options)}: a profile brings its own")
+        return load_patterns(profile)
+    if options.keys().isdisjoint(("threshold", "keep")):
+        options["threshold"] = PUBLISHED_THRESHOLD
+    return Sale(**options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +114,10 @@ METHODS: dict[str, MethodRow] = {
     "minference": MethodRow(
         _minference, ("profile", "budget", "density", "probe"), "selector",
         "a pattern for each head from a profile, else vertical-slash", "arXiv:2407.02490", True, "own",
+    ),
+    "sale": MethodRow(
+        _sale, ("profile", *_fields(Sale)), "selector", "blocks with a pair whose 4-bit estimate passes a threshold",
+        "arXiv:2505.24179", True, "own",
     ),
 }  # fmt: skip
 """The methods by name, in the order in which they are listed; an explicit table, nothing registers itself."""
@@ -181,6 +198,10 @@ caution; the GPU's is an assumption.
 """
 
 
+SALE_DENSITY = 0.2
+"""What is reckoned with where a threshold decides what a prompt keeps, which is not known beforehand."""
+
+
 def expected_density(pattern: Any, keys: int) -> float:
     """What share of a one-shot prefill's pairs a pattern will keep, at most, before anything was looked at.
 
@@ -207,6 +228,10 @@ def expected_density(pattern: Any, keys: int) -> float:
             assert verticals is not None
             assert slashes is not None
             return max(_kept_share(verticals, slashes, keys), forced)
+        case Sale(keep=keep, window=window, segment=segment):
+            # whole segments are tested, and what is left of the last one is window
+            forced = _kept_share(0, 64 + _in_blocks(window + segment), keys)
+            return max(SALE_DENSITY if keep is None else _kept_share(0, keep, keys), forced)
     own = getattr(pattern, "expected_density", None)
     return float(own(keys)) if callable(own) else 0.5
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from sparseprefill import contracts
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.coverage import coverage
 from sparseprefill.estimators import MeanPooled, Probe, TopK, keep_blocks
+from sparseprefill.estimators.relative_attention import scored_blocks
 from sparseprefill.kernels import block_sparse_attention
 from sparseprefill.patterns import (
     AShape,
@@ -27,6 +29,7 @@ from sparseprefill.patterns import (
     ModelPatterns,
     PerHead,
     RandomBlocks,
+    Sale,
     TriShape,
     VerticalSlash,
     load_patterns,
@@ -59,6 +62,16 @@ CASES: dict[str, Case] = {
     "vertical_slash-density": Case(VerticalSlash(density=0.85, probe=24), VerticalSlash(density=1.0), True, "own"),
     "block_sparse": Case(BlockSparse(keep=80, sink=16, local=32), BlockSparse(keep=10**6), False, "own"),
     "block_sparse-share": Case(BlockSparse(keep=0.3, sink=0, local=0), BlockSparse(keep=1.0), False, "own"),
+    "sale": Case(
+        Sale(threshold=0.9, window=32, segment=32, query_block=32, key_block=16), Sale(keep=1.0), True, "own"
+    ),
+    "sale-tile": Case(
+        Sale(threshold=0.9, bits=2, group="tile", window=32, segment=32, query_block=16, key_block=32), Sale(keep=1.0),
+        True, "own",
+    ),
+    "sale-keep": Case(
+        Sale(keep=0.4, window=16, segment=16, query_block=16, key_block=16), Sale(keep=10**6), True, "own",
+    ),
     "random": Case(RandomBlocks(keep=0.3, sink=16, local=16), RandomBlocks(keep=1.0), False, "identical"),
 }  # fmt: skip
 
@@ -214,6 +227,92 @@ def slow_vertical_slash_rows(
     return kept(max(best[0], least[0]), max(best[1], least[1]))
 
 
+def slow_sale_rows(inputs: AttentionInputs, b: int, h: int, real: range, pattern: Sale) -> dict[int, set[int]]:
+    """The whole of SALE for one head: means, codes, windows, weights, and what each row keeps of them."""
+    anchor, keys = slow_anchor(inputs, b), min(inputs.last_key, inputs.keys)
+    valid = torch.ones(inputs.keys, dtype=torch.bool) if inputs.key_valid is None else inputs.key_valid[b]
+    query, key = inputs.query[b, h].double(), inputs.key[b, h // inputs.group_size, :keys].double()
+    here = valid[inputs.query_start : inputs.query_start + inputs.queries]
+    query_mean, key_mean = query[here].mean(0), key[valid[:keys]].mean(0)
+
+    def rounded(vectors: Tensor, groups: list[Any]) -> Tensor:
+        most, out = 2 ** (pattern.bits - 1) - 1, torch.zeros_like(vectors)
+        for group in set(groups):
+            members = [n for n, own in enumerate(groups) if own == group]
+            largest = max(float(vectors[members].abs().max()), 1e-300)
+            out[members] = (vectors[members] * most / largest).round() * largest / most
+        return out
+
+    by_token = pattern.group == "token"
+    slots = [inputs.query_start + i for i in range(inputs.queries)]
+    centred_query = (query - query_mean) * here[:, None]
+    centred_key = (key - key_mean) * valid[:keys, None]
+    query_codes = rounded(centred_query, [p if by_token else (p - anchor) // 16 for p in slots])
+    key_codes = rounded(centred_key, [j if by_token else max(0, j - anchor) // pattern.key_block for j in range(keys)])
+    estimate = (query_codes @ key_codes.T + centred_key @ query_mean + (query @ key_mean)[:, None]) * inputs.scale
+    if inputs.softcap is not None:
+        estimate = inputs.softcap * torch.tanh(estimate / inputs.softcap)
+    exact = slow_logits(inputs, b, h)
+    kept: dict[int, set[int]] = {}
+    for m in real:
+        visible, best = slow_visible(inputs, b, m), {}
+        forced: set[int] = set()
+        for p in slow_row(inputs, b, m):
+            blocks = -(-pattern.query_block * ((p - anchor) // pattern.query_block + 1) // pattern.key_block)
+            local = slow_window(blocks, pattern.segment // pattern.key_block, pattern.window // pattern.key_block)
+            window = anchor + (blocks - local) * pattern.key_block
+            near = [j for j in range(anchor, keys) if j - anchor < pattern.key_block or j >= window]
+            forced |= {n for n in visible if n * BLOCK < pattern.key_block or anchor + (n + 1) * BLOCK > window}
+            if not valid[p]:
+                continue
+            i = p - inputs.query_start
+            mass = torch.logsumexp(exact[i, near], 0)
+            for j in range(anchor + pattern.key_block, window):
+                if j < keys and exact[i, j] > -torch.inf:
+                    n = (j - anchor) // BLOCK
+                    best[n] = max(best.get(n, -torch.inf), float(estimate[i, j] - mass))
+        forced &= set(visible)
+        if pattern.keep is not None:
+            count = max(slow_budget(pattern.keep, len(visible)), len(forced))
+            ranked = sorted(visible, key=lambda n: (n not in forced, -best.get(n, -torch.inf), n))
+            kept[m] = set(ranked[:count])
+        else:
+            kept[m] = forced | {n for n, score in best.items() if score > math.log(pattern.threshold or 0)}
+    return kept
+
+
+def slow_window(blocks: int, segment: int, window: int) -> int:
+    """Blocks of the local window, step by step: whole segments after block 0 are tested while enough is left."""
+    tested = 0
+    while 1 + tested + segment <= blocks and blocks - (1 + tested + segment) >= window:
+        tested += segment
+    return blocks - 1 - tested
+
+
+@pytest.mark.parametrize("segment", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("window", [0, 1, 2, 4, 5, 8])
+def test_the_window_of_sale(window: int, segment: int) -> None:
+    """Sink, tested segments and window are all blocks of a row, and the published arithmetic gives the same."""
+    blocks = torch.arange(1, 601)
+    tested = scored_blocks(blocks, segment, window).tolist()
+    for n, own in zip(blocks.tolist(), tested, strict=True):
+        local = n - 1 - own
+        assert own % segment == 0
+        assert local == slow_window(n, segment, window)
+        assert min(window, n - 1) <= local < max(window, 0) + segment or local == n - 1
+        whole = math.ceil((n - 1) / segment)  # as published: T segments, r <= 0 blocks over, e segments given up
+        over = n - 1 - whole * segment
+        published_local, published = over, whole
+        if over < window:
+            given_up = math.ceil((window - over) / segment)
+            published_local, published = segment * given_up + over, whole - given_up
+        assert 1 + published * segment + published_local == n
+        if published >= 0:
+            assert (published * segment, published_local) == (own, local)
+        else:
+            assert own == 0
+
+
 INPUTS: dict[str, dict[str, Any]] = {
     "plain": {"queries": 250},
     "one-block": {"queries": 9},
@@ -237,9 +336,12 @@ def test_equals_the_slow_definition_in_float64(method: str, name: str) -> None:
         end = int(inputs.tail()[b])
         real = range(asked[0], 1 + max(m for m in asked if slow_row(inputs, b, m)[0] < end))
         for h in range(2):
-            by_row = slow_vertical_slash_rows(inputs, b, h, real, pattern) if isinstance(pattern, VerticalSlash) else {}
+            by_row = {}
+            if isinstance(pattern, (Sale, VerticalSlash)):
+                slow_rows: Any = slow_sale_rows if isinstance(pattern, Sale) else slow_vertical_slash_rows
+                by_row = slow_rows(inputs, b, h, real, pattern)
             for m in real:
-                if isinstance(pattern, VerticalSlash):
+                if isinstance(pattern, (Sale, VerticalSlash)):
                     expected = by_row[m]
                 elif isinstance(pattern, BlockSparse):
                     expected = slow_block_sparse(inputs, b, h, m, pattern)

@@ -1,0 +1,129 @@
+"""SALE: blocks with a pair whose estimated weight, relative to the mass of sink and window, passes a threshold.
+
+Ji et al., "SALE: Low-bit Estimation for Efficient Sparse Attention in Long-context LLM Prefilling", 2025,
+arXiv:2505.24179. The estimate stands in `sparseprefill.estimators.relative_attention`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.estimators.relative_attention import PreparedKeys, RelativeAttention
+from sparseprefill.estimators.selection import Budget, TopK, check_threshold, passed
+
+PUBLISHED = 0.004
+"""The threshold of the paper's own example, the same for all heads."""
+
+_SLAB_ENTRIES = 1 << 22  # scores that are held at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Sale:
+    """Sink block, local window, and every block that holds a pair whose estimated weight is above `threshold`.
+
+    A weight is relative to the exact mass of sink and window (see `RelativeAttention`, which explains the other
+    options). A tile of the grid is kept if any step of `query_block` x `key_block` in it would be. With `keep` instead
+    of a threshold, each row keeps that budget of the tiles with the highest scores, sink and window first.
+    `keep` = 1.0 is dense; a threshold near 0 nearly so.
+
+    A row with a query that cannot be judged (keys or queries that are not finite, or no mass in sink and window) keeps
+    all its tiles, and the index counts it (`BlockIndex.unjudged`). Means and scales are those of the call, and the mean
+    of the keys knows later tokens: it looks ahead.
+
+    SALE, arXiv:2505.24179. Raises ValueError or TypeError for a threshold outside of (0, 1), and for what
+    `RelativeAttention` refuses.
+    """
+
+    threshold: float | None = None  # weight relative to sink and window, in (0, 1)
+    keep: Budget | None = None  # instead: tokens, or a share of the visible keys
+    bits: int = 4  # 2, 4 or 8; 16 rounds nothing
+    group: str = "token"  # what shares a scale: "token" or "tile"
+    window: int = 128  # tokens
+    segment: int = 128  # tokens
+    query_block: int = 64  # queries
+    key_block: int = 32  # keys
+    product: str = "auto"  # "triton", "native" or "torch"
+
+    def __post_init__(self) -> None:
+        if (self.threshold is None) == (self.keep is None):
+            raise ValueError(
+                f"sale takes either a threshold or a budget to keep, got threshold={self.threshold!r:.80}, "
+                f"keep={self.keep!r:.80}"
+            )
+        if self.threshold is not None:
+            check_threshold(self.threshold)
+        else:
+            assert self.keep is not None
+            TopK(self.keep)
+        _ = self.estimator  # refuses the other options
+
+    @property
+    def estimator(self) -> RelativeAttention:
+        """What scores the tiles."""
+        return RelativeAttention(*self.family[1:])
+
+    def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        return self.build_together([self] * inputs.query_heads, inputs, grid)
+
+    @staticmethod
+    def build_together(patterns: Sequence[Sale], inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        """One pattern a head, all of one family: keys are prepared once. See `sparseprefill.patterns.per_head`."""
+        first = patterns[0]
+        prepared = first.estimator.prepare(inputs, grid)
+        forced, visible = first.estimator.forced(inputs, grid), grid.visible_block_mask(inputs)
+        parts = []
+        for start, stop in grid.slabs(inputs.query_heads, _SLAB_ENTRIES):
+            own = forced[:, start:stop], visible[:, start:stop]
+            parts.append(_chosen(patterns, prepared.scores(start, stop), *own, grid))
+        return dataclasses.replace(BlockIndex.stack(parts), unjudged=prepared.unjudged())
+
+    @property
+    def together(self) -> tuple[Any, ...]:
+        """Heads whose patterns agree in this are served by one `build_together`."""
+        return (*self.family, self.keep)
+
+    @property
+    def family(self) -> tuple[Any, ...]:
+        """Thresholds and budgets share the scores that these options give."""
+        return (
+            Sale, self.bits, self.group, self.window, self.segment, self.query_block, self.key_block, self.product,
+        )  # fmt: skip
+
+    def estimate(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Tensor, PreparedKeys]:
+        """Scores of all tiles, [batch, query_heads, rows, key_blocks], which `choose` cuts; see `patterns.nested`."""
+        prepared = self.estimator.prepare(inputs, grid)
+        slabs = [prepared.scores(*slab) for slab in grid.slabs(inputs.query_heads, _SLAB_ENTRIES)]
+        return torch.cat(slabs, 2), prepared
+
+    def choose(self, estimate: tuple[Tensor, PreparedKeys], inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        """`build_index` from an estimate of its family."""
+        scores, prepared = estimate
+        forced, visible = self.estimator.forced(inputs, grid), grid.visible_block_mask(inputs)
+        patterns = [self] * inputs.query_heads
+        parts = [
+            _chosen(patterns, scores[:, :, start:stop], forced[:, start:stop], visible[:, start:stop], grid)
+            for start, stop in grid.slabs(inputs.query_heads, _SLAB_ENTRIES)
+        ]
+        return dataclasses.replace(BlockIndex.stack(parts), unjudged=prepared.unjudged())
+
+    def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> int:
+        """See `sparseprefill.patterns.nested`."""
+        return self.estimator.products_of_pairs(inputs, grid)
+
+
+def _chosen(patterns: Sequence[Sale], scores: Tensor, forced: Tensor, visible: Tensor, grid: BlockGrid) -> BlockIndex:
+    """Lists of a slab of rows, one pattern a head; all have thresholds, or all the same budget."""
+    keep = patterns[0].keep
+    if keep is not None:
+        best = BlockIndex.from_slots(grid, *TopK(keep).select(scores, visible, forced, grid.block_k))
+        mask = best.to_mask() | scores.isposinf()
+    else:
+        mask = passed([each.threshold for each in patterns if each.threshold is not None], scores)
+    return BlockIndex.from_mask(grid, (mask & visible[:, None]) | forced[:, None])
