@@ -32,8 +32,8 @@ def native_block_max(logits: EstimatedLogits) -> Tensor:
     assert native is not None, why_not_built()
     batch, kv_heads, keys, bytes_ = logits.key.codes.shape
     shape = (
-        batch, kv_heads, logits.group_size, logits.rows, logits.block_q, keys, logits.block_k, logits.key_blocks, bytes_,
-        logits.key.bits,
+        batch, kv_heads, logits.group_size, logits.rows, logits.block_q, keys, logits.block_k, logits.key_blocks,
+        bytes_, logits.key.bits,
     )  # fmt: skip
     best = torch.full((batch, kv_heads * logits.group_size, logits.rows, logits.key_blocks), -torch.inf)
     tensors = [
