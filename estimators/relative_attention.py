@@ -14,6 +14,9 @@ where the first term is estimated, the second is a number for each key and the t
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +38,8 @@ from sparseprefill.kernels.products import check_product, tile_scores
 GROUPS = ("token", "tile")
 """What shares a scale: nothing, or the 16 queries and the keys of a block that make a tile of tensor cores."""
 
+_SLAB_NUMBERS = 1 << 23  # of queries or keys that are copied or widened at a time
+_SLAB_ENTRIES = 1 << 22  # scores that are held at a time
 _QUERIES_TOGETHER = 16  # share a scale in a "tile"
 
 
@@ -111,9 +116,8 @@ class RelativeAttention:
         bias = bias.flatten(1, 2).nan_to_num_(0, 0, 0)
         if real is not None:
             bias = bias.masked_fill_(~real[:, None], -torch.inf)
-        shift = products(key_mean[:, :, None], inputs.query.unflatten(1, heads).flatten(2, 3))
+        shift = products(key_mean.repeat_interleave(inputs.group_size, 1)[:, :, None], inputs.query)[:, :, 0]
         reference = self._exact_mass(inputs, grid)
-        shift = shift.view_as(reference)
         known = query_mean.isfinite().all(-1) & key_mean.isfinite().all(-1).repeat_interleave(inputs.group_size, 1)
         known = known[..., None] & reference.isfinite() & shift.isfinite()
         low, high = self._tested_keys(inputs, grid)
@@ -156,13 +160,28 @@ class RelativeAttention:
 
     def _exact_mass(self, inputs: AttentionInputs, grid: BlockGrid) -> Tensor:
         """[batch, query_heads, queries]: logsumexp over sink and window, by the attention kernels."""
-        own = BlockGrid.of(inputs, self.query_block, self.key_block)
-        index = BlockIndex.from_mask(own, self.forced(inputs, own)[:, None])
-        shape = (inputs.batch, inputs.query_heads, own.rows)
-        index = BlockIndex(own, index.columns, index.start.expand(shape), index.count.expand(shape))
         impl = "reference" if inputs.query.dtype == torch.float64 else "auto"
-        lse = block_sparse_attention(inputs, index, impl, values=False).lse
-        return lse.to(accurate(inputs.query))
+        parts = []
+        for start, stop in self._query_slabs(inputs):
+            some = dataclasses.replace(
+                inputs, query=inputs.query[:, :, start:stop], query_start=inputs.query_start + start
+            )
+            own = BlockGrid.of(some, self.query_block, self.key_block)
+            index = BlockIndex.from_mask(own, self.forced(some, own)[:, None])
+            shape = (inputs.batch, inputs.query_heads, own.rows)
+            index = BlockIndex(own, index.columns, index.start.expand(shape), index.count.expand(shape))
+            parts.append(block_sparse_attention(some, index, impl, values=False).lse)
+        return torch.cat(parts, 2).to(accurate(inputs.query))
+
+    def _query_slabs(self, inputs: AttentionInputs) -> list[tuple[int, int]]:
+        """Queries [start, stop): all at once on a GPU; whole blocks on the CPU, whose kernel may copy them."""
+        together = inputs.queries
+        if inputs.device.type == "cpu":
+            a_block = inputs.batch * inputs.query_heads * self.query_block * inputs.head_dim
+            together = max(1, _SLAB_NUMBERS // a_block) * self.query_block
+        edge = together - inputs.query_start % self.query_block  # of the first slab, so that the others are whole
+        edges = [0, *range(edge, inputs.queries, together), inputs.queries]
+        return list(itertools.pairwise(edges))
 
 
 WORK_OF_BITS = {2: 0.5, 4: 0.5, 8: 0.5, 16: 1.0}
@@ -188,6 +207,12 @@ class PreparedKeys:
     low: Tensor  # int64 [batch, queries]: keys [low, high) are tested
     high: Tensor
     known: Tensor  # bool [batch, query_heads, queries]: all that the scores of this query rest on is finite
+
+    def slabs(self) -> Iterator[tuple[int, int]]:
+        """Rows [start, stop) that are scored together, so that queries and scores of a slab stay small."""
+        inputs, grid = self.inputs, self.grid
+        queries = _SLAB_NUMBERS // (grid.block_q * inputs.head_dim)  # rows of one head
+        return grid.slabs(inputs.query_heads, min(_SLAB_ENTRIES, queries * grid.key_blocks))
 
     def scores(self, start: int, stop: int) -> Tensor:
         """[batch, query_heads, stop - start, key_blocks]: of a slab of rows.
@@ -245,6 +270,3 @@ def products(few: Tensor, many: Tensor) -> Tensor:
     for start in range(0, tokens, together):
         found[..., start : start + together] = few @ many[:, :, start : start + together].to(few.dtype).mT
     return found
-
-
-_SLAB_NUMBERS = 1 << 23

@@ -51,7 +51,7 @@ def cpu_attention(
         return _some_heads(inputs, index, values, only, into)
     if values and inputs.sinks is None and _is_plain_dense(inputs, index):
         return _dense(inputs)
-    tiles = _Tiles.of(inputs, index)
+    tiles = _Tiles.of(inputs, index, values)
     heads, rows, block_q = index.query_heads, index.grid.rows, index.grid.block_q
     shape = (inputs.batch * heads * rows, block_q)
     space = _Workspace()
@@ -104,7 +104,7 @@ class _Tiles:
 
     query: Tensor  # [rows, block_q, head_dim], padded where a row is partial
     key: Tensor  # [batch * kv_heads * key_blocks, block_k, head_dim]
-    value: Tensor
+    value: Tensor  # likewise; without values the keys stand here and are not read
     row: Tensor  # [live rows] flat number of each row
     anchor: Tensor  # [batch]
     slot: Tensor  # [batch, grid rows, block_q] slot of each query
@@ -117,7 +117,7 @@ class _Tiles:
     diagonal: bool  # every row has exactly one edge tile, aligned: its own queries against their own keys
 
     @staticmethod
-    def of(inputs: AttentionInputs, index: BlockIndex) -> _Tiles:
+    def of(inputs: AttentionInputs, index: BlockIndex, values: bool) -> _Tiles:
         grid = index.grid
         batch, heads, rows = inputs.batch, index.query_heads, grid.rows
         begin, end = grid.row_slots()
@@ -133,6 +133,7 @@ class _Tiles:
         flat = ((b * inputs.kv_heads + head // inputs.group_size) * grid.key_blocks)[owner] + block
         full_count = torch.zeros(len(row), dtype=torch.int64).index_add_(0, owner, full.to(torch.int64))
         edge_count = count - full_count
+        key = _blocks(inputs, inputs.key, index)
         slot = (grid.anchor[:, None] + (grid.first[:, None] + torch.arange(rows)) * grid.block_q)[..., None]
         slot = slot + torch.arange(grid.block_q)
         low, high = inputs.visible_range()
@@ -149,8 +150,8 @@ class _Tiles:
         )  # fmt: skip
         return _Tiles(
             query=_query_rows(inputs, slot),
-            key=_blocks(inputs, inputs.key, index),
-            value=_blocks(inputs, inputs.value, index),
+            key=key,
+            value=_blocks(inputs, inputs.value, index) if values else key,
             row=row,
             anchor=grid.anchor,
             slot=slot,

@@ -29,8 +29,6 @@ The first two were measured with `sparseprefill bench --estimators`, rounded tow
 assumption: a quarter of the work of dense attention in 16 bits, and what comes on top.
 """
 
-_SLAB_ENTRIES = 1 << 22  # scores that are held at a time
-
 
 @dataclass(frozen=True, slots=True)
 class Sale:
@@ -87,7 +85,7 @@ class Sale:
         prepared = first.estimator.prepare(inputs, grid)
         forced, visible = first.estimator.forced(inputs, grid), grid.visible_block_mask(inputs)
         parts = []
-        for start, stop in grid.slabs(inputs.query_heads, _SLAB_ENTRIES):
+        for start, stop in prepared.slabs():
             own = forced[:, start:stop], visible[:, start:stop]
             parts.append(_chosen(patterns, prepared.scores(start, stop), *own, grid))
         return dataclasses.replace(BlockIndex.stack(parts), unjudged=prepared.unjudged())
@@ -107,7 +105,7 @@ class Sale:
     def estimate(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Tensor, PreparedKeys]:
         """Scores of all tiles, [batch, query_heads, rows, key_blocks], which `choose` cuts; see `patterns.nested`."""
         prepared = self.estimator.prepare(inputs, grid)
-        slabs = [prepared.scores(*slab) for slab in grid.slabs(inputs.query_heads, _SLAB_ENTRIES)]
+        slabs = [prepared.scores(*slab) for slab in prepared.slabs()]
         return torch.cat(slabs, 2), prepared
 
     def choose(self, estimate: tuple[Tensor, PreparedKeys], inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
@@ -117,7 +115,7 @@ class Sale:
         patterns = [self] * inputs.query_heads
         parts = [
             _chosen(patterns, scores[:, :, start:stop], forced[:, start:stop], visible[:, start:stop], grid)
-            for start, stop in grid.slabs(inputs.query_heads, _SLAB_ENTRIES)
+            for start, stop in prepared.slabs()
         ]
         return dataclasses.replace(BlockIndex.stack(parts), unjudged=prepared.unjudged())
 
