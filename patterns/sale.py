@@ -17,9 +17,17 @@ from torch import Tensor
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.relative_attention import PreparedKeys, RelativeAttention
 from sparseprefill.estimators.selection import Budget, TopK, check_threshold, passed
+from sparseprefill.kernels.products import ProductShape, choose_product
 
 PUBLISHED = 0.004
 """The threshold of the paper's own example, the same for all heads."""
+
+OVERHEAD = {"native": 0.35, "torch": 2.0, "triton": 0.35}
+"""Time of the whole estimate over that of dense attention, by the implementation that multiplies.
+
+The first two were measured with `sparseprefill bench --estimators`, rounded towards caution; on a GPU it is an
+assumption: a quarter of the work of dense attention in 16 bits, and what comes on top.
+"""
 
 _SLAB_ENTRIES = 1 << 22  # scores that are held at a time
 
@@ -112,6 +120,11 @@ class Sale:
             for start, stop in grid.slabs(inputs.query_heads, _SLAB_ENTRIES)
         ]
         return dataclasses.replace(BlockIndex.stack(parts), unjudged=prepared.unjudged())
+
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
+        """What share of dense attention's time finding the blocks takes, as stated in `OVERHEAD`; see `CostModel`."""
+        shape = ProductShape(device, torch.float32, self.bits, head_dim, block_q, block_k)
+        return OVERHEAD[choose_product(shape, self.product)]
 
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> int:
         """See `sparseprefill.patterns.nested`."""

@@ -85,6 +85,11 @@ def doctor(
 @click.option("--device", help="cpu or cuda; default: what is there.")
 @click.option("--lengths", type=Numbers(), help="Prompt lengths.  [default: 16k; for --calibrate by device]")
 @click.option("--densities", help="Densities.  [default: 0.1,0.25,0.5; for --calibrate 0.1,0.2,0.5]")
+@click.option(
+    "--estimator", "estimators", multiple=True, metavar="METHOD[:OPTION=VALUE,...]",
+    help="Instead time how this method finds its blocks, beside dense attention; may be repeated.",
+)  # fmt: skip
+@click.option("--heads", help="For --estimator: query/KV heads.  [default: 8/2; 32/8 on a GPU]")
 @click.option("--ttft", type=Numbers(), help="Also time the model inside at these lengths.")
 @click.option("--calibrate", is_flag=True, help="Instead measure when sparse pays, for layers like those of --model.")
 @click.option("--model", help="For --ttft, --calibrate: hub name or folder.  [default: the model inside]")
@@ -100,14 +105,16 @@ def doctor(
 )  # fmt: skip
 @click.option("--markdown", is_flag=True, help="Print Markdown tables.")
 def bench(
-    device: str | None, lengths: tuple[int, ...] | None, densities: str | None, ttft: tuple[int, ...] | None,
-    calibrate: bool, model: str | None, dtype: str | None, trust_remote_code: bool, density: float | None,
-    repeats: int, out: Path | None, markdown: bool,
+    device: str | None, lengths: tuple[int, ...] | None, densities: str | None, estimators: tuple[str, ...],
+    heads: str | None, ttft: tuple[int, ...] | None, calibrate: bool, model: str | None, dtype: str | None,
+    trust_remote_code: bool, density: float | None, repeats: int, out: Path | None, markdown: bool,
 ) -> None:  # fmt: skip
     """Time the kernel against dense attention and FlexAttention on the same masks, correctness first.
 
     With --calibrate: time whole sparse calls against dense attention, fit the cost model that decides between them, and
     keep it in this machine's calibration file, which patch_model reads.
+
+    With --estimator: time how methods find their blocks, as a share of dense attention, scores and results checked.
     """
     from dataclasses import asdict
 
@@ -120,6 +127,15 @@ def bench(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with clear_errors():
         wanted = [float(part) for part in (densities or ("0.1,0.2,0.5" if calibrate else "0.1,0.25,0.5")).split(",")]
+        if estimators and (calibrate or ttft or densities or density is not None or model or dtype):
+            raise ValueError(
+                "--estimator goes with --lengths, --heads, --repeats, --device, --out and --markdown alone"
+            )
+        if heads is not None and not estimators:
+            raise ValueError("--heads is for --estimator")
+        if estimators:
+            _time_estimators(device, estimators, lengths, heads, repeats, out, markdown)
+            return
         if calibrate:
             if ttft or density is not None:
                 raise ValueError("--calibrate measures attention alone: leave out --ttft and --density")
@@ -150,6 +166,35 @@ def bench(
         if out is not None:
             write_text(out, json.dumps(written, indent=1) + "\n")
             click.echo(f"wrote {out}")
+
+
+def _time_estimators(
+    device: str, methods: tuple[str, ...], lengths: tuple[int, ...] | None, heads: str | None, repeats: int,
+    out: Path | None, markdown: bool,
+) -> None:  # fmt: skip
+    """Measure, print, write."""
+    from dataclasses import asdict
+
+    from sparseprefill.evals import overhead
+    from sparseprefill.evals.loading import provenance
+    from sparseprefill.files import check_folder, write_text
+
+    if out is not None:
+        check_folder(out)
+    query_heads, slash, kv_heads = (heads or ("8/2" if device == "cpu" else "32/8")).partition("/")
+    if not slash or not query_heads.isdigit() or not kv_heads.isdigit():
+        raise ValueError(f"--heads is query/KV heads, such as 32/8, got {heads!r:.80}")
+    lengths = lengths or (16384,)
+    with progress_bar(2 * len(lengths), "estimators") as progress:
+        cells = overhead.overhead_cells(
+            methods, device=device, lengths=lengths, query_heads=int(query_heads), kv_heads=int(kv_heads),
+            repeats=repeats, progress=progress,
+        )  # fmt: skip
+    click.echo(overhead.overhead_table(cells, markdown=markdown))
+    if out is not None:
+        written = {"provenance": provenance(), "heads": f"{query_heads}/{kv_heads}", "cells": list(map(asdict, cells))}
+        write_text(out, json.dumps(written, indent=1) + "\n")
+        click.echo(f"wrote {out}")
 
 
 def _calibrate(

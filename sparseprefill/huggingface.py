@@ -297,13 +297,13 @@ def plan_patch(
     all_heads = {number: shape.query_heads * part.ranks for number, shape in shapes.items()}
     chosen = _patterns_of_layers(pattern, all_heads, dense_layers, layers, heads, last_rows_dense)
     chosen = {number: of_heads(each, part.of(all_heads[number])) for number, each in chosen.items()}
-    _try_patterns(chosen, shapes, settings)
+    _try_patterns(chosen, shapes, {number: device_of(module) for number, module in modules.items()}, settings)
 
     previous = _previous_implementation(model, config)
     name = method if isinstance(method, str) else describe_pattern(method)
     states = {
         number: PatchedLayer(
-            number, chosen[number], number in stay_dense, settings, previous, name,
+            number, chosen[number], number in stay_dense, settings, previous, name, shapes[number].head_dim,
             first_head=part.of(all_heads[number]).start,
         )
         for number in sorted(modules)
@@ -644,6 +644,7 @@ def _registered_layer(
         _REGISTERED["settings"],
         previous,
         _REGISTERED["method"],
+        shape.head_dim,
         registered=True,
     )
     known = _REGISTERED["calibration"]
@@ -738,14 +739,23 @@ def _each_head(pattern: Pattern, heads: int) -> tuple[Pattern, ...]:
     return (pattern,) * heads
 
 
-def _try_patterns(patterns: Mapping[int, Pattern], shapes: Mapping[int, LayerShape], settings: Settings) -> None:
-    """Build each index once on two blocks of zeros: what a pattern refuses is refused before the model is changed."""
+def _try_patterns(
+    patterns: Mapping[int, Pattern],
+    shapes: Mapping[int, LayerShape],
+    places: Mapping[int, torch.device | None],
+    settings: Settings,
+) -> None:
+    """Build each index once on two blocks of zeros, where the layer runs: what a pattern refuses is refused before the
+    model is changed. A layer that has no weights yet is tried on the CPU.
+    """
     tokens = 2 * max(settings.block_q, settings.block_k)
     for number, pattern in patterns.items():
         shape = shapes[number]
-        query = torch.zeros(1, shape.query_heads, tokens, shape.head_dim)
-        key = torch.zeros(1, shape.kv_heads, tokens, shape.head_dim)
-        value = torch.zeros(1, shape.kv_heads, tokens, shape.value_dim)
+        place = places[number]
+        device = torch.device("cpu") if place is None or place.type == "meta" else place
+        query = torch.zeros(1, shape.query_heads, tokens, shape.head_dim, device=device)
+        key = torch.zeros(1, shape.kv_heads, tokens, shape.head_dim, device=device)
+        value = torch.zeros(1, shape.kv_heads, tokens, shape.value_dim, device=device)
         inputs = AttentionInputs(query, key, value, scale=1.0)
         pattern.build_index(inputs, BlockGrid.of(inputs, settings.block_q, settings.block_k))
 

@@ -20,7 +20,7 @@ from sparseprefill.huggingface_masks import MaskInfo
 from sparseprefill.huggingface_modules import LayerShape, kernel_for
 from sparseprefill.kernels import IMPLEMENTATIONS
 from sparseprefill.patterns import Dense, Pattern
-from sparseprefill.prefill import COST_MODELS, CostModel, Prefill, describe_pattern, expected_density
+from sparseprefill.prefill import COST_MODELS, CostModel, Prefill, describe_pattern, expected_density, expected_overhead
 from sparseprefill.reports import LayerReport, ranges
 
 COUNTING = threading.Lock()  # a model may be called from several threads at once
@@ -83,6 +83,7 @@ class PatchedLayer:
     settings: Settings
     previous: str
     method: str
+    head_dim: int
     registered: bool = False  # made by `register`, not by a patch
     local: str | None = None  # the mask's own window or chunks, in which the layer runs exactly
     first_head: int = 0  # of the heads in this process
@@ -104,7 +105,7 @@ class PatchedLayer:
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchedLayer:
         twin = PatchedLayer(
             self.number, self.pattern, self.always_dense, self.settings, self.previous, self.method,
-            registered=self.registered, first_head=self.first_head, cost=self.cost,
+            self.head_dim, registered=self.registered, first_head=self.first_head, cost=self.cost,
             copied=not self.registered,
         )  # fmt: skip
         memo[id(self)] = twin
@@ -141,9 +142,15 @@ class PatchedLayer:
         if self.settings.min_length is not None:
             below = keys < self.settings.min_length
             return f"fewer keys than min_length={self.settings.min_length}" if below else None
-        density = expected_density(self.pattern, keys) if mask.local is None else mask.density(keys)
-        cheaper = self.decision(device, dtype)[0].sparse_is_cheaper(queries, keys, density)
-        return None if cheaper else "below break-even"
+        cost = self.decision(device, dtype)[0]
+        if mask.local is not None:
+            return None if cost.sparse_is_cheaper(queries, keys, mask.density(keys)) else "below break-even"
+        density = expected_density(self.pattern, keys)
+        if not cost.sparse_is_cheaper(queries, keys, density):
+            return "below break-even"
+        overhead = expected_overhead(self.pattern, device, self.head_dim, self.settings.block_q, self.settings.block_k)
+        cheaper = cost.sparse_is_cheaper(queries, keys, density, overhead)
+        return None if cheaper else "finding the blocks would cost more than it saves"
 
     def break_even(self, mask: MaskInfo, device: torch.device, dtype: torch.dtype, limit: int) -> int | None:
         """The shortest prompt, in one call, that runs sparsely; None where not even one of `limit` tokens does."""
@@ -172,6 +179,8 @@ class PatchedLayer:
         self.kernels[impl] = self.kernels.get(impl, 0) + 1
         if prefill.guarded is not None:
             self.guard.note(prefill.guarded)
+        if prefill.index.unjudged is not None:
+            self.sums["unjudged"] = self.sums.get("unjudged", 0) + prefill.index.unjudged.sum()
         counted = prefill.coverage
         if counted is None:
             return
@@ -217,7 +226,17 @@ class PatchedLayer:
             self.number, self._described(), self.sparse_calls,
             dict(self.previous_calls), dict(self.kernels), density, tile_work, mass,
             sums.get("estimator", 0.0), sums.get("kernel", 0.0), *self.guard.read(), self.first_head,
+            self._overhead(tile_work), int(sums.get("unjudged", 0)),
         )  # fmt: skip
+
+    def _overhead(self, tile_work: list[float] | None) -> float | None:
+        """Estimator time over that of dense attention, as the cost model reckons it from the kernel's."""
+        kernel = self.sums.get("kernel", 0.0)
+        if tile_work is None or self.decided is None or not kernel:
+            return None
+        cost = self.decision(*self.decided)[0]
+        dense = kernel / (cost.tile_factor * sum(tile_work) / len(tile_work))
+        return float(self.sums["estimator"] / dense)
 
     def _described(self) -> str:
         if self.always_dense:

@@ -165,17 +165,18 @@ def _nearest(name: str, known: Any) -> str:
 class CostModel:
     """When sparse is expected to be cheaper: stated in `COST_MODELS`, measured where a machine has been calibrated.
 
-    A sparse call costs tile_factor * density * dense + fixed, where `dense` is the dense call's (query, key) pairs and
-    `fixed` those of a dense causal prefill of `fixed_tokens`.
+    A sparse call costs (tile_factor * density + overhead) * dense + fixed: `dense` are the dense call's (query, key)
+    pairs, `overhead` is what an estimator takes that looks at all of them (see `expected_overhead`), and `fixed` are
+    the pairs of a dense causal prefill of `fixed_tokens`.
     """
 
     tile_factor: float  # time of a computed tile over that of a tile of dense attention
     fixed_tokens: int  # what a sparse call costs at any density, as the length of a dense causal prefill
 
-    def sparse_is_cheaper(self, queries: int, keys: int, density: float) -> bool:
-        """For `queries` that are the last of `keys`, at an expected density."""
+    def sparse_is_cheaper(self, queries: int, keys: int, density: float, overhead: float = 0.0) -> bool:
+        """For `queries` that are the last of `keys`, at an expected density and overhead."""
         dense = queries * (keys - queries) + queries * (queries + 1) / 2
-        return dense * (1 - self.tile_factor * density) > self.fixed_tokens**2 / 2
+        return dense * (1 - self.tile_factor * density - overhead) > self.fixed_tokens**2 / 2
 
     def break_even(self, density: float) -> int | None:
         """The shortest prefill, in one call, that is cheaper sparsely at this density; None where none ever is."""
@@ -234,6 +235,20 @@ def expected_density(pattern: Any, keys: int) -> float:
             return max(SALE_DENSITY if keep is None else _kept_share(0, keep, keys), forced)
     own = getattr(pattern, "expected_density", None)
     return float(own(keys)) if callable(own) else 0.5
+
+
+def expected_overhead(pattern: Any, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
+    """Time of finding the blocks over that of dense attention, where it grows with the pairs; 0 where it does not.
+
+    A user's object may have `expected_overhead(device, head_dim, block_q, block_k) -> float`.
+    """
+    if isinstance(pattern, PerHead):
+        each = [expected_overhead(own, device, head_dim, block_q, block_k) for own in pattern.patterns]
+        return math.fsum(each) / len(each)
+    if isinstance(pattern, LastRowsDense):
+        return expected_overhead(pattern.pattern, device, head_dim, block_q, block_k)
+    own = getattr(pattern, "expected_overhead", None)
+    return float(own(device, head_dim, block_q, block_k)) if callable(own) else 0.0
 
 
 def _in_blocks(tokens: int) -> int:

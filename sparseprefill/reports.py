@@ -28,6 +28,8 @@ class LayerReport:
     guard_seconds: float = 0.0  # of the checks; in neither of the two above
     rerun_seconds: float = 0.0  # of what ran again; likewise
     first_head: int = 0  # which query head the lists begin with: under tensor parallelism a process has some of them
+    overhead: float | None = None  # estimator_seconds over those of dense attention, reckoned from kernel_seconds
+    unjudged: int = 0  # queries whose row was kept whole, as the estimator could not judge them
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +91,22 @@ class PatchReport:
                 str(layer.layer), layer.pattern, str(layer.sparse_calls), str(sum(layer.previous_calls.values())),
                 number(_mean(layer.density or ())), number(_mean(layer.tile_work or ())),
                 number(_mean(layer.kept_mass or ())), number(min(layer.kept_mass or (math.nan,))),
-                f"{layer.estimator_seconds:.3f}", f"{layer.kernel_seconds:.3f}", *self._guard_cells(layer),
+                f"{layer.estimator_seconds:.3f}", number(layer.overhead), f"{layer.kernel_seconds:.3f}",
+                *self._guard_cells(layer),
             ]
             for layer in self.layers
         ]  # fmt: skip
         head = [
             "layer", "pattern", "sparse calls", "other calls", "density", "tile work", "kept mass", "worst head",
-            "estimator s", "kernel s", *(_GUARD_HEAD if self.guard_checks else ()),
+            "estimator s", "overhead", "kernel s", *(_GUARD_HEAD if self.guard_checks else ()),
         ]  # fmt: skip
         lines = [f"method {self.method}; {self.decision}", table(head, rows)]
         lines += [f"on the previous implementation: {n} calls, {why}" for why, n in self.previous_calls.items()]
         if self.guard_checks:
             lines.append(f"guard: {self.guard_reruns} of {self.guard_checks} checked heads ran again with full rows")
+        unjudged = sum(layer.unjudged for layer in self.layers)
+        if unjudged:
+            lines.append(f"{unjudged} queries could not be judged by the estimator, so that their rows were kept whole")
         lines += [f"warning: {text} ({count} x)" for text, count in self.warnings.items()]
         return "\n".join(lines)
 
