@@ -23,7 +23,8 @@ def build_cpu(force: bool, remove: bool) -> None:
             raise ValueError("--force builds, --remove removes: give one of them")
         if remove:
             number = native_build.remove()
-            click.echo(f"removed {number} of them from {native_build.cache_folder()}" if number else "nothing is built")
+            what = f"{number} librar{'y' if number == 1 else 'ies'} from {native_build.cache_folder()}"
+            click.echo(f"removed {what}" if number else "nothing is built")
             return
         native_build.build(force=force, say=click.echo)
         found = native_build.built()

@@ -7,6 +7,8 @@ import dataclasses
 import errno
 import json
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -266,6 +268,22 @@ class TestTheCheck:
         subprocess.run([*command, *native_build.FLAGS, tmp_path / "wrong.cpp", "-o", made], check=True)
         with pytest.raises(ValueError, match=r" bits, head_dim .*: "):
             check_library(made)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx512f -mno-avx2"], ids=["avx2", "portable"])
+    @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors have one way alone")
+    def test_the_ways_of_older_processors_pass_it(
+        self, folder: Path, native_folder: Path, monkeypatch: pytest.MonkeyPatch, without: str
+    ) -> None:
+        instructions = {}
+        command = native_build.find_compiler().command
+        for flags in ("", without):
+            monkeypatch.setenv("CXX", shlex.join([*command, *flags.split()]))
+            native_build.build()
+            found = native_build.built()
+            assert found is not None
+            instructions[flags] = found[1].instructions
+        assert instructions[without] != instructions[""] or "avx512" not in instructions[""]
 
     def test_what_fails_is_never_installed(
         self, standing: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, check: Check
@@ -551,7 +569,7 @@ class TestCommand:
             assert word in said
         assert "built already" in self.run()[1]
         assert "built already" not in self.run("--force")[1]
-        assert self.run("--remove") == (0, f"removed 1 of them from {folder}\n")
+        assert self.run("--remove") == (0, f"removed 1 library from {folder}\n")
         assert self.run("--remove") == (0, "nothing is built\n")
 
     def test_refusals(self, folder: Path, fake: Fake) -> None:
