@@ -171,14 +171,7 @@ def default_path() -> Path:
     $SPARSEPREFILL_CALIBRATION, else sparseprefill/calibration.json in $XDG_CACHE_HOME or ~/.cache.
     """
     named = os.environ.get(VARIABLE)
-    return Path(named) if named else _cache_folder() / "calibration.json"
-
-
-def _cache_folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(cache):  # the specification says to pass over others
-        cache = os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(cache) / "sparseprefill"
+    return Path(named) if named else files.cache_folder() / "calibration.json"
 
 
 def load_calibration(path: str | Path | None = None) -> Calibration:

@@ -36,6 +36,7 @@ from sparseprefill.huggingface_modules import (
     unwrap,
 )
 from sparseprefill.kernels.dispatch import device_limits
+from sparseprefill.kernels.native_build import describe_native
 from sparseprefill.prefill import describe_pattern
 from sparseprefill.reports import ranges, table
 
@@ -66,6 +67,7 @@ class Explanation:
     model: dict[str, Any]  # its class and hard keys
     environment: dict[str, Any]  # versions, processor, threads
     device: dict[str, Any]  # where it would run
+    native: str  # the native library of the CPU: what it was built for and where it lies, or why there is none
     state: str  # patched or not, and by what
     refused: str | None  # why `patch_model` would refuse, or None
     decision: str  # what chooses between sparse and dense
@@ -81,7 +83,8 @@ class Explanation:
         versions = ", ".join(f"{name} {version}" for name, version in self.environment["versions"].items())
         facts = ", ".join(f"{name} {value}" for name, value in self.model.items())
         device = ", ".join(f"{name} {value}" for name, value in self.device.items())
-        lines = [f"model      {facts}", f"versions   {versions}", f"device     {device}", f"state      {self.state}"]
+        lines = [f"model      {facts}", f"versions   {versions}", f"device     {device}"]
+        lines += [f"native     {self.native}", f"state      {self.state}"]
         if self.refused:
             lines.append(f"refused    {self.refused}")
         lines += [f"decision   {self.decision}", f"profile    {self.profile}"]
@@ -178,6 +181,7 @@ def explain(
         model={"class": type(inner).__name__, **facts},
         environment=provenance(),
         device=_device_facts(place),
+        native=describe_native(),
         state=_state(inner, running),
         refused=refused,
         decision=decision_of((layers[n], places[n], inner.dtype) for n in sorted(layers)) if layers else "-",

@@ -173,6 +173,17 @@ def lock(file: RawIOBase | BufferedReader, path: str | Path) -> None:
         raise ValueError(f"another process writes {path}: wait for it, or name another folder") from error
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again: sparseprefill in $XDG_CACHE_HOME or ~/.cache.
+
+    It need not be there.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):  # the specification says to pass over others
+        cache = os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(cache) / "sparseprefill"
+
+
 def check_same(before: dict[str, Any], now: dict[str, Any], path: str | Path) -> None:
     """ValueError, with what differs, where a run that stands at `path` had other settings than this one."""
     differing = sorted(_differences(before, now))

@@ -11,11 +11,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 # the user's own file would decide what runs sparsely here; a file in no folder is never there, and never made
 os.environ["SPARSEPREFILL_CALIBRATION"] = os.path.join(os.path.dirname(__file__), "no-such-folder", "calibration.json")
+# as if the native library were not built, whatever this machine has: the fixture `native` is for tests of it
+os.environ["SPARSEPREFILL_NATIVE"] = os.path.join(os.path.dirname(__file__), "no-such-folder", "native")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait starve a busy machine
 
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,3 +86,28 @@ def _poison_fresh_memory() -> Iterator[None]:
 def _seed() -> None:
     """Tests draw from generators of their own; this is for what draws from the global one, such as model weights."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the native library, built once a session. Skips where there is no compiler, and only there."""
+    from sparseprefill.kernels import native_build
+
+    reason = native_build.why_not_here() or native_build.why_no_compiler()
+    if reason is not None:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("native")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(native_build.VARIABLE, str(folder))
+        native_build.build()
+    return folder
+
+
+@pytest.fixture
+def native(native_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The native library serves in this test. Gives its folder, which is not to be changed."""
+    from sparseprefill.kernels import native_build
+
+    monkeypatch.setenv(native_build.VARIABLE, str(native_folder))
+    assert native_build.why_not_built() is None
+    return native_folder

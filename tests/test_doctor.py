@@ -19,6 +19,7 @@ from sparseprefill import explain, patch_model
 from sparseprefill.cli import main
 from sparseprefill.doctor import TESTED, skeleton
 from sparseprefill.huggingface_masks import masks_of
+from sparseprefill.kernels import native_build
 from sparseprefill.patterns import Dense, ModelPatterns, save_patterns
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,6 +172,18 @@ class TestCommand:
         done = CliRunner().invoke(main, ["doctor", str(tmp_path)])
         assert done.exit_code == 1
         assert "refused    BloomForCausalLM does not dispatch through" in done.output
+
+
+class TestNative:
+    def test_it_is_shown(self, native: Path) -> None:
+        found = native_build.built()
+        assert found is not None
+        shown = explain(tiny_model("llama"))
+        assert f"\nnative     built for {found[1].instructions}: {found[0]}\n" in str(shown)
+        assert shown.to_dict()["native"] == shown.native
+
+    def test_why_not_is_shown(self) -> None:
+        assert "\nnative     it is not built: run `sparseprefill build-cpu`" in str(explain(tiny_model("llama")))
 
 
 def test_the_range_that_is_called_tested_is_that_of_the_constraints() -> None:

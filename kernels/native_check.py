@@ -1,0 +1,97 @@
+"""The check that a native library passes before it is installed: the reference in float64, on small awkward inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparseprefill.kernels.low_bit import BITS, EstimatedLogits, LowBit, block_max, quantize, token_means
+from sparseprefill.kernels.native_block_max import native_block_max, why_not_native
+from sparseprefill.kernels.native_build import use
+
+
+def check_library(path: str | Path) -> None:
+    """Hold a library against the reference, in this process, which goes on with it.
+
+    Raises ValueError where it cannot be loaded or is wrong.
+    """
+    use(Path(path))
+    served = 0
+    for name, logits in check_cases():
+        if why_not_native(logits.bias.device, logits.bias.dtype, logits.key.bits, logits.block_k) is None:
+            served += 1
+            problem = why_not_equal(native_block_max(logits), logits)
+            if problem is not None:
+                raise ValueError(f"{name}: {problem}")
+    if not served:
+        raise ValueError("it serves none of the cases of the check")
+
+
+def check_cases() -> Iterator[tuple[str, EstimatedLogits]]:
+    """Inputs with all that a score can have: shared keys, tails, anchors, windows, queries and keys left out."""
+    for bits in BITS:
+        for head_dim, block_q, block_k, softcap in ((64, 64, 32, None), (80, 16, 16, 3.0), (20, 8, 64, None)):
+            name = f"{bits} bits, head_dim {head_dim}, tiles of {block_q} x {block_k}"
+            yield name, _case(bits, head_dim, block_q, block_k, softcap)
+
+
+def _case(bits: int, head_dim: int, block_q: int, block_k: int, softcap: float | None) -> EstimatedLogits:
+    generator = torch.Generator().manual_seed(bits + head_dim)
+    batch, kv_heads, group, rows, keys = 2, 2, 3, 3, 3 * block_k + 5
+    queries = rows * block_q
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    query, key = drawn(batch, kv_heads * group, queries, head_dim), drawn(batch, kv_heads, keys, head_dim)
+    key[:, :, 7] = 0  # a key like the mean of others has no largest channel
+    bias = drawn(batch, kv_heads * group, keys)
+    bias[1, :, 3:9] = -torch.inf
+    bias[0, 0, : block_k + 2] = -torch.inf
+    high = torch.arange(1, queries + 1) * keys // queries
+    low = (high - 2 * block_k).clamp(min=0).expand(batch, -1).clone()
+    low[0] = 0
+    low[:, -3:] = high[-3:]  # a row that is filled up
+    return EstimatedLogits(
+        quantize(query, token_means(query, None), bits), quantize(key, token_means(key, None), bits), bias,
+        drawn(batch, kv_heads * group, queries), 3 * drawn(batch, kv_heads * group, queries), low.to(torch.int32),
+        high.expand(batch, -1).to(torch.int32).contiguous(), torch.tensor([0, 5]), block_q, block_k,
+        key_blocks=4, scale=head_dim**-0.5, softcap=softcap,
+    )  # fmt: skip
+
+
+def why_not_equal(found: Tensor, logits: EstimatedLogits) -> str | None:
+    """Why these are not the scores of the tiles, or None. Judged by the reference in float64."""
+    exact = block_max(_widened(logits))
+    if found.shape != exact.shape:
+        return f"scores of shape {list(found.shape)}, not {list(exact.shape)}"
+    if bool(((found == -torch.inf) != (exact == -torch.inf)).any()) or bool(found.isnan().any()):
+        return "other tiles are empty than should be, or a score is NaN"
+    seen = exact != -torch.inf
+    error = float((found[seen].double() - exact[seen]).abs().max()) if bool(seen.any()) else 0.0
+    allowed = _rounding(logits)
+    return None if error <= allowed else f"scores are off by {error:.2e}, rounding explains {allowed:.2e}"
+
+
+def _widened(logits: EstimatedLogits) -> EstimatedLogits:
+    def wide(codes: LowBit) -> LowBit:
+        return dataclasses.replace(codes, scale=codes.scale.double())
+
+    return dataclasses.replace(
+        logits, query=wide(logits.query), key=wide(logits.key), bias=logits.bias.double(), shift=logits.shift.double(),
+        reference=logits.reference.double(),
+    )  # fmt: skip
+
+
+def _rounding(logits: EstimatedLogits) -> float:
+    """What rounding can do: each of at most eight operations in float32 by half a last place of the largest term."""
+    most = 2 ** (logits.key.bits - 1) - 1
+    product = logits.query.scale.max() * logits.key.scale.max() * most**2 * logits.key.head_dim
+    bias = logits.bias[logits.bias.isfinite()].abs().max()
+    terms = logits.scale * (product + bias + logits.shift.abs().max())
+    largest = float(terms + logits.reference.abs().max()) + (logits.softcap or 0.0)
+    return 4 * torch.finfo(torch.float32).eps * largest
