@@ -30,10 +30,9 @@ from sparseprefill.kernels.low_bit import (
     LowBit,
     accurate,
     check_bits,
-    quantize,
     token_means,
 )
-from sparseprefill.kernels.products import check_product, tile_scores
+from sparseprefill.kernels.products import ProductShape, check_product, choose_product, low_bit_codes, tile_scores
 
 GROUPS = ("token", "tile")
 """What shares a scale: nothing, or the 16 queries and the keys of a block that make a tile of tensor cores."""
@@ -107,10 +106,6 @@ class RelativeAttention:
             asked = inputs.key_valid[:, inputs.query_start : inputs.query_start + inputs.queries]
         key = inputs.key[:, :, :keys]
         key_mean, query_mean = token_means(key, real), token_means(inputs.query, asked)
-        group = None
-        if self.group == "tile":
-            place = torch.arange(keys, device=inputs.device) - grid.anchor[:, None]
-            group = place.clamp(min=0) // self.key_block
         by_group = query_mean.unflatten(1, heads)
         bias = products(by_group, key) - torch.einsum("bkgd,bkd->bkg", by_group, key_mean)[..., None]
         bias = bias.flatten(1, 2).nan_to_num_(0, 0, 0)
@@ -122,8 +117,20 @@ class RelativeAttention:
         known = known[..., None] & reference.isfinite() & shift.isfinite()
         low, high = self._tested_keys(inputs, grid)
         return PreparedKeys(
-            self, inputs, grid, quantize(key, key_mean, self.bits, group=group, real=real), query_mean, bias,
+            self, inputs, grid, self.codes(key, key_mean, grid, self.key_block, grid.anchor, real), query_mean, bias,
             shift.nan_to_num_(0, 0, 0), reference.nan_to_num_(0, 0, 0), low, high, known,
+        )  # fmt: skip
+
+    def codes(
+        self, vectors: Tensor, mean: Tensor, grid: BlockGrid, together: int, anchor: Tensor, real: Tensor | None
+    ) -> LowBit:
+        """Vectors as codes, `together` from `anchor` on with one scale if `group` is "tile"."""
+        shape = ProductShape(
+            vectors.device, accurate(vectors), self.bits, vectors.shape[-1], grid.block_q, grid.block_k
+        )  # fmt: skip
+        return low_bit_codes(
+            vectors, mean, self.bits, choose_product(shape, self.product),
+            group_size=together if self.group == "tile" else 1, anchor=anchor, real=real,
         )  # fmt: skip
 
     def forced(self, inputs: AttentionInputs, grid: BlockGrid) -> Tensor:
@@ -233,12 +240,9 @@ class PreparedKeys:
         place = (slot - inputs.query_start).clamp(0, inputs.queries - 1).flatten(1)
         by_head = place[:, None].expand(-1, inputs.query_heads, -1)
         query = inputs.query.gather(2, by_head[..., None].expand(-1, -1, -1, inputs.head_dim))
-        group = None
-        if self.estimator.group == "tile":
-            group = (slot.flatten(1) - grid.anchor[:, None]) // _QUERIES_TOGETHER
-            group = group - group[:, :1]
+        before = -(grid.first + start) * grid.block_q  # where the grid begins, counted from the slab's first query
         logits = EstimatedLogits(
-            query=quantize(query, self.query_mean, self.estimator.bits, group=group, real=asked),
+            query=self.estimator.codes(query, self.query_mean, grid, _QUERIES_TOGETHER, before, asked),
             key=self.key, bias=self.bias, shift=self.shift.gather(2, by_head),
             reference=self.reference.gather(2, by_head),
             low=torch.where(asked, self.low.gather(1, place), 0).to(torch.int32),

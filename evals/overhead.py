@@ -9,6 +9,7 @@ or whose scores, are wrong is an error and not a figure.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,8 +112,8 @@ def _cells(inputs: AttentionInputs, patterns: dict[str, Any], repeats: int) -> l
             check_scores(pattern.estimator, inputs, grid)
     contenders: dict[str, Callable[[], Any]] = {"dense": lambda: dense_attention(inputs), "int8": _int8(inputs)}
     for label, pattern in patterns.items():
-        contenders[f"find {label}"] = lambda pattern=pattern: pattern.build_index(inputs, grid)
-        contenders[f"attend {label}"] = lambda label=label: block_sparse_attention(inputs, indexes[label])
+        contenders[f"find {label}"] = functools.partial(pattern.build_index, inputs, grid)
+        contenders[f"attend {label}"] = functools.partial(block_sparse_attention, inputs, indexes[label])
     seconds = median_seconds(inputs, contenders, repeats)
     dense = seconds["dense"]
     pairs = inputs.query_heads * inputs.queries * (inputs.queries + 1) / 2

@@ -225,4 +225,5 @@ def _scores(
     score -= logits.reference[b, own, at, None]
     low, high = logits.low[b, at, None], logits.high[b, at, None]
     unseen = (slot < low) | (slot >= high) | (slot >= keys) | (bias == -torch.inf)
-    return score.masked_fill_(unseen, -torch.inf)
+    masked: Tensor = score.masked_fill_(unseen, -torch.inf)
+    return masked

@@ -390,7 +390,7 @@ extern "C" int sparseprefill_abi(void) { return 1; }
 
 extern "C" const char *sparseprefill_instructions(void) { return INSTRUCTIONS; }
 
-// `best` arrives filled with -inf. Returns 0, or 1 for a shape that it cannot serve.
+// `best` arrives filled with -inf. Returns 0, 1 for a shape that it cannot serve, 2 where memory or threads run out.
 extern "C" int sparseprefill_block_max(const int64_t *shape, const void *const *pointers, const float *numbers,
                                        int64_t threads) {
     Problem p;
@@ -406,14 +406,22 @@ extern "C" int sparseprefill_block_max(const int64_t *shape, const void *const *
     if (p.block_k % STEP || p.bytes % 4 || threads < 1) return 1;
     const int64_t pairs = p.batch * p.kv_heads, items = p.rows * pairs;
     std::atomic<int64_t> next{0};
-    const auto work = [&] {
-        Scratch scratch(p, p.bits < 8 ? 2 * p.bytes : p.bytes);
-        for (int64_t n; (n = next.fetch_add(1)) < items;)  // the last rows, which see most, first
-            item(p, n % pairs / p.kv_heads, n % p.kv_heads, p.rows - 1 - n / pairs, scratch);
+    std::atomic<int> status{0};
+    const auto work = [&] {  // nothing may be thrown into the caller, who speaks C
+        try {
+            Scratch scratch(p, p.bits < 8 ? 2 * p.bytes : p.bytes);
+            for (int64_t n; (n = next.fetch_add(1)) < items;)  // the last rows, which see most, first
+                item(p, n % pairs / p.kv_heads, n % p.kv_heads, p.rows - 1 - n / pairs, scratch);
+        } catch (...) {
+            status = 2;
+        }
     };
     std::vector<std::thread> others;
-    for (int64_t t = 1; t < std::min(threads, items); ++t) others.emplace_back(work);
+    try {
+        for (int64_t t = 1; t < std::min(threads, items); ++t) others.emplace_back(work);
+    } catch (...) {  // fewer threads do the same work
+    }
     work();
     for (auto &other : others) other.join();
-    return 0;
+    return status;
 }

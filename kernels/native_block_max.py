@@ -49,6 +49,8 @@ def native_block_max(logits: EstimatedLogits) -> Tensor:
         (ctypes.c_float * 2)(logits.scale, logits.softcap or 0.0),
         ctypes.c_int64(torch.get_num_threads()),
     )
+    if status == 2:
+        raise MemoryError(f"the native library ran out of memory or threads for the shape {shape}")
     if status:
         raise RuntimeError(f"the native library refused the shape {shape}")
     return best

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparseprefill.kernels.low_bit import EstimatedLogits, block_max
+from sparseprefill.kernels.low_bit import EstimatedLogits, LowBit, block_max, quantize
 from sparseprefill.kernels.native_block_max import native_block_max, why_not_native
 
 
@@ -90,3 +90,23 @@ def choose_product(shape: ProductShape, name: str = "auto") -> str:
 def tile_scores(logits: EstimatedLogits, name: str = "auto") -> Tensor:
     """`block_max` by the implementation `name`: float32 [batch, query_heads, rows, key_blocks]."""
     return PRODUCTS[choose_product(ProductShape.of(logits), name)].scores(logits)
+
+
+def low_bit_codes(
+    vectors: Tensor, mean: Tensor, bits: int, name: str, *, group_size: int, anchor: Tensor, real: Tensor | None
+) -> LowBit:
+    """`quantize` for the implementation `name` (not "auto"), which makes its own codes if it is Triton's.
+
+    Args:
+        group_size: consecutive tokens that share a scale; 1: each has its own.
+        anchor: int64 [batch], where a group begins: a token, or a place before or behind them all.
+        vectors, mean, bits, real: see `quantize`.
+    """
+    if name == "triton":
+        from sparseprefill.kernels.triton_low_bit import triton_quantize
+
+        return triton_quantize(vectors, mean, bits, group_size=group_size, anchor=anchor, real=real)
+    if group_size == 1:
+        return quantize(vectors, mean, bits, real=real)
+    group = (torch.arange(vectors.shape[2], device=vectors.device) - anchor[:, None]) // group_size
+    return quantize(vectors, mean, bits, group=group - group[:, :1], real=real)

@@ -428,14 +428,29 @@ def device_limits(device: torch.device) -> DeviceLimits:
     return DeviceLimits(torch.cuda.get_device_capability(number), shared, cache)
 
 
+def why_not_device(device: torch.device) -> str | None:
+    """Why no kernel of ours can run there with this Triton, or None."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 4):
+        return f"it needs triton 3.4 or newer, {triton.__version__} is installed"
+    if device.type == "cpu":
+        if not (interpreted() and triton.knobs.runtime.interpret):
+            return "the inputs are on the CPU (TRITON_INTERPRET=1 would run it there, slowly, for tests)"
+    elif device.type != "cuda" or torch.version.hip is not None:
+        return f"it is written for NVIDIA GPUs, the inputs are on {device}"
+    elif interpreted():
+        return "TRITON_INTERPRET=1 is set, which takes inputs on the CPU"
+    limits = device_limits(device)
+    if limits.capability < (8, 0):
+        return f"it needs compute capability 8.0, this GPU has {limits.capability[0]}.{limits.capability[1]}"
+    return None
+
+
 def why_not_triton(inputs: AttentionInputs, index: BlockIndex | None) -> str | None:
     """Why this kernel cannot serve these inputs, or None.
 
     Inputs on the CPU are served by the interpreter alone, for tests; `auto` must not choose that.
     """
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < (3, 4):
-        return f"it needs triton 3.4 or newer, {triton.__version__} is installed"
     if inputs.query.dtype not in _DTYPES:
         return f"it computes float16, bfloat16 and float32, not {inputs.query.dtype}"
     for name, dim in (("head_dim", inputs.head_dim), ("value_dim", inputs.value_dim)):
@@ -443,16 +458,10 @@ def why_not_triton(inputs: AttentionInputs, index: BlockIndex | None) -> str | N
             return f"it computes {name} 16 to 256, not {dim}"
     if inputs.query.requires_grad or inputs.key.requires_grad or inputs.value.requires_grad:
         return "it has no backward pass: run under torch.no_grad()"
-    if inputs.device.type == "cpu":
-        if not (interpreted() and triton.knobs.runtime.interpret):
-            return "the inputs are on the CPU (TRITON_INTERPRET=1 would run it there, slowly, for tests)"
-    elif inputs.device.type != "cuda" or torch.version.hip is not None:
-        return f"it is written for NVIDIA GPUs, the inputs are on {inputs.device}"
-    elif interpreted():
-        return "TRITON_INTERPRET=1 is set, which takes inputs on the CPU"
+    reason = why_not_device(inputs.device)
+    if reason is not None:
+        return reason
     limits = device_limits(inputs.device)
-    if limits.capability < (8, 0):
-        return f"it needs compute capability 8.0, this GPU has {limits.capability[0]}.{limits.capability[1]}"
     blocks = (64, 64) if index is None else (index.grid.block_q, index.grid.block_k)
     dims = inputs.head_dim, inputs.value_dim
     if choose_tiling(*dims, inputs.query.dtype, *blocks, limits.shared, limits.capability) is None:

@@ -24,12 +24,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.kernels.low_bit import EstimatedLogits, LowBit
 from sparseprefill.kernels.triton_forward import (
-    Tiling,
     choose_tiling,
     forward_kernel,
     interpreted,
     kernel_arguments,
+)
+from sparseprefill.kernels.triton_low_bit import (
+    block_max_arguments,
+    block_max_kernel,
+    code_tile,
+    low_bit_tiling,
+    quantize_arguments,
+    quantize_kernel,
 )
 from sparseprefill.kernels.triton_rows import rows_arguments, rows_kernel, rows_tiling
 
@@ -46,7 +54,7 @@ _INSTRUCTIONS = {
 _TOKENS = 1024
 _POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
-    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8",
+    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.int8: "*i8",
 }  # fmt: skip
 
 
@@ -107,9 +115,8 @@ def compile_kernel(
     lse = torch.empty(inputs.query.shape[:3], dtype=torch.float32)
     only = torch.ones(inputs.query.shape[:2], dtype=torch.bool) if some_heads else None
     arguments = kernel_arguments(inputs, index, output, lse, tiling, 32 << 20, float32_dots, only)
-    return _compiled(
-        forward_kernel, arguments, tiling, architecture, inputs, tiling.shared_bytes(head_dim, value_dim, dtype)
-    )
+    tile = Tile(head_dim, value_dim, _name(dtype), tiling.block_q, tiling.block_k, tiling.warps, tiling.stages)
+    return _compiled(forward_kernel, arguments, tile, architecture, tiling.shared_bytes(head_dim, value_dim, dtype))
 
 
 def compile_rows(
@@ -126,13 +133,91 @@ def compile_rows(
     if tiling is None:
         raise ValueError(f"no tiling fits {head_dim=}, {dtype} into {limit} bytes")
     arguments, _ = rows_arguments(inputs, torch.arange(144)[None], tiling)
+    tile = Tile(head_dim, head_dim, _name(dtype), tiling.block_q, tiling.block_k, tiling.warps, tiling.stages)
+    return _compiled(rows_kernel, arguments, tile, architecture, tiling.shared_bytes(head_dim, head_dim, dtype))
+
+
+def compile_block_max(
+    architecture: int,
+    head_dim: int,
+    bits: int = 4,
+    *,
+    block_q: int = 64,
+    block_k: int = 64,
+    group: int = 4,
+    softcap: float | None = None,
+    uneven: bool = False,
+) -> CompiledKernel:
+    """As `compile_kernel`, for the kernel that scores tiles from codes of `bits` bits.
+
+    `block_q` counts the queries of all heads of a tile.
+    """
+    if interpreted():
+        raise RuntimeError("nothing can be compiled under TRITON_INTERPRET=1")
+    limit = SHARED_LIMITS[architecture]
+    tiling = low_bit_tiling(block_q, block_k, group, head_dim, bits, limit, divmod(architecture, 10))
+    if tiling is None:
+        raise ValueError(f"no tiling fits {head_dim=}, {bits=} into {limit} bytes")
+    heads, rows = 2 * group, _TOKENS // block_q
+    per_query, per_key = torch.empty(1, heads, rows * block_q), torch.empty(1, heads, _TOKENS)
+    bound = torch.zeros(1, rows * block_q, dtype=torch.int32)
+    logits = EstimatedLogits(
+        _codes(heads, rows * block_q, head_dim, bits), _codes(2, _TOKENS, head_dim, bits), per_key, per_query,
+        per_query, bound, bound, torch.zeros(1, dtype=torch.int64), block_q, block_k, _TOKENS // block_k,
+        head_dim**-0.5, softcap,
+    )  # fmt: skip
+    best = torch.empty(1, heads, rows, logits.key_blocks)
+    tile = Tile(
+        head_dim, 0, f"int{bits}", tiling.block_q * tiling.heads, tiling.block_k, tiling.warps, tiling.stages
+    )  # fmt: skip
+    arguments = block_max_arguments(logits, best, tiling, _TOKENS, uneven)
+    estimate = tiling.shared_bytes(head_dim, bits)
     return _compiled(
-        rows_kernel, arguments, tiling, architecture, inputs, tiling.shared_bytes(head_dim, head_dim, dtype)
+        block_max_kernel, arguments, tile, architecture, estimate, **tiling.options(uneven, softcap is not None)
     )
 
 
+def compile_quantize(
+    architecture: int, head_dim: int, bits: int = 4, dtype: torch.dtype = torch.bfloat16, *, group_size: int = 1
+) -> CompiledKernel:
+    """As `compile_kernel`, for the kernel that rounds vectors to `bits` bits."""
+    if interpreted():
+        raise RuntimeError("nothing can be compiled under TRITON_INTERPRET=1")
+    key = torch.empty(1, 2, _TOKENS, head_dim, dtype=dtype)
+    codes, anchor = _codes(2, _TOKENS, head_dim, bits), torch.zeros(1, dtype=torch.int64)
+    arguments = quantize_arguments(key, torch.zeros(1, 2, head_dim), codes, group_size, anchor, None)
+    together = int(str(arguments["BLOCK_T"]))
+    tile = Tile(head_dim, 0, _name(dtype), 0, together, 4, 1)
+    # what a reduction may need: the numbers of a tile
+    estimate = 2 * together * code_tile(head_dim) * 4
+    return _compiled(quantize_kernel, arguments, tile, architecture, estimate, enable_fp_fusion=False)
+
+
+def _codes(heads: int, tokens: int, head_dim: int, bits: int) -> LowBit:
+    size = -(-head_dim // 8) * (8 if bits == 8 else 4)
+    codes = torch.empty(1, heads, tokens, size, dtype=torch.int8)
+    return LowBit(codes, torch.empty(1, heads, tokens), bits, head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What is compiled, for the report."""
+
+    head_dim: int
+    value_dim: int
+    dtype: str
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _compiled(
-    kernel: Any, arguments: dict[str, object], tiling: Tiling, architecture: int, inputs: AttentionInputs, estimate: int
+    kernel: Any, arguments: dict[str, object], tile: Tile, architecture: int, estimate: int, **options: Any
 ) -> CompiledKernel:
     signature, constants, attributes = specialise(arguments, kernel)
     source = ASTSource(kernel, signature, constants, attributes)
@@ -140,13 +225,12 @@ def _compiled(
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", architecture, 32),
-            options={"num_warps": tiling.warps, "num_stages": tiling.stages},
+            options={"num_warps": tile.warps, "num_stages": tile.stages, **options},
         )
     assembly = compiled.asm["ptx"]
     return CompiledKernel(
-        architecture, inputs.head_dim, inputs.value_dim, str(inputs.query.dtype).removeprefix("torch."),
-        tiling.block_q, tiling.block_k, tiling.warps, tiling.stages,
-        estimate, compiled.metadata.shared, SHARED_LIMITS[architecture],
+        architecture, **asdict(tile), estimated=estimate, shared=compiled.metadata.shared,
+        shared_limit=SHARED_LIMITS[architecture],
         **_resources(compiled.asm["cubin"]),
         **{name: len(re.findall(pattern, assembly)) for name, pattern in _INSTRUCTIONS.items()},
     )  # fmt: skip

@@ -7,7 +7,7 @@ arXiv:2505.24179. The estimate stands in `sparseprefill.estimators.relative_atte
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,12 +83,7 @@ class Sale:
         """One pattern a head, all of one family: keys are prepared once. See `sparseprefill.patterns.per_head`."""
         first = patterns[0]
         prepared = first.estimator.prepare(inputs, grid)
-        forced, visible = first.estimator.forced(inputs, grid), grid.visible_block_mask(inputs)
-        parts = []
-        for start, stop in prepared.slabs():
-            own = forced[:, start:stop], visible[:, start:stop]
-            parts.append(_chosen(patterns, prepared.scores(start, stop), *own, grid))
-        return dataclasses.replace(BlockIndex.stack(parts), unjudged=prepared.unjudged())
+        return _index(patterns, prepared, prepared.scores, inputs, grid)
 
     @property
     def together(self) -> tuple[Any, ...]:
@@ -111,13 +106,8 @@ class Sale:
     def choose(self, estimate: tuple[Tensor, PreparedKeys], inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         """`build_index` from an estimate of its family."""
         scores, prepared = estimate
-        forced, visible = self.estimator.forced(inputs, grid), grid.visible_block_mask(inputs)
         patterns = [self] * inputs.query_heads
-        parts = [
-            _chosen(patterns, scores[:, :, start:stop], forced[:, start:stop], visible[:, start:stop], grid)
-            for start, stop in prepared.slabs()
-        ]
-        return dataclasses.replace(BlockIndex.stack(parts), unjudged=prepared.unjudged())
+        return _index(patterns, prepared, lambda start, stop: scores[:, :, start:stop], inputs, grid)
 
     def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
         """What share of dense attention's time finding the blocks takes, as stated in `OVERHEAD`; see `CostModel`."""
@@ -129,12 +119,39 @@ class Sale:
         return self.estimator.products_of_pairs(inputs, grid)
 
 
-def _chosen(patterns: Sequence[Sale], scores: Tensor, forced: Tensor, visible: Tensor, grid: BlockGrid) -> BlockIndex:
-    """Lists of a slab of rows, one pattern a head; all have thresholds, or all the same budget."""
+def _index(
+    patterns: Sequence[Sale],
+    prepared: PreparedKeys,
+    scores: Callable[[int, int], Tensor],
+    inputs: AttentionInputs,
+    grid: BlockGrid,
+) -> BlockIndex:
+    """Lists of all rows, a slab at a time.
+
+    On a GPU at 128k tokens, 32 query heads over 8 KV heads of head_dim 128, blocks of 64 x 64, 4 bits: the lists take
+    260 MiB (`BlockIndex.from_slabs`); keys as codes with scales 68; bias, shift and mass of sink and window 48; masks
+    and bounds of rows 16; a slab of 32 rows its queries 20, or then scores, masks and places 36, twice that where a
+    budget ranks them. Together 428 MiB, or 464. On the CPU lists are as long as they are full: less.
+    """
+    forced, visible = patterns[0].estimator.forced(inputs, grid), grid.visible_block_mask(inputs)
+
+    def chosen(start: int, stop: int) -> Tensor:
+        return _chosen(patterns, scores(start, stop), forced[:, start:stop], visible[:, start:stop], grid)
+
+    slabs = list(prepared.slabs())
+    if inputs.device.type == "cpu":
+        index = BlockIndex.stack([BlockIndex.from_mask(grid, chosen(*slab)) for slab in slabs])
+    else:
+        index = BlockIndex.from_slabs(grid, inputs.query_heads, slabs, chosen)
+    return dataclasses.replace(index, unjudged=prepared.unjudged())
+
+
+def _chosen(patterns: Sequence[Sale], scores: Tensor, forced: Tensor, visible: Tensor, grid: BlockGrid) -> Tensor:
+    """bool like scores: what a slab of rows keeps, one pattern a head; all have thresholds, or all the same budget."""
     keep = patterns[0].keep
     if keep is not None:
         best = BlockIndex.from_slots(grid, *TopK(keep).select(scores, visible, forced, grid.block_k))
         mask = best.to_mask() | scores.isposinf()
     else:
         mask = passed([each.threshold for each in patterns if each.threshold is not None], scores)
-    return BlockIndex.from_mask(grid, (mask & visible[:, None]) | forced[:, None])
+    return mask.logical_and_(visible[:, None]).logical_or_(forced[:, None])

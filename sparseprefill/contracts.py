@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -277,6 +277,14 @@ class BlockGrid:
         row = self.first[:, None] + torch.arange(1, self.rows + 1, device=self.anchor.device)
         return -(-row * self.block_q // self.block_k)
 
+    def reach(self, row: int) -> int:
+        """How many key blocks a row can see at most: those up to its end if the grid began at slot 0.
+
+        Known on the host. Padding makes a row see fewer, never more.
+        """
+        end = (self.query_start // self.block_q + row + 1) * self.block_q
+        return min(self.key_blocks, -(-end // self.block_k))
+
     def query_rows(self) -> Tensor:
         """int64 [batch, queries]: the row each query stands in, -1 for padding before the anchor."""
         slot = torch.arange(self.query_start, self.query_start + self.queries, device=self.anchor.device)
@@ -363,6 +371,40 @@ class BlockIndex:
         )
         start = torch.arange(count.numel(), device=mask.device).view_as(count) * (blocks + 1)
         return BlockIndex(grid, columns.flatten(), start, count)
+
+    @staticmethod
+    def from_slabs(
+        grid: BlockGrid, query_heads: int, slabs: Sequence[tuple[int, int]], chosen: Callable[[int, int], Tensor]
+    ) -> BlockIndex:
+        """From the masks of consecutive slabs of rows, made and written one at a time; for GPUs.
+
+        Nothing is read back to the host, and no list has room for more blocks than the last row of its slab can see
+        (`BlockGrid.reach`). One prompt of 128k tokens, 32 heads, blocks of 64 x 64, slabs of 64 rows: 64 * 32 lists
+        have room for 64 * s + 1 ids of 4 bytes in slab s = 1 .. 32, together 264 MiB; masks of all blocks at once
+        would have made 512 MiB, and a join of slabs twice what it joins.
+
+        Args:
+            grid: the grid of all rows.
+            query_heads: heads in each mask.
+            slabs: rows [start, stop), in order and without gaps, all rows of the grid.
+            chosen: called with a slab, gives bool [batch, query_heads, stop - start, key_blocks], of visible blocks.
+        """
+        batch, device = grid.anchor.shape[0], grid.anchor.device
+        # one place more a list: where the blocks go that are not chosen
+        sizes = [batch * query_heads * (stop - start) * (grid.reach(stop - 1) + 1) for start, stop in slabs]
+        columns = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        starts, counts = [], []
+        for (start, stop), size, before in zip(slabs, sizes, itertools.accumulate(sizes, initial=0), strict=False):
+            width = grid.reach(stop - 1)
+            mask = chosen(start, stop)[..., :width]
+            place = mask.cumsum(-1, dtype=torch.int32)
+            count = place[..., -1].clone()
+            place = place.sub_(1).masked_fill_(~mask, width).to(torch.int64)
+            ids = torch.arange(width, dtype=torch.int32, device=device).expand_as(place)
+            columns[before : before + size].view(*count.shape, width + 1).scatter_(-1, place, ids)
+            starts.append(before + torch.arange(count.numel(), device=device).view_as(count) * (width + 1))
+            counts.append(count)
+        return BlockIndex(grid, columns, torch.cat(starts, 2), torch.cat(counts, 2))
 
     @staticmethod
     def from_slots(grid: BlockGrid, ids: Tensor, count: Tensor) -> BlockIndex:
