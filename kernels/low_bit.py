@@ -213,7 +213,7 @@ def _scores(
     own = slice(g * logits.group_size, (g + 1) * logits.group_size)
     keys = key_codes.shape[0]
     place = slot.clamp(max=keys - 1)
-    score = (query_codes.flatten(0, 1) @ key_codes[place].T).unflatten(0, query_codes.shape[:2])
+    score: Tensor = (query_codes.flatten(0, 1) @ key_codes[place].T).unflatten(0, query_codes.shape[:2])
     score *= logits.query.scale[b, own, at, None]
     score *= logits.key.scale[b, g, place]
     bias = logits.bias[b, own, place][:, None]

@@ -384,9 +384,122 @@ void item(const Problem &p, int64_t b, int64_t g, int64_t row, Scratch &s) {
     }
 }
 
+// ---- codes
+
+inline float widened(uint16_t half, bool brain) {
+    uint32_t bits;
+    if (brain) {
+        bits = static_cast<uint32_t>(half) << 16;
+    } else {
+        const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, rest = half & 0x7fffu;
+        if (rest >= 0x7c00u) {  // infinite, or not a number
+            bits = sign | 0x7f800000u | (rest & 0x3ffu) << 13;
+        } else if (rest >= 0x400u) {
+            bits = sign | ((rest << 13) + 0x38000000u);
+        } else {  // below the normal numbers: the fraction times 2 ** -24
+            const float small = static_cast<float>(rest) * 5.9604644775390625e-8f;
+            std::memcpy(&bits, &small, 4);
+            bits |= sign;
+        }
+    }
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+struct Vectors {
+    int64_t heads, tokens, dim, channels, bytes, bits, kind, together;  // kind: 0 float32, 1 bfloat16, 2 float16
+    int64_t stride_batch, stride_head, stride_token;                    // of vectors, in numbers
+    const void *vectors;
+    const float *mean;      // [batch, heads, dim]
+    const int64_t *anchor;  // [batch]
+    const uint8_t *real;    // [batch, tokens], or null
+    int8_t *codes;          // [batch, heads, tokens, bytes]
+    float *scale;           // [batch, heads, tokens]
+};
+
+// one vector minus the mean, filled up with zeros; returns its largest magnitude, 0 where it is not real
+float centred(const Vectors &v, int64_t b, int64_t h, int64_t token, float *out) {
+    if (v.real && !v.real[b * v.tokens + token]) {
+        std::fill_n(out, v.channels, 0.0f);
+        return 0;
+    }
+    const int64_t at = b * v.stride_batch + h * v.stride_head + token * v.stride_token;
+    const float *mean = v.mean + (b * v.heads + h) * v.dim;
+    if (v.kind == 0) {
+        const float *x = static_cast<const float *>(v.vectors) + at;
+        for (int64_t c = 0; c < v.dim; ++c) out[c] = x[c] - mean[c];
+    } else {
+        const uint16_t *x = static_cast<const uint16_t *>(v.vectors) + at;
+        const bool brain = v.kind == 1;
+        for (int64_t c = 0; c < v.dim; ++c) out[c] = widened(x[c], brain) - mean[c];
+    }
+    float most = 0, sum = 0;
+    for (int64_t c = 0; c < v.dim; ++c) {
+        most = std::max(most, std::fabs(out[c]));
+        sum += out[c] * 0.0f;
+    }
+    return sum == 0 ? most : std::numeric_limits<float>::quiet_NaN();  // 0 times what is not finite is not 0
+}
+
+// x is finite, and x * factor no larger than the largest code, up to rounding
+void encode(const Vectors &v, const float *x, float factor, int8_t *codes) {
+    const auto code = [=](int64_t c) { return static_cast<int>(std::nearbyint(x[c] * factor)); };
+    if (v.bits == 8) {
+        for (int64_t c = 0; c < v.bytes; ++c) codes[c] = static_cast<int8_t>(code(c));
+    } else {
+        for (int64_t c = 0; c < v.bytes; ++c)
+            codes[c] = static_cast<int8_t>(static_cast<uint8_t>(code(c) << 4) | (code(c + v.bytes) & 15));
+    }
+}
+
+// tokens [first, last) of one head, which share a scale
+void group_of(const Vectors &v, int64_t b, int64_t h, int64_t first, int64_t last, std::vector<float> &x) {
+    float largest = 0;
+    for (int64_t t = first; t < last; ++t) {
+        const float own = centred(v, b, h, t, x.data() + (t - first) * v.channels);
+        largest = own > largest || own != own ? own : largest;
+        if (largest != largest) break;
+    }
+    const float most = static_cast<float>((1 << (v.bits - 1)) - 1);
+    const int64_t row = (b * v.heads + h) * v.tokens;
+    const bool usable = largest > 0 && largest < std::numeric_limits<float>::infinity();
+    for (int64_t t = first; t < last; ++t) {
+        v.scale[row + t] = usable ? largest / most : 1.0f;
+        int8_t *codes = v.codes + (row + t) * v.bytes;
+        if (usable)
+            encode(v, x.data() + (t - first) * v.channels, most * (1.0f / largest), codes);  // as torch divides
+        else
+            std::fill_n(codes, v.bytes, static_cast<int8_t>(0));
+    }
+}
+
+// runs work(0), ..., work(items - 1) on some threads; false where memory or threads ran out
+template <class Work>
+bool in_threads(int64_t items, int64_t threads, const Work &work) {
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> well{true};
+    const auto loop = [&] {  // nothing may be thrown into the caller, who speaks C
+        try {
+            auto own = work();
+            for (int64_t n; (n = next.fetch_add(1)) < items;) own(n);
+        } catch (...) {
+            well = false;
+        }
+    };
+    std::vector<std::thread> others;
+    try {
+        for (int64_t t = 1; t < std::min(threads, items); ++t) others.emplace_back(loop);
+    } catch (...) {  // fewer threads do the same work
+    }
+    loop();
+    for (auto &other : others) other.join();
+    return well;
+}
+
 }  // namespace
 
-extern "C" int sparseprefill_abi(void) { return 1; }
+extern "C" int sparseprefill_abi(void) { return 2; }
 
 extern "C" const char *sparseprefill_instructions(void) { return INSTRUCTIONS; }
 
@@ -405,23 +518,38 @@ extern "C" int sparseprefill_block_max(const int64_t *shape, const void *const *
     p.scale = numbers[0], p.softcap = numbers[1];
     if (p.block_k % STEP || p.bytes % 4 || threads < 1) return 1;
     const int64_t pairs = p.batch * p.kv_heads, items = p.rows * pairs;
-    std::atomic<int64_t> next{0};
-    std::atomic<int> status{0};
-    const auto work = [&] {  // nothing may be thrown into the caller, who speaks C
-        try {
-            Scratch scratch(p, p.bits < 8 ? 2 * p.bytes : p.bytes);
-            for (int64_t n; (n = next.fetch_add(1)) < items;)  // the last rows, which see most, first
-                item(p, n % pairs / p.kv_heads, n % p.kv_heads, p.rows - 1 - n / pairs, scratch);
-        } catch (...) {
-            status = 2;
-        }
-    };
-    std::vector<std::thread> others;
-    try {
-        for (int64_t t = 1; t < std::min(threads, items); ++t) others.emplace_back(work);
-    } catch (...) {  // fewer threads do the same work
-    }
-    work();
-    for (auto &other : others) other.join();
-    return status;
+    const bool well = in_threads(items, threads, [&] {
+        return [&p, pairs, s = Scratch(p, p.bits < 8 ? 2 * p.bytes : p.bytes)](int64_t n) mutable {
+            item(p, n % pairs / p.kv_heads, n % p.kv_heads, p.rows - 1 - n / pairs, s);  // rows that see most first
+        };
+    });
+    return well ? 0 : 2;
+}
+
+// Vectors minus their mean as codes, see `quantize` in sparseprefill/kernels/low_bit.py. `together` tokens from `anchor`
+// on share a scale. Returns as above.
+extern "C" int sparseprefill_quantize(const int64_t *shape, const void *const *pointers, int64_t threads) {
+    Vectors v;
+    const int64_t batch = shape[0];
+    v.heads = shape[1], v.tokens = shape[2], v.dim = shape[3], v.bytes = shape[4], v.bits = shape[5];
+    v.kind = shape[6], v.together = shape[7];
+    v.stride_batch = shape[8], v.stride_head = shape[9], v.stride_token = shape[10];
+    v.channels = v.bits == 8 ? v.bytes : 2 * v.bytes;
+    v.vectors = pointers[0], v.mean = static_cast<const float *>(pointers[1]);
+    v.anchor = static_cast<const int64_t *>(pointers[2]), v.real = static_cast<const uint8_t *>(pointers[3]);
+    v.codes = static_cast<int8_t *>(const_cast<void *>(pointers[4]));
+    v.scale = static_cast<float *>(const_cast<void *>(pointers[5]));
+    if (v.kind < 0 || v.kind > 2 || v.together < 1 || v.channels < v.dim || threads < 1) return 1;
+    const int64_t most_groups = v.tokens / v.together + 2;  // one may begin before the first token, one end after the last
+    const bool well = in_threads(batch * v.heads * most_groups, threads, [&] {
+        return [&v, most_groups, x = std::vector<float>(v.together * v.channels, 0.0f)](int64_t n) mutable {
+            const int64_t head = n / most_groups, b = head / v.heads;
+            // the first token's group begins at or before it
+            const int64_t past = ((0 - v.anchor[b]) % v.together + v.together) % v.together;
+            const int64_t begin = n % most_groups * v.together - past;
+            const int64_t first = std::max<int64_t>(begin, 0), last = std::min(begin + v.together, v.tokens);
+            if (first < last) group_of(v, b, head % v.heads, first, last, x);
+        };
+    });
+    return well ? 0 : 2;
 }

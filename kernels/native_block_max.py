@@ -1,4 +1,4 @@
-"""The native CPU path of `block_max`: int8 products and the largest score of a tile in one pass over cached keys."""
+"""The native CPU path: codes of vectors, their int8 products and the largest score of a tile in one pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from sparseprefill.kernels.low_bit import BITS, EstimatedLogits
+from sparseprefill.kernels.low_bit import BITS, EstimatedLogits, LowBit
 from sparseprefill.kernels.native_build import library, why_not_built
 
 _STEP = 16  # keys; STEP in native_block_max.cpp
@@ -49,8 +49,39 @@ def native_block_max(logits: EstimatedLogits) -> Tensor:
         (ctypes.c_float * 2)(logits.scale, logits.softcap or 0.0),
         ctypes.c_int64(torch.get_num_threads()),
     )
+    _check(status, shape)
+    return best
+
+
+def native_quantize(
+    vectors: Tensor, mean: Tensor, bits: int, *, group_size: int, anchor: Tensor, real: Tensor | None
+) -> LowBit:
+    """See `sparseprefill.kernels.products.low_bit_codes`; float32, bfloat16 and float16, channels beside each other."""
+    native = library()
+    assert native is not None, why_not_built()
+    batch, heads, tokens, dim = vectors.shape
+    channels = -(-dim // 8) * 8
+    bytes_ = channels if bits == 8 else channels // 2
+    codes = torch.empty(batch, heads, tokens, bytes_, dtype=torch.int8)
+    scale = torch.empty(batch, heads, tokens)
+    kind = (torch.float32, torch.bfloat16, torch.float16).index(vectors.dtype)
+    shape = (batch, heads, tokens, dim, bytes_, bits, kind, group_size, *vectors.stride()[:3])
+    own = None if real is None else real.contiguous()
+    inputs = (vectors, mean.contiguous(), anchor.contiguous())  # alive until the call returns
+    status = native.sparseprefill_quantize(
+        (ctypes.c_int64 * len(shape))(*shape),
+        (ctypes.c_void_p * 6)(
+            *(each.data_ptr() for each in inputs), None if own is None else own.data_ptr(), codes.data_ptr(),
+            scale.data_ptr(),
+        ),
+        ctypes.c_int64(torch.get_num_threads()),
+    )  # fmt: skip
+    _check(status, shape)
+    return LowBit(codes, scale, bits, dim)
+
+
+def _check(status: int, shape: tuple[int, ...]) -> None:
     if status == 2:
         raise MemoryError(f"the native library ran out of memory or threads for the shape {shape}")
     if status:
         raise RuntimeError(f"the native library refused the shape {shape}")
-    return best

@@ -34,7 +34,7 @@ VARIABLE = "SPARSEPREFILL_NATIVE"
 """The environment variable that names the folder in place of the default."""
 COMMAND = "sparseprefill build-cpu"
 """What builds the library."""
-ABI = 1
+ABI = 2
 """Of the C interface; the number that `sparseprefill_abi` gives. Raised when a function changes its arguments."""
 SOURCES = (Path(__file__).with_name("native_block_max.cpp"),)
 """What is compiled."""
@@ -42,7 +42,12 @@ FLAGS = ("-O3", "-shared", "-fPIC", "-std=c++17", "-pthread")
 """How it is compiled, beside the flag for this processor."""
 COMPILERS = ("c++", "g++", "clang++")
 """Looked for in this order where $CXX is not set."""
-FUNCTIONS = ("sparseprefill_abi", "sparseprefill_instructions", "sparseprefill_block_max")
+FUNCTIONS = (
+    "sparseprefill_abi",
+    "sparseprefill_instructions",
+    "sparseprefill_block_max",
+    "sparseprefill_quantize",
+)
 """What a library must have; each gives an int, but for the text of the instructions."""
 
 _MOST_RECORD_BYTES, _MOST_LIBRARY_BYTES = 1 << 16, 1 << 26

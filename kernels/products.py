@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseprefill.kernels.low_bit import EstimatedLogits, LowBit, block_max, quantize
-from sparseprefill.kernels.native_block_max import native_block_max, why_not_native
+from sparseprefill.kernels.native_block_max import native_block_max, native_quantize, why_not_native
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def tile_scores(logits: EstimatedLogits, name: str = "auto") -> Tensor:
 def low_bit_codes(
     vectors: Tensor, mean: Tensor, bits: int, name: str, *, group_size: int, anchor: Tensor, real: Tensor | None
 ) -> LowBit:
-    """`quantize` for the implementation `name` (not "auto"), which makes its own codes if it is Triton's.
+    """`quantize` for the implementation `name` (not "auto"), which may make its own codes.
 
     Args:
         group_size: consecutive tokens that share a scale; 1: each has its own.
@@ -106,6 +106,8 @@ def low_bit_codes(
         from sparseprefill.kernels.triton_low_bit import triton_quantize
 
         return triton_quantize(vectors, mean, bits, group_size=group_size, anchor=anchor, real=real)
+    if name == "native" and vectors.stride(-1) == 1:
+        return native_quantize(vectors, mean, bits, group_size=group_size, anchor=anchor, real=real)
     if group_size == 1:
         return quantize(vectors, mean, bits, real=real)
     group = (torch.arange(vectors.shape[2], device=vectors.device) - anchor[:, None]) // group_size

@@ -48,6 +48,7 @@ _INSTRUCTIONS = {
     "mma": r"\bmma\.sync",
     "wgmma": r"\bwgmma\.mma_async",
     "tcgen05": r"\btcgen05\.mma",
+    "integer": r"\b(?:w?g?mma\S*\.s32\.s8\.s8|tcgen05\.mma\S*kind::i8)",
     "fma": r"\bfma\.rn\.f32",
     "async_copy": r"\bcp\.async\.c",
 }
@@ -79,6 +80,7 @@ class CompiledKernel:
     mma: int
     wgmma: int
     tcgen05: int
+    integer: int  # of these products, those of bytes
     fma: int
     async_copy: int
 
@@ -229,8 +231,9 @@ def _compiled(
         )
     assembly = compiled.asm["ptx"]
     return CompiledKernel(
-        architecture, **asdict(tile), estimated=estimate, shared=compiled.metadata.shared,
-        shared_limit=SHARED_LIMITS[architecture],
+        architecture, tile.head_dim, tile.value_dim, tile.dtype,
+        tile.block_q, tile.block_k, tile.warps, tile.stages,
+        estimate, compiled.metadata.shared, SHARED_LIMITS[architecture],
         **_resources(compiled.asm["cubin"]),
         **{name: len(re.findall(pattern, assembly)) for name, pattern in _INSTRUCTIONS.items()},
     )  # fmt: skip
@@ -305,7 +308,7 @@ def _cache() -> Iterator[None]:
 
 _COLUMNS = (
     "architecture", "dtype", "head_dim", "value_dim", "block_q", "block_k", "warps", "stages", "shared", "estimated",
-    "registers", "stack", "local", "mma", "wgmma", "tcgen05", "async_copy",
+    "registers", "stack", "local", "mma", "wgmma", "tcgen05", "integer", "async_copy",
 )  # fmt: skip
 
 
@@ -317,6 +320,7 @@ _COLUMNS = (
 @click.option("--block-k", default=64, show_default=True)
 @click.option("--window", type=int, help="Compile the kernel for sliding windows.")
 @click.option("--float32-dots", default="ieee", show_default=True, type=click.Choice(["ieee", "tf32x3"]))
+@click.option("--bits", type=int, help="The kernel that scores tiles from codes of 2, 4 or 8 bits instead.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON list instead of a table.")
 def main(
     architectures: tuple[int, ...],
@@ -326,18 +330,24 @@ def main(
     block_k: int,
     window: int | None,
     float32_dots: str,
+    bits: int | None,
     as_json: bool,
 ) -> None:
     """What the compiler makes of the kernel: shared memory, registers, spills and instructions."""
-    kernels = [
-        compile_kernel(
-            architecture, head_dim, dtype=getattr(torch, dtype), block_q=block_q, block_k=block_k,
-            float32_dots=float32_dots, window=window,
-        )
-        for architecture in architectures or tuple(SHARED_LIMITS)
-        for dtype in dtypes or ("bfloat16",)
-        for head_dim in head_dims or (64, 128, 256)
-    ]  # fmt: skip
+    everywhere = [(each, dim) for each in architectures or tuple(SHARED_LIMITS) for dim in head_dims or (64, 128, 256)]
+    if bits is not None:
+        if dtypes or window is not None:
+            raise click.UsageError("--bits goes with neither --dtype nor --window: codes are whole numbers")
+        kernels = [compile_block_max(*each, bits, block_q=block_q, block_k=block_k) for each in everywhere]
+    else:
+        kernels = [
+            compile_kernel(
+                architecture, head_dim, dtype=getattr(torch, dtype), block_q=block_q, block_k=block_k,
+                float32_dots=float32_dots, window=window,
+            )
+            for dtype in dtypes or ("bfloat16",)
+            for architecture, head_dim in everywhere
+        ]  # fmt: skip
     rows = [asdict(kernel) for kernel in kernels]
     if as_json:
         click.echo(json.dumps(rows))

@@ -50,11 +50,11 @@ class LowBitTiling:
     def shared_bytes(self, head_dim: int, bits: int) -> int:
         """Upper estimate of the shared memory of one program.
 
-        `stages` buffers of keys as stored; the keys and the queries one code a byte; 8 KiB for reductions.
+        `stages` buffers of keys as stored; the queries, one code a byte; 8 KiB for reductions.
         """
         half = code_tile(head_dim)
         stored = half if bits < 8 else 2 * half
-        return self.block_k * (self.stages * stored + 2 * half) + 2 * half * self.block_q * self.heads + 8192
+        return self.stages * self.block_k * stored + 2 * half * self.block_q * self.heads + 8192
 
 
 def code_tile(head_dim: int) -> int:

@@ -139,11 +139,15 @@ def _index(
         return _chosen(patterns, scores(start, stop), forced[:, start:stop], visible[:, start:stop], grid)
 
     slabs = list(prepared.slabs())
-    if inputs.device.type == "cpu":
-        index = BlockIndex.stack([BlockIndex.from_mask(grid, chosen(*slab)) for slab in slabs])
-    else:
-        index = BlockIndex.from_slabs(grid, inputs.query_heads, slabs, chosen)
-    return dataclasses.replace(index, unjudged=prepared.unjudged())
+    write = _joined if inputs.device.type == "cpu" else BlockIndex.from_slabs
+    return dataclasses.replace(write(grid, inputs.query_heads, slabs, chosen), unjudged=prepared.unjudged())
+
+
+def _joined(
+    grid: BlockGrid, query_heads: int, slabs: Sequence[tuple[int, int]], chosen: Callable[[int, int], Tensor]
+) -> BlockIndex:
+    """As `BlockIndex.from_slabs`, in storage that holds what was chosen and no more: its size is read."""
+    return BlockIndex.stack([BlockIndex.from_mask(grid, chosen(*slab)) for slab in slabs])
 
 
 def _chosen(patterns: Sequence[Sale], scores: Tensor, forced: Tensor, visible: Tensor, grid: BlockGrid) -> Tensor:

@@ -16,13 +16,15 @@ if sys.platform != "linux":
 # in a process of its own: this one may have Triton's interpreter switched on, under which nothing compiles
 SCRIPT = """
 import dataclasses, json, sys, torch
-from sparseprefill.kernels.triton_inspect import compile_kernel, compile_rows
-kernels = [
-    (compile_rows if options.pop("rows", False) else compile_kernel)(
-        architecture, head_dim, dtype=getattr(torch, dtype), **options
-    )
-    for architecture, head_dim, dtype, options in json.load(sys.stdin)
-]
+from sparseprefill.kernels.triton_inspect import compile_block_max, compile_kernel, compile_quantize, compile_rows
+def compiled(architecture, head_dim, dtype, options):
+    if dtype.startswith("int"):
+        return compile_block_max(architecture, head_dim, int(dtype[3:]), **options)
+    if "group_size" in options:
+        return compile_quantize(architecture, head_dim, dtype=getattr(torch, dtype), **options)
+    build = compile_rows if options.pop("rows", False) else compile_kernel
+    return build(architecture, head_dim, dtype=getattr(torch, dtype), **options)
+kernels = [compiled(*each) for each in json.load(sys.stdin)]
 print(json.dumps([dataclasses.asdict(kernel) for kernel in kernels]))
 """
 
@@ -33,6 +35,8 @@ QUICK: list[Spec] = [
     (90, 128, "float16", {"window": 300, "some_heads": True}),
     (90, 128, "float32", {}),
     (90, 128, "bfloat16", {"rows": True, "padded": True}),
+    (90, 128, "int4", {}),
+    (80, 128, "int4", {}),
 ]
 FULL: list[Spec] = [
     *((architecture, 256, "bfloat16", {}) for architecture in (80, 90, 100)),
@@ -44,6 +48,14 @@ FULL: list[Spec] = [
     *((architecture, 128, "bfloat16", {"some_heads": True}) for architecture in (80, 90, 100)),
     *((architecture, head_dim, "bfloat16", {"rows": True}) for architecture in (80, 90, 100) for head_dim in (64, 128)),
     *((90, 128, dtype, {"rows": True, "softcap": 30.0, "window": 300}) for dtype in ("float16", "float32")),
+    *((architecture, 128, f"int{bits}", {}) for architecture in (80, 90, 100) for bits in (2, 4, 8)),
+    *((architecture, 128, "int4", {"uneven": True}) for architecture in (80, 90, 100)),
+    *((architecture, 128, "int4", {"softcap": 30.0, "block_k": 32}) for architecture in (80, 90, 100)),
+    *((architecture, 128, "int4", {"block_q": 128, "block_k": 128}) for architecture in (80, 90, 100)),
+    *((architecture, 128, "int4", {"block_q": 16, "block_k": 16, "group": 7}) for architecture in (80, 90, 100)),
+    *((architecture, head_dim, "int4", {}) for architecture in (80, 90, 100) for head_dim in (64, 80, 256)),
+    *((architecture, 128, "bfloat16", {"group_size": size}) for architecture in (80, 90, 100) for size in (1, 32)),
+    (90, 256, "float32", {"group_size": 200}),
 ]
 
 
@@ -63,9 +75,15 @@ def check(kernel: dict[str, Any]) -> None:
     if max(kernel["head_dim"], kernel["value_dim"]) <= 128:
         assert kernel["stack"] == 0, kernel
         assert kernel["local"] == 0, kernel
+    if kernel["block_q"] == 0:
+        return  # rounding multiplies nothing
     assert kernel["async_copy"] > 0, kernel
     products = {80: "mma", 90: "wgmma", 100: "tcgen05"}[kernel["architecture"]]
-    if kernel["dtype"] != "float32":
+    if kernel["dtype"].startswith("int"):
+        # Triton knows no tcgen05 products of bytes
+        assert kernel["integer"] == kernel["mma"] + kernel["wgmma"] > 0, kernel
+        assert (kernel["wgmma"] > 0) == (kernel["architecture"] == 90), kernel
+    elif kernel["dtype"] != "float32":
         assert kernel[products] > 0, kernel
     else:
         assert kernel["mma"] == kernel["wgmma"] == kernel["tcgen05"] == 0, "float32 would be rounded to TF32"
