@@ -27,6 +27,7 @@ TYPE_COLOURS = {
     "vertical_slash": "#F0C541",
     "block_sparse": "#009E73",
     "random": "#5A5A5A",
+    "sale": "#CC79A7",
 }
 """Of a pattern's type, in every picture of every profile: told apart with any kind of colour vision."""
 
@@ -37,6 +38,7 @@ _LETTERS = {
     "vertical_slash": "V",
     "block_sparse": "B",
     "random": "R",
+    "sale": "S",
 }
 _OTHER = "#8C6BB1"  # a pattern that no profile holds
 _SINGLY = 1600
