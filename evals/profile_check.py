@@ -123,7 +123,7 @@ def check_profile(
     with tempfile.TemporaryDirectory(prefix="sparseprefill-") as made:
         options: dict[str, Any] = {"tokenizer": tokenizer, "block": block}
         own = [Candidate("profile", _Whole(profile), control=True)]
-        families = FAMILIES
+        families: tuple[str, ...] = FAMILIES
         if any(isinstance(pattern, Sale) for heads in profile.layers for pattern in heads):
             families = (*FAMILIES, "sale")
         # a profile is denser in short prompts: each length needs neighbours of its own

@@ -97,8 +97,7 @@ def candidates_of(method: str, **options: Any) -> tuple[Candidate, ...]:
     """
     if method == "sale":
         return sale_candidates(**options)
-    families = list(dict.fromkeys(each.family for each in candidates() if not each.control)) + ["sale"]
-    families.remove("dense")
+    families = [*dict.fromkeys(each.family for each in candidates()[1:] if not each.control), "sale"]
     if method not in families:
         raise ValueError(f"no budgets of {method!r:.80} to choose from: name one of {', '.join(families)}")
     if options:

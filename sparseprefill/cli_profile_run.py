@@ -208,9 +208,7 @@ class _Progress:
             f"{cost.tiles} tiles of {self.block} x {self.block} to compute, {cost.done} of them done before; at most "
             f"{cost.peak_bytes / 2**20:.0f} MiB beside the model"
         )
-        self.predicted, reason = predicted_seconds(
-            self.model, cost, self.block, search=self.search, sale=self.sale
-        )
+        self.predicted, reason = predicted_seconds(self.model, cost, self.block, search=self.search, sale=self.sale)
         click.echo(reason if self.predicted is None else f"predicted: {self.predicted:.0f} s ({reason})")
         self.bar = progress_bar(cost.tiles - cost.done, "profile")
         self.step = self.bar.__enter__()

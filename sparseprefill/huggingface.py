@@ -321,7 +321,8 @@ def _resolve(
     if method not in ("minference", "sale"):
         name = method if isinstance(method, str) else type(method).__name__
         raise ValueError(
-            f"a profile brings its own patterns: it goes with the methods 'minference' and 'sale' alone, not with {name}"
+            "a profile brings its own patterns: it goes with the methods 'minference' and 'sale' alone, not with "
+            f"{name}"
         )
     return resolve_method(method, last_rows_dense=last_rows_dense, profile=profile, **options)
 

@@ -46,13 +46,11 @@ from sparseprefill.patterns.store import PATTERNS
 from sparseprefill.prefill import parse_options, resolve_method
 from sparseprefill.profile_memory import available_bytes, longest_that_fits, out_of_memory
 from sparseprefill.profile_scores import (
-    DensityBudget,
     MInferenceSearch,
     ProfileScores,
     SaleSearch,
     Target,
     TargetMass,
-    WorkBudget,
     check_candidates,
     check_ladder,
     choose,
@@ -118,7 +116,8 @@ def profile_model(
 
     Raises:
         TypeError, ValueError: prompts that are none, shorter than two blocks (for SALE: than what it keeps in any
-            case), or hold ids that the model has not; what `patch_model` refuses; a folder with scores of other settings; a target that cannot be reached.
+            case), or hold ids that the model has not; what `patch_model` refuses; a folder with scores of other
+            settings; a target that cannot be reached.
         MemoryError: it will not fit, or did not; the message says which length would.
         NotImplementedError: the model cannot be patched, or is spread over several processes.
     """
@@ -136,8 +135,8 @@ def profile_model(
     with _folder(folder) as place:
         scores = score_model(
             model, prompts, held_out=held_out, candidates=chosen, search=isinstance(target, MInferenceSearch),
-            errors=isinstance(target, SaleSearch), block=block, every=every, tokenizer=tokenizer, folder=place, resume=resume, again=again,
-            details=details, progress=progress, announce=announce,
+            errors=isinstance(target, SaleSearch), block=block, every=every, tokenizer=tokenizer, folder=place,
+            resume=resume, again=again, details=details, progress=progress, announce=announce,
         )  # fmt: skip
         return choose(scores, chosen, target, quantile=quantile)
 
@@ -200,7 +199,8 @@ def score_model(
     settings = {
         "facts": model_facts(plan.config), "weights": weights_hash(model)[0], "identity": model_identity(model),
         "dtype": str(model.dtype).removeprefix("torch."), "torch": torch.__version__, "layers": layers,
-        "block": block, "every": every, "search": search, "errors": errors, "tiles": tiles, "picture": _pictured(taken, tuning),
+        "block": block, "every": every, "search": search, "errors": errors, "tiles": tiles,
+        "picture": _pictured(taken, tuning),
         "candidates": [{"label": c.label, "family": c.family, "control": c.control} for c in candidates],
         "prompts": [
             {"name": p.name, "tokens": len(p.token_ids), "held_out": n >= tuning} for n, p in enumerate(taken)
@@ -224,9 +224,7 @@ def score_model(
             wanted = scores.missing(number)
             if not wanted:
                 continue
-            watcher.begin(
-                scores, number, set(wanted), number == settings["picture"], progress, tuning=number < tuning
-            )
+            watcher.begin(scores, number, set(wanted), number == settings["picture"], progress, tuning=number < tuning)
             try:
                 _run(model, prompt.token_ids, watcher, block)
             except (MemoryError, RuntimeError) as error:
