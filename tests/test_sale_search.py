@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,29 @@ def test_errors_are_those_of_the_definition() -> None:
 def test_memory_of_the_errors_is_of_one_group() -> None:
     assert error_peak_bytes(8192, 32, 8, 128) == error_peak_bytes(8192, 4, 1, 128)
     assert error_peak_bytes(131072, 32, 8, 128) < 4 << 30
+
+
+@pytest.mark.slow
+def test_memory_of_the_errors_is_within_its_bound() -> None:
+    """Eight heads of one group, and thresholds at which they keep a part."""
+    code = (
+        "import torch\n"
+        "def most_held(): return 1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        "from sparseprefill.contracts import AttentionInputs\n"
+        "from sparseprefill.patterns.candidates import sale_candidates\n"
+        "from sparseprefill.patterns.sale_search import error_peak_bytes, output_errors\n"
+        "torch.set_num_threads(1)\n"
+        "def made(heads, tokens): return torch.randn(1, heads, tokens, 128) * 0.4\n"
+        "patterns = [each.pattern for each in sale_candidates((0.9, 0.5, 0.001))]\n"
+        "output_errors(AttentionInputs(made(4, 512), made(1, 512), made(1, 512), 0.1), patterns)\n"
+        "inputs = AttentionInputs(made(8, 4096), made(1, 4096), made(1, 4096), 0.1)\n"
+        "before = most_held()\n"
+        "output_errors(inputs, patterns)\n"
+        "print(most_held() - before, error_peak_bytes(4096, 8, 1, 128))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    used, bound = map(int, done.stdout.split())
+    assert bound / 8 < used <= bound
 
 
 @pytest.mark.parametrize(
