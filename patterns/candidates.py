@@ -50,8 +50,8 @@ _SINK = 64  # first tokens that every family keeps
 def candidates(shares: Sequence[float] = SHARES, windows: Sequence[int] = WINDOWS) -> tuple[Candidate, ...]:
     """Dense, and every selector and static pattern at these budgets; random blocks as the control.
 
-    SALE is not among them: it looks at every pair of a query and a key, and would take longer than all the others
-    together. `sale_candidates` has it by itself.
+    SALE is not among them: it looks at every pair of a query and a key, and in plain torch its estimate takes longer
+    than all of theirs together. `sale_candidates` has it by itself.
 
     Raises ValueError or TypeError for budgets that are none.
     """
