@@ -484,21 +484,27 @@ def invoke(*arguments: object, code: int = 0) -> Result:
 
 
 def test_thresholds_from_the_command_line(tmp_path: Path) -> None:
-    out, page = tmp_path / "p.json", tmp_path / "p.html"
+    out = tmp_path / "p.json"
     short = ("--prompts", "builtin:prose", "--lengths", "300", "--samples", 1, "--held-out", 1, "--out", out)
-    said = invoke(*short, "--sale-search", "--error", 4, "--method", "sale:bits=8,window=64", "--html", page).output
+    said = invoke(*short, "--sale-search", "--error", 4, "--method", "sale:bits=8,window=64").output
     assert "once more for each threshold" in said
     assert "the estimate of SALE has no calibrated rate" in said
     found = load_patterns(out)
     assert found.made["target"] == {"kind": "sale", "error": 4.0}
     assert {(e.bits, e.window) for heads in found.layers for e in heads if isinstance(e, Sale)} == {(8, 64)}
-    assert "sale" in page.read_text(encoding="utf-8")
     assert "computed 0 tiles" in invoke(
         *short, "--sale-search", "--error", 400, "--method", "sale:bits=8,window=64", "--resume"
     ).output  # fmt: skip
     invoke("show", out)
     assert "heads have another pattern" in invoke("diff", out, "inside:sale", code=1).output
-    invoke(*short, "--method", "sale", "--density", 0.97, "--again")
+
+
+@pytest.mark.slow
+def test_thresholds_by_an_aim_and_their_page(tmp_path: Path) -> None:
+    out, page = tmp_path / "p.json", tmp_path / "p.html"
+    short = ("--prompts", "builtin:prose", "--lengths", "300", "--samples", 1, "--held-out", 1, "--out", out)
+    invoke(*short, "--method", "sale", "--density", 0.97, "--html", page)
+    assert "sale" in page.read_text(encoding="utf-8")
     assert load_patterns(out).made["candidates"] == [each.label for each in sale_candidates()]
     assert load_patterns(out).made["target"]["kind"] == "density"
 
