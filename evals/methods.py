@@ -40,6 +40,7 @@ class MethodSpec:
             "block_sparse": {"keep": density},
             "random": {"keep": density},
             "minference": {"density": density},
+            "sale": {"keep": density},
         }
         if name not in budgets:
             raise ValueError(f"no budget of {name!r} is known for a density: choose one of {', '.join(budgets)}")

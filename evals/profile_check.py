@@ -20,7 +20,7 @@ import numpy as np
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.huggingface_modules import model_facts, text_config, unwrap
-from sparseprefill.patterns import ModelPatterns, Pattern
+from sparseprefill.patterns import ModelPatterns, Pattern, Sale
 from sparseprefill.patterns.candidates import Candidate
 from sparseprefill.prefill import resolve_method
 from sparseprefill.profile import ProfileCost, score_model
@@ -29,7 +29,7 @@ from sparseprefill.prompts import ProfilePrompt
 from sparseprefill.reports import number, table
 
 FAMILIES = ("a_shape", "tri_shape", "vertical_slash", "block_sparse")
-"""What a profile is compared with; random blocks are shown beside them."""
+"""What a profile is compared with; random blocks are shown beside them. One with thresholds of SALE also with that."""
 
 _CONTROL = "random"
 _AROUND = (0.75, 0.9, 1.0, 1.1, 1.3)  # densities of uniform patterns, in the profile's own
@@ -123,6 +123,9 @@ def check_profile(
     with tempfile.TemporaryDirectory(prefix="sparseprefill-") as made:
         options: dict[str, Any] = {"tokenizer": tokenizer, "block": block}
         own = [Candidate("profile", _Whole(profile), control=True)]
+        families: tuple[str, ...] = FAMILIES
+        if any(isinstance(pattern, Sale) for heads in profile.layers for pattern in heads):
+            families = (*FAMILIES, "sale")
         # a profile is denser in short prompts: each length needs neighbours of its own
         first = score_model(model, _one_a_length(prompts), candidates=own, folder=Path(made) / "first", **options)
         wanted = {
@@ -131,7 +134,7 @@ def check_profile(
         }  # fmt: skip
         uniform = [
             Candidate(family, _uniform(family, density), control=True)
-            for family in (*FAMILIES, _CONTROL) for density in sorted(wanted)
+            for family in (*families, _CONTROL) for density in sorted(wanted)
         ]  # fmt: skip
         scores = score_model(
             model,
@@ -216,8 +219,9 @@ def _compared(scores: ProfileScores, families: Sequence[str], seed: int) -> Prof
         }
         found.append(PromptCheck(prompt.name, prompt.tokens, float(density[0]), float(mass[0]), uniform))
     own = np.array([1 - each.mass for each in found])
+    judges = [name for name in found[0].uniform if name != _CONTROL]
     # [prompts, families]; a family that cannot be so sparse on every prompt is none to compare with
-    others = np.array([[_lost(each.uniform[name]) for name in FAMILIES] for each in found])
+    others = np.array([[_lost(each.uniform[name]) for name in judges] for each in found])
     if np.isinf(others.mean(0).min()):
         raise ValueError(
             f"this profile's density, {found[0].density:.3f}, is below what any uniform pattern can have at this "
@@ -230,5 +234,5 @@ def _compared(scores: ProfileScores, families: Sequence[str], seed: int) -> Prof
     everyone = np.arange(len(found))
     drawn = ratio(np.random.default_rng(seed).integers(0, len(found), (_RESAMPLES, len(found))))
     low, high = np.quantile(drawn, [0.025, 0.975])
-    best = FAMILIES[int(others.mean(0).argmin())]
+    best = judges[int(others.mean(0).argmin())]
     return ProfileCheck(tuple(found), best, float(ratio(everyone)), float(low), float(high))

@@ -27,6 +27,7 @@ TYPE_COLOURS = {
     "vertical_slash": "#F0C541",
     "block_sparse": "#009E73",
     "random": "#5A5A5A",
+    "sale": "#693CFF",
 }
 """Of a pattern's type, in every picture of every profile: told apart with any kind of colour vision."""
 
@@ -37,7 +38,9 @@ _LETTERS = {
     "vertical_slash": "V",
     "block_sparse": "B",
     "random": "R",
+    "sale": "S",
 }
+_DARK = ("random", "sale")  # letters on them are white
 _OTHER = "#8C6BB1"  # a pattern that no profile holds
 _SINGLY = 1600
 """Up to so many heads are drawn as shapes; more become one image inside a picture, which a browser shows sooner."""
@@ -150,7 +153,7 @@ def _draw_map(panel: Any, profile: ModelPatterns, show: Show, kind: str | None, 
                 for head, pattern in enumerate(row):
                     axes.text(head + 0.5, layer + 0.5, _LETTERS.get(type_of(pattern), "?"), ha="center", va="center",
                               fontsize=7,
-                              color="#ffffff" if type_of(pattern) == "random" else "#111111")  # fmt: skip
+                              color="#ffffff" if type_of(pattern) in _DARK else "#111111")  # fmt: skip
         _legend(panel, used, unscored=bool(unscored) and kind is not None)
         axes.set_title("pattern")
     else:

@@ -124,6 +124,14 @@ def target_words(made: dict[str, Any]) -> str:
         words = f"Target: the most kept mass for {work:.4g} of dense attention's work, over all heads"
         gap = _number(target.get("gap"))
         return f"{words}; at most {gap:.2g} below the best possible choice." if gap is not None else f"{words}."
+    density, error = _number(target.get("density")), _number(target.get("error"))
+    if target.get("kind") == "density" and density is not None:
+        return f"Target: the most kept mass at a mean density of {density:.4g} over all heads."
+    if target.get("kind") == "sale" and error is not None:
+        return (
+            "Target: SALE's own calibration, each head's threshold halved until its output is within an error of "
+            f"{error:.4g} a token of dense attention's."
+        )
     if target.get("kind") == "minference":
         return "Target: MInference's own search, the most kept mass whatever it costs."
     return f"Target: {one_line(cut(text_of(target), 200))}."

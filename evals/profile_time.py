@@ -47,16 +47,18 @@ def _finish(device: torch.device) -> None:
 
 
 def predicted_seconds(
-    model: Any, cost: ProfileCost, block: int, *, search: bool = False
+    model: Any, cost: ProfileCost, block: int, *, search: bool = False, sale: bool = False
 ) -> tuple[float | None, str]:  # fmt: skip
     """Seconds of what is left to do, and on what that rests; or None, and why there is no saying.
 
-    The rate is that of the default candidates; MInference's search has none.
+    The rate is that of the default candidates; MInference's search and the candidates of SALE have none.
 
     Attention and scoring come from the calibration; what the rest of the model takes is timed now, on a few tokens.
     """
     if search:
         return None, "time: unknown, MInference's search has no calibrated rate"
+    if sale:
+        return None, "time: unknown, the estimate of SALE has no calibrated rate"
     model = unwrap(model)
     plan = plan_patch(model, Dense(), settings=Settings(block_q=block, block_k=block))
     shape = plan.shapes[min(plan.shapes)]

@@ -33,6 +33,11 @@ HARD_KEYS = ("architecture", "layers", "query_heads", "kv_heads", "head_dim", "r
 INSIDE = "inside"
 """Names the profile of the model that ships inside where a path is asked for."""
 
+SALE_INSIDE = "inside:sale"
+"""Names that model's thresholds of SALE."""
+
+_SHIPPED = {INSIDE: "profile.json", SALE_INSIDE: "sale.json"}
+
 # the largest models have 128 layers of 128 heads; a file that claims many times that would only cost memory
 MOST_LAYERS, MOST_HEADS = 1024, 1024
 # the names that patterns have in a file
@@ -160,13 +165,15 @@ _SCORES = ("tuning", "held_out")
 
 
 def load_patterns(path: str | Path) -> ModelPatterns:
-    """Read a profile, which is data: nothing in it is ever executed. "inside": that of the model that ships inside.
+    """Read a profile, which is data: nothing in it is ever executed.
+
+    "inside" is that of the model that ships inside, "inside:sale" its thresholds of SALE.
 
     Raises FileNotFoundError or PermissionError with the path, and ValueError that names the file and the place that is
     wrong: no JSON, another schema, an unknown pattern, or more than a model has (see `MOST_LAYERS`).
     """
-    if str(path) == INSIDE:
-        path = str(resources.files("sparseprefill") / "needle_model" / "profile.json")
+    if str(path) in _SHIPPED:
+        path = str(resources.files("sparseprefill") / "needle_model" / _SHIPPED[str(path)])
     return _profile(files.read_json(path, "profile"), f"the profile {path}")
 
 

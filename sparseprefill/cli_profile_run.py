@@ -46,14 +46,25 @@ def _lengths(default: str) -> Callable[[Callable[..., None]], Callable[..., None
     help="Each head gets the cheapest pattern that keeps so much of its attention mass.  [default: 0.98]",
 )
 @click.option("--budget", type=float, help="Or: all heads together keep most at this mean share of dense work.")
+@click.option("--density", type=float, help="Or: all heads together keep most at this mean density.")
 @click.option("--minference-search", is_flag=True, help="Or: MInference's own search, for comparison.")
+@click.option("--sale-search", is_flag=True, help="Or: SALE's own calibration of its thresholds.")
+@click.option(
+    "--error", type=float, help="For --sale-search: what an output may be off a token, over channels.  [default: 0.4]"
+)
 @click.option("--quantile", default=0.1, help="Share of the query rows that may keep less than the target.")
+@click.option(
+    "--method",
+    "only",
+    metavar="NAME[:OPTION=VALUE,...]",
+    help="Choose from one method at its budgets: sale, or one of the default candidates'.",
+)
 @click.option(
     "--candidate",
     "chosen",
     multiple=True,
     metavar="NAME[:OPTION=VALUE,...]",
-    help="Patterns to choose from, may be repeated.  [default: every method at budgets from 2% to 70%]",
+    help="Patterns to choose from, may be repeated.  [default: every method but sale, from 2% to 70%]",
 )
 @click.option("--block", type=click.IntRange(1), default=64, help="Tokens of a tile, both ways.")
 @click.option("--every", type=click.IntRange(1), default=1, help="Score each n-th row of tiles only.")
@@ -67,8 +78,9 @@ def _lengths(default: str) -> Callable[[Callable[..., None]], Callable[..., None
 @_TRUST
 def run(
     model: str | None, out: Path, prompts: str, field: str | None, lengths: tuple[int, ...], samples: int,
-    held_out: int, seed: int | None, target_mass: float | None, budget: float | None, minference_search: bool,
-    quantile: float, chosen: tuple[str, ...], block: int, every: int, resume: bool, again: bool, html: Path | None,
+    held_out: int, seed: int | None, target_mass: float | None, budget: float | None, density: float | None,
+    minference_search: bool, sale_search: bool, error: float | None, quantile: float, only: str | None,
+    chosen: tuple[str, ...], block: int, every: int, resume: bool, again: bool, html: Path | None,
     dtype: str, device: str | None, trust_remote_code: bool,
 ) -> None:  # fmt: skip
     """Give each head of MODEL the pattern that serves it best, and write that profile.
@@ -85,7 +97,8 @@ def run(
         from sparseprefill.profile import profile_model
         from sparseprefill.profile_scores import read_scores, scores_folder
 
-        target = _target(target_mass, budget, minference_search)
+        target = _target(target_mass, budget, density, minference_search, sale_search, error)
+        candidates = _candidates(only, chosen, target)
         for path in (out, html):
             if path is not None:
                 check_folder(path)  # before minutes of work
@@ -108,9 +121,12 @@ def run(
             details["seed"] = made.seed
         if minference_search:
             click.echo("note: MInference's search computes these pairs once more, its own way")
-        with _Progress(loaded, block, folder, search=minference_search) as progress:
+        if sale_search:
+            click.echo("note: SALE's calibration computes attention on the tuning prompts once more for each threshold")
+        sale = sale_search or any(text.partition(":")[0] == "sale" for text in (only or "", *chosen))
+        with _Progress(loaded, block, folder, search=minference_search, sale=sale) as progress:
             profile = profile_model(
-                loaded, made.tuning, held_out=made.held_out, candidates=chosen or None, target=target,
+                loaded, made.tuning, held_out=made.held_out, candidates=candidates, target=target,
                 quantile=quantile, block=block, every=every, folder=folder, resume=resume, again=again,
                 details=details, progress=progress.advance, announce=progress.announce,
             )  # fmt: skip
@@ -124,21 +140,55 @@ def run(
         click.echo("wrote " + ", ".join(map(str, written)))
 
 
-def _target(mass: float | None, budget: float | None, search: bool) -> Any:
-    from sparseprefill.profile_scores import MInferenceSearch, TargetMass, WorkBudget
+def _target(
+    mass: float | None, budget: float | None, density: float | None, search: bool, sale: bool, error: float | None
+) -> Any:
+    from sparseprefill.patterns.sale_search import ERROR
+    from sparseprefill.profile_scores import DensityBudget, MInferenceSearch, SaleSearch, TargetMass, WorkBudget
 
-    if (mass is not None) + (budget is not None) + search > 1:
-        raise ValueError("--target-mass, --budget and --minference-search are different targets: choose one")
+    if sum(each is not None for each in (mass, budget, density)) + search + sale > 1:
+        raise ValueError(
+            "--target-mass, --budget, --density, --minference-search and --sale-search are different targets: choose "
+            "one"
+        )
+    if error is not None and not sale:
+        raise ValueError("--error is what --sale-search aims at: add that, or leave --error out")
+    if sale:
+        return SaleSearch(ERROR if error is None else error)
     if search:
         return MInferenceSearch()
+    if density is not None:
+        return DensityBudget(density)
     return WorkBudget(budget) if budget is not None else TargetMass(0.98 if mass is None else mass)
+
+
+def _candidates(only: str | None, chosen: tuple[str, ...], target: Any) -> Any:
+    """What --method or --candidate name; None for what the target brings."""
+    from sparseprefill.patterns.candidates import candidates_of, sale_candidates
+    from sparseprefill.patterns.sale_search import ladder
+    from sparseprefill.prefill import parse_options
+    from sparseprefill.profile_scores import SaleSearch
+
+    if only is None:
+        return chosen or None
+    if chosen:
+        raise ValueError("--method names all that is chosen from, --candidate one of several: choose one of them")
+    name, _, text = only.partition(":")
+    options = parse_options(text)
+    if not isinstance(target, SaleSearch):
+        return candidates_of(name, **options)
+    if name != "sale":
+        raise ValueError(f"--sale-search looks for thresholds of sale, and none of {name}: leave --method out")
+    return sale_candidates(ladder(), **options)
 
 
 class _Progress:
     """Says what profiling will take, shows a bar, and compares afterwards."""
 
-    def __init__(self, model: Any, block: int, kept: Path | None = None, *, search: bool = False) -> None:
-        self.model, self.block, self.kept, self.search = model, block, kept, search
+    def __init__(
+        self, model: Any, block: int, kept: Path | None = None, *, search: bool = False, sale: bool = False
+    ) -> None:  # fmt: skip
+        self.model, self.block, self.kept, self.search, self.sale = model, block, kept, search, sale
         self.predicted: float | None = None
         self.cost: Any = None
         self.computed = 0
@@ -158,7 +208,7 @@ class _Progress:
             f"{cost.tiles} tiles of {self.block} x {self.block} to compute, {cost.done} of them done before; at most "
             f"{cost.peak_bytes / 2**20:.0f} MiB beside the model"
         )
-        self.predicted, reason = predicted_seconds(self.model, cost, self.block, search=self.search)
+        self.predicted, reason = predicted_seconds(self.model, cost, self.block, search=self.search, sale=self.sale)
         click.echo(reason if self.predicted is None else f"predicted: {self.predicted:.0f} s ({reason})")
         self.bar = progress_bar(cost.tiles - cost.done, "profile")
         self.step = self.bar.__enter__()
@@ -209,7 +259,7 @@ def validate(
         from sparseprefill.evals.profile_check import check_new, check_profile
         from sparseprefill.evals.profile_prompts import profile_prompts
         from sparseprefill.files import check_folder, write_text
-        from sparseprefill.patterns import load_patterns
+        from sparseprefill.patterns import Sale, load_patterns
 
         found = load_patterns(profile)
         if out is not None:
@@ -221,7 +271,8 @@ def validate(
         made = profile_prompts(prompts, tokenizer, lengths, samples, 0, seed=seed, field=field)
         check_new(found, made.source, made.tuning)
         block = found.made.get("block", 64)
-        with _Progress(loaded, block) as progress:
+        sale = any(isinstance(pattern, Sale) for heads in found.layers for pattern in heads)
+        with _Progress(loaded, block, sale=sale) as progress:
             checked = check_profile(
                 loaded, found, made.tuning, block=block, progress=progress.advance, announce=progress.announce
             )

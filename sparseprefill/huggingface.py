@@ -170,7 +170,8 @@ def patch_model(
     Args:
         model: any model whose attention dispatches through transformers' attention interface.
         method: a name of `sparseprefill methods`, or an object with `build_index(inputs, grid) -> BlockIndex`.
-        profile: the file of a profile, for method "minference": a pattern for each head.
+        profile: the file of a profile, for method "minference": a pattern for each head; for method "sale": its
+            threshold.
         strict: refuse a profile that was not made for the very weights of this model, instead of warning.
         dense_layers: layers that stay as they were (negative numbers count from the end).
         layers: other methods for some layers, `{layer: method}`.
@@ -317,9 +318,12 @@ def _resolve(
     """The method with its options, of which the profile is one. Raises ValueError for a profile with another method."""
     if profile is None:
         return resolve_method(method, last_rows_dense=last_rows_dense, **options)
-    if method != "minference":
+    if method not in ("minference", "sale"):
         name = method if isinstance(method, str) else type(method).__name__
-        raise ValueError(f"a profile brings its own patterns: it goes with method 'minference' alone, not with {name}")
+        raise ValueError(
+            "a profile brings its own patterns: it goes with the methods 'minference' and 'sale' alone, not with "
+            f"{name}"
+        )
     return resolve_method(method, last_rows_dense=last_rows_dense, profile=profile, **options)
 
 

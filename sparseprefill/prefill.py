@@ -34,7 +34,7 @@ from sparseprefill.patterns import (
     VerticalSlash,
 )
 from sparseprefill.patterns.sale import PUBLISHED as PUBLISHED_THRESHOLD
-from sparseprefill.patterns.store import ModelPatterns, load_patterns
+from sparseprefill.patterns.store import INSIDE, SALE_INSIDE, ModelPatterns, load_patterns
 from sparseprefill.patterns.vertical_slash import BAND, PUBLISHED, SINK
 
 
@@ -67,7 +67,14 @@ def _sale(profile: str | Path | None = None, **options: Any) -> Pattern | ModelP
     if profile is not None:
         if options:
             raise ValueError(f"sale takes a profile, or else {', '.join(options)}: a profile brings its own")
-        return load_patterns(profile)
+        found = load_patterns(SALE_INSIDE if str(profile) == INSIDE else profile)
+        others = {type(each).__name__ for heads in found.layers for each in heads if not isinstance(each, Sale | Dense)}
+        if others:
+            raise ValueError(
+                f"the profile {profile} gives heads {', '.join(sorted(others))}, and method 'sale' takes one of Sale "
+                "and Dense alone: use it with method 'minference'"
+            )
+        return found
     if options.keys().isdisjoint(("threshold", "keep")):
         options["threshold"] = PUBLISHED_THRESHOLD
     return Sale(**options)

@@ -35,11 +35,12 @@ from sparseprefill.huggingface_modules import (
     unwrap,
 )
 from sparseprefill.huggingface_weights import weights_hash
-from sparseprefill.patterns import Dense, ModelPatterns, Pattern, RandomBlocks
-from sparseprefill.patterns.candidates import Candidate
+from sparseprefill.patterns import Dense, ModelPatterns, Pattern, RandomBlocks, Sale
+from sparseprefill.patterns.candidates import Candidate, sale_candidates
 from sparseprefill.patterns.candidates import candidates as default_candidates
 from sparseprefill.patterns.minference_search import CANDIDATES as MINFERENCE
 from sparseprefill.patterns.minference_search import FIRST_ROW, search_peak_bytes, search_scores
+from sparseprefill.patterns.sale_search import error_peak_bytes, ladder, least_tokens, output_errors
 from sparseprefill.patterns.scores import check_quantile, dense_tiles, peak_bytes, score
 from sparseprefill.patterns.store import PATTERNS
 from sparseprefill.prefill import parse_options, resolve_method
@@ -47,10 +48,11 @@ from sparseprefill.profile_memory import available_bytes, longest_that_fits, out
 from sparseprefill.profile_scores import (
     MInferenceSearch,
     ProfileScores,
+    SaleSearch,
     Target,
     TargetMass,
-    WorkBudget,
     check_candidates,
+    check_ladder,
     choose,
 )
 from sparseprefill.prompts import ProfilePrompt
@@ -99,7 +101,8 @@ def profile_model(
         held_out: prompts on which the choice is measured but not made.
         candidates: a `Candidate`, a pattern, or a text such as "block_sparse:keep=0.1" each; None: the default table.
             Dense is always among them; random blocks are a control, scored and never chosen.
-        target: a `TargetMass` (or its mass), a `WorkBudget`, or a `MInferenceSearch`, which brings its candidates.
+        target: a `TargetMass` (or its mass), a `WorkBudget`, a `DensityBudget`, or a search as it was published, which
+            brings its candidates: `MInferenceSearch`, `SaleSearch`.
         quantile: share of the query rows that may keep less than what counts as kept.
         block: tokens of a tile, both ways; what `patch_model` will be given.
         every: score each n-th row of tiles only, for long prompts.
@@ -112,15 +115,19 @@ def profile_model(
         announce: called once, before anything is computed.
 
     Raises:
-        TypeError, ValueError: prompts that are none, shorter than two blocks, or hold ids that the model has not; what
-            `patch_model` refuses; a folder with scores of other settings; a target that cannot be reached.
+        TypeError, ValueError: prompts that are none, shorter than two blocks (for SALE: than what it keeps in any
+            case), or hold ids that the model has not; what `patch_model` refuses; a folder with scores of other
+            settings; a target that cannot be reached.
         MemoryError: it will not fit, or did not; the message says which length would.
         NotImplementedError: the model cannot be patched, or is spread over several processes.
     """
     if isinstance(target, (int, float)):
         target = TargetMass(target)
-    if not isinstance(target, (TargetMass, WorkBudget, MInferenceSearch)):
-        raise TypeError(f"target is a TargetMass (or its mass), a WorkBudget or a MInferenceSearch, got {target!r:.80}")
+    if not isinstance(target, Target):
+        raise TypeError(
+            "target is a TargetMass (or its mass), a WorkBudget, a DensityBudget, a MInferenceSearch or a SaleSearch, "
+            f"got {target!r:.80}"
+        )
     check_quantile(quantile)
     if resume and again:
         raise ValueError("resume keeps what is there, again removes it: choose one")
@@ -128,8 +135,8 @@ def profile_model(
     with _folder(folder) as place:
         scores = score_model(
             model, prompts, held_out=held_out, candidates=chosen, search=isinstance(target, MInferenceSearch),
-            block=block, every=every, tokenizer=tokenizer, folder=place, resume=resume, again=again,
-            details=details, progress=progress, announce=announce,
+            errors=isinstance(target, SaleSearch), block=block, every=every, tokenizer=tokenizer, folder=place,
+            resume=resume, again=again, details=details, progress=progress, announce=announce,
         )  # fmt: skip
         return choose(scores, chosen, target, quantile=quantile)
 
@@ -141,6 +148,7 @@ def score_model(
     held_out: Sequence[Any] = (),
     candidates: Sequence[Candidate],
     search: bool = False,
+    errors: bool = False,
     block: int = 64,
     every: int = 1,
     tokenizer: Any = None,
@@ -153,7 +161,8 @@ def score_model(
 ) -> ProfileScores:
     """Score candidates on every layer of every prompt, into a folder; see `profile_model`, which also chooses.
 
-    `search` also scores MInference's own candidates its own way.
+    `search` also scores MInference's own candidates its own way; `errors` also measures, on the tuning prompts, how far
+    each candidate's output is from that of dense attention, for `SaleSearch`.
     """
     model = unwrap(model)
     if tensor_parallel(model).ranks > 1:
@@ -174,6 +183,7 @@ def score_model(
             f"MInference's search looks at query rows from {FIRST_ROW} on, and a prompt has {short} tokens: take "
             "longer prompts"
         )
+    _check_tested(candidates, taken)
     masks = masks_of(model, 2 * block)
     layers = [
         number for number in sorted(plan.modules)
@@ -189,7 +199,8 @@ def score_model(
     settings = {
         "facts": model_facts(plan.config), "weights": weights_hash(model)[0], "identity": model_identity(model),
         "dtype": str(model.dtype).removeprefix("torch."), "torch": torch.__version__, "layers": layers,
-        "block": block, "every": every, "search": search, "tiles": tiles, "picture": _pictured(taken, tuning),
+        "block": block, "every": every, "search": search, "errors": errors, "tiles": tiles,
+        "picture": _pictured(taken, tuning),
         "candidates": [{"label": c.label, "family": c.family, "control": c.control} for c in candidates],
         "prompts": [
             {"name": p.name, "tokens": len(p.token_ids), "held_out": n >= tuning} for n, p in enumerate(taken)
@@ -197,7 +208,7 @@ def score_model(
         "prompts_digest": prompts_digest(taken), "details": details or {},
     }  # fmt: skip
     longest = max(len(prompt.token_ids) for prompt in taken)
-    need = _need(plan.shapes, layers, len(candidates), block, search)
+    need = _need(plan.shapes, layers, len(candidates), block, search, errors)
     _check_memory(model, longest, need)
     scores = ProfileScores.begin(folder, settings, resume=resume, again=again)
     with scores.locked():
@@ -208,12 +219,12 @@ def score_model(
                 need(longest),
             )
         )  # fmt: skip
-        watcher = _Watcher([candidate.pattern for candidate in candidates], block, every, search)
+        watcher = _Watcher([candidate.pattern for candidate in candidates], block, every, search, errors)
         for number, prompt in enumerate(taken):
             wanted = scores.missing(number)
             if not wanted:
                 continue
-            watcher.begin(scores, number, set(wanted), number == settings["picture"], progress)
+            watcher.begin(scores, number, set(wanted), number == settings["picture"], progress, tuning=number < tuning)
             try:
                 _run(model, prompt.token_ids, watcher, block)
             except (MemoryError, RuntimeError) as error:
@@ -241,18 +252,23 @@ def prompts_digest(prompts: Sequence[ProfilePrompt]) -> str:
 class _Watcher:
     """A dense pattern that scores what passes through it, while it is active."""
 
-    def __init__(self, patterns: Sequence[Pattern], block: int, every: int, search: bool) -> None:
-        self.patterns, self.block, self.every, self.search = patterns, block, every, search
+    def __init__(
+        self, patterns: Sequence[Pattern], block: int, every: int, search: bool, errors: bool
+    ) -> None:  # fmt: skip
+        self.patterns, self.block, self.every = patterns, block, every
+        self.search, self.errors = search, errors
         self.scores: ProfileScores | None = None
         self.active = False
-        self.prompt, self.wanted, self.picture = 0, set[int](), False
+        self.prompt, self.wanted, self.picture, self.tuning = 0, set[int](), False, True
         self.progress: Callable[[int], Any] = lambda tiles: None
 
     def begin(
-        self, scores: ProfileScores, prompt: int, wanted: set[int], picture: bool, progress: Callable[[int], Any]
-    ) -> None:
+        self, scores: ProfileScores, prompt: int, wanted: set[int], picture: bool, progress: Callable[[int], Any],
+        *, tuning: bool,
+    ) -> None:  # fmt: skip
         """From now on the layers in `wanted` are scored, as this prompt's."""
         self.scores, self.prompt, self.wanted, self.picture, self.progress = scores, prompt, wanted, picture, progress
+        self.tuning = tuning
 
     def for_layer(self, layer: int) -> _LayerWatcher:
         return _LayerWatcher(self, layer)
@@ -268,7 +284,8 @@ class _Watcher:
         own = [each.for_layer(layer) if hasattr(each, "for_layer") else each for each in self.patterns]
         found = score(inputs, own, block=self.block, every=self.every, picture=self.picture)
         search = search_scores(inputs) if self.search else None
-        self.scores.add(self.prompt, layer, found, search)
+        errors = output_errors(inputs, own, block=self.block) if self.errors and self.tuning else None
+        self.scores.add(self.prompt, layer, found, search, errors)
         self.progress(inputs.query_heads * dense_tiles(inputs.queries, self.block, self.every))
 
 
@@ -302,13 +319,15 @@ def _candidates(given: Sequence[Any] | None, target: Target) -> tuple[Candidate,
         names = {cls: name for name, cls in PATTERNS.items()}
         return (Candidate("dense", Dense()), *(Candidate(names[type(each)], each) for each in MINFERENCE))
     if given is None:
-        return default_candidates()
+        return sale_candidates(ladder()) if isinstance(target, SaleSearch) else default_candidates()
     if isinstance(given, str):
         raise TypeError("candidates are a list, such as ['a_shape:window=512', 'block_sparse:keep=0.2']")
     made = [_candidate(each) for each in given]
     if not any(isinstance(each.pattern, Dense) for each in made):
         made.insert(0, Candidate("dense", Dense()))
     check_candidates(made)
+    if isinstance(target, SaleSearch):
+        check_ladder(made)
     return tuple(made)
 
 
@@ -362,6 +381,17 @@ def _prompts(
         yield ProfilePrompt(name, list(map(int, ids)))
 
 
+def _check_tested(candidates: Sequence[Candidate], prompts: Sequence[ProfilePrompt]) -> None:
+    """Raise ValueError for a prompt that is so short that SALE keeps all of it at any threshold."""
+    least = max((least_tokens(each.pattern) for each in candidates if isinstance(each.pattern, Sale)), default=0)
+    for prompt in prompts:
+        if len(prompt.token_ids) < least:
+            raise ValueError(
+                f"{prompt.name} has {len(prompt.token_ids)} tokens, of which SALE would test none, as sink and window "
+                f"are kept in any case: take prompts of at least {least} tokens"
+            )
+
+
 def _pictured(prompts: Sequence[ProfilePrompt], tuning: int) -> int:
     """The prompt whose pictures are kept: the first of the shortest held-out ones, else of all."""
     among = range(tuning, len(prompts)) if tuning < len(prompts) else range(len(prompts))
@@ -369,7 +399,8 @@ def _pictured(prompts: Sequence[ProfilePrompt], tuning: int) -> int:
 
 
 def _need(
-    shapes: dict[int, LayerShape], layers: Sequence[int], candidates: int, block: int, search: bool
+    shapes: dict[int, LayerShape], layers: Sequence[int], candidates: int, block: int, search: bool,
+    errors: bool = False,
 ) -> Callable[[int], int]:  # fmt: skip
     """Bytes that scoring holds at most for a prompt of so many tokens."""
     distinct = {shapes[layer] for layer in layers}
@@ -378,6 +409,8 @@ def _need(
         each = [peak_bytes(tokens, s.query_heads, s.kv_heads, s.head_dim, candidates, block) for s in distinct]
         if search:  # after the other scores, which are small by then
             each += [search_peak_bytes(tokens, s.query_heads, s.kv_heads, s.head_dim) for s in distinct]
+        if errors:
+            each += [error_peak_bytes(tokens, s.query_heads, s.kv_heads, s.head_dim, block) for s in distinct]
         return max(each)
 
     return need

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.last_rows import Pattern
 from sparseprefill.patterns.minference_search import CANDIDATES as MINFERENCE
 from sparseprefill.patterns.minference_search import choose as choose_as_minference
+from sparseprefill.patterns.sale import Sale
+from sparseprefill.patterns.sale_search import ERROR, check_error, ladder
+from sparseprefill.patterns.sale_search import choose as choose_as_sale
 from sparseprefill.patterns.scores import BINS, CandidateTable, LayerScores, Picture, summarise
 from sparseprefill.patterns.store import PATTERNS, HeadScore, ModelPatterns
 
@@ -67,6 +70,19 @@ class WorkBudget:
 
 
 @dataclass(frozen=True, slots=True)
+class DensityBudget:
+    """The candidates of all heads together that keep most mass, at a mean density of at most this.
+
+    As `WorkBudget`, and finding the blocks costs nothing. Raises ValueError for a density outside of (0, 1].
+    """
+
+    density: float = 0.2
+
+    def __post_init__(self) -> None:
+        _check_share("the density", self.density)
+
+
+@dataclass(frozen=True, slots=True)
 class MInferenceSearch:
     """MInference's own search, for comparison: its candidates and its score, without its rewriting of winners.
 
@@ -74,7 +90,22 @@ class MInferenceSearch:
     """
 
 
-Target = TargetMass | WorkBudget | MInferenceSearch
+@dataclass(frozen=True, slots=True)
+class SaleSearch:
+    """SALE's own calibration: each head's threshold halves until its output is within `error` a token of dense's.
+
+    See `sparseprefill.patterns.sale_search` (arXiv:2505.24179). The candidates are dense and SALE at the thresholds of
+    its ladder; the scores must hold their errors (`score_model(..., errors=True)`). Raises ValueError or TypeError for
+    an error that is no finite number above 0.
+    """
+
+    error: float = ERROR
+
+    def __post_init__(self) -> None:
+        check_error(self.error)
+
+
+Target = TargetMass | WorkBudget | DensityBudget | MInferenceSearch | SaleSearch
 """What a choice aims at."""
 
 
@@ -166,12 +197,16 @@ class ProfileScores:
         """Every layer of every prompt has been scored."""
         return not any(self.missing(number) for number in range(len(self.prompts)))
 
-    def add(self, prompt: int, layer: int, scores: LayerScores, search: Tensor | None = None) -> None:
+    def add(
+        self, prompt: int, layer: int, scores: LayerScores, search: Tensor | None = None, errors: Tensor | None = None
+    ) -> None:
         """Write the scores of one prompt's layer, whole or not at all."""
         tensors = {name: getattr(scores, name) for name in _COUNTS}
         tensors["lost"] = tensors["lost"].to(torch.int32)
         if search is not None:
             tensors["search"] = search.double().cpu()
+        if errors is not None:
+            tensors["errors"] = errors.double().cpu()
         metadata = {}
         if scores.picture is not None:
             kept = scores.picture.kept
@@ -182,6 +217,11 @@ class ProfileScores:
 
     def load(self, prompt: int, layer: int) -> tuple[LayerScores, Tensor | None]:
         """The scores of one prompt's layer, and those of MInference's search. ValueError where there are none."""
+        scores, found = self._read(prompt, layer)
+        return scores, found.get("search")
+
+    def _read(self, prompt: int, layer: int) -> tuple[LayerScores, dict[str, Tensor]]:
+        """The scores of one prompt's layer, and all that its file holds."""
         path = self.path(prompt, layer)
         if not path.exists():
             raise ValueError(
@@ -196,6 +236,8 @@ class ProfileScores:
             counts["lost"] = counts["lost"].to(torch.int64)
             if counts["mass"].shape[1] != len(self.candidates) or counts["lost"].shape[2] != BINS:
                 raise ValueError(f"it has {counts['mass'].shape[1]} candidates")
+            if "errors" in found and found["errors"].shape != counts["mass"].shape:
+                raise ValueError(f"it has errors of shape {tuple(found['errors'].shape)}")
             picture = None
             if "picture_mass" in found:
                 cells = found["picture_mass"].shape[-1]
@@ -203,7 +245,7 @@ class ProfileScores:
                 picture = Picture(found["picture_mass"], torch.from_numpy(kept), tiles)
         except (SafetensorError, KeyError, ValueError, IndexError, OSError) as error:
             raise ValueError(f"the scores {path} are damaged ({error}): remove that file and resume the run") from error
-        return LayerScores(**counts, picture=picture), found.get("search")
+        return LayerScores(**counts, picture=picture), found
 
     def table(self, layer: int, held_out: bool, quantile: float) -> CandidateTable:
         """Means over the tuning or the held-out prompts. ValueError where there are none."""
@@ -227,6 +269,17 @@ class ProfileScores:
         if not scores or len(scores) < len(found):
             raise ValueError(f"{self.folder} holds no scores of MInference's search: profile again with that target")
         return torch.stack(scores).mean(0)
+
+    def errors(self, layer: int) -> Tensor:
+        """float64 [tuning prompts, query_heads, candidates]: how far outputs are from those of dense attention.
+
+        See `sparseprefill.patterns.sale_search.output_errors`.
+        """
+        found = [self._read(number, layer)[1] for number, prompt in enumerate(self.prompts) if not prompt.held_out]
+        errors = [each["errors"] for each in found if "errors" in each]
+        if not errors or len(errors) < len(found):
+            raise ValueError(f"{self.folder} holds no errors of outputs: profile again for SALE's calibration")
+        return torch.stack(errors)
 
     def remove(self) -> None:
         """Remove the whole folder. ValueError where another process writes it."""
@@ -318,6 +371,8 @@ def _chosen(
             raise ValueError("MInference's search chooses among its own candidates, after dense: score those")
         found = {layer: choose_as_minference(scores.search(layer)) + 1 for layer in tables}  # dense stands first
         return found, {"kind": "minference"}
+    if isinstance(target, SaleSearch):
+        return _as_sale(scores, candidates, target, tables), {"kind": "sale", "error": target.error}
     if isinstance(target, TargetMass):
         dense = next(n for n, column in enumerate(allowed.tolist()) if isinstance(candidates[column].pattern, Dense))
         found = {
@@ -326,14 +381,50 @@ def _chosen(
         }
         return found, {"kind": "mass", "mass": target.mass}
     mass = torch.cat([table.mass[:, allowed] for table in tables.values()])
-    work = torch.cat([table.work[:, allowed] for table in tables.values()])
-    best = allocate(mass, work, target.work)
+    kind, budget = ("budget", target.work) if isinstance(target, WorkBudget) else ("density", target.density)
+    cost = "work" if kind == "budget" else "density"
+    costs = torch.cat([getattr(table, cost)[:, allowed] for table in tables.values()])
+    best = allocate(mass, costs, budget)
     heads = [len(table.mass) for table in tables.values()]
     found = dict(zip(tables, allowed[best.chosen].split(heads), strict=True))
     reached = {
-        "kind": "budget", "work": target.work, "bound": round(best.bound, _DIGITS), "gap": round(best.gap, 9),
+        "kind": kind, cost: budget, "bound": round(best.bound, _DIGITS), "gap": round(best.gap, 9),
     }  # fmt: skip
     return found, reached
+
+
+def _as_sale(
+    scores: ProfileScores, candidates: Sequence[Candidate], target: SaleSearch, layers: Iterable[int]
+) -> dict[int, Tensor]:
+    """Columns of the candidates that SALE's own calibration ends on."""
+    check_ladder(candidates)
+    tokens = [prompt.tokens for prompt in scores.prompts if not prompt.held_out]
+    steps = len(ladder())
+    # dense stands before the ladder, and is the step behind its end
+    return {
+        layer: (choose_as_sale(scores.errors(layer)[:, :, 1:], tokens, target.error) + 1) % (steps + 1)
+        for layer in layers
+    }
+
+
+def check_ladder(candidates: Sequence[Candidate]) -> None:
+    """Raise ValueError for candidates that are not dense and SALE at the thresholds of its own calibration, in order.
+
+    The other options of SALE are free, and the same for all.
+    """
+    patterns = [each.pattern for each in candidates]
+    steps = [each for each in patterns[1:] if isinstance(each, Sale)]
+    if (
+        patterns[:1] != [Dense()]
+        or len(steps) != len(patterns) - 1
+        or tuple(each.threshold for each in steps) != ladder()
+        or len({each.family for each in steps}) != 1
+        or any(each.control for each in candidates)
+    ):
+        raise ValueError(
+            "SALE's calibration chooses among dense and its own ladder of thresholds: leave the candidates out, or "
+            "make them with sale_candidates(ladder(), ...) of sparseprefill.patterns"
+        )
 
 
 def check_candidates(candidates: Sequence[Candidate]) -> None:

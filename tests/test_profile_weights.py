@@ -421,9 +421,9 @@ def test_a_profile_is_an_argument_of_its_own(original: Path, tmp_path: Path) -> 
         assert set(patch.patterns.values()) == {AShape(16, 32)}
         assert patch.report().method == "minference"
     for method in ("a_shape", AShape(), profile(None)):
-        with pytest.raises(ValueError, match="it goes with method 'minference' alone, not with"):
+        with pytest.raises(ValueError, match="it goes with the methods 'minference' and 'sale' alone, not with"):
             patch_model(model, method, profile=path, **OPTIONS)
-        with pytest.raises(ValueError, match="it goes with method 'minference' alone, not with"):
+        with pytest.raises(ValueError, match="it goes with the methods 'minference' and 'sale' alone, not with"):
             register(method, profile=path)
     with pytest.raises(FileNotFoundError, match="there is no profile"):
         patch_model(model, profile=tmp_path / "other.json")
