@@ -77,7 +77,7 @@ def quantize(
         real: bool [batch, tokens]; what is not real gets zeros and has no say in the scale of its group.
         bits: see `check_bits`.
 
-    A group of zeros has scale 1. What is not finite becomes 0: whoever calls must know of it.
+    A group of zeros has scale 1. So has one that holds what is not finite, with codes of 0: whoever calls must know.
     """
     check_bits(bits)
     batch, heads, tokens, dim = vectors.shape
@@ -94,7 +94,7 @@ def quantize(
     if group is not None:
         by_group = torch.zeros_like(largest).scatter_reduce_(2, group[:, None].expand_as(largest), largest, "amax")
         largest = by_group.gather(2, group[:, None].expand_as(largest))
-    scale = torch.where(largest > 0, largest / most, 1.0)
+    scale = torch.where((largest > 0) & (largest < torch.inf), largest / most, 1.0)
     codes = torch.empty(
         batch, heads, tokens, channels if bits == 8 else channels // 2, dtype=torch.int8, device=vectors.device
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from sparseprefill.kernels.low_bit import BITS, EstimatedLogits, LowBit, block_max, quantize, token_means
 from sparseprefill.kernels.native_block_max import native_block_max, why_not_native
 from sparseprefill.kernels.native_build import use
+from sparseprefill.kernels.products import low_bit_codes
 
 
 def check_library(path: str | Path) -> None:
@@ -29,6 +31,10 @@ def check_library(path: str | Path) -> None:
                 raise ValueError(f"{name}: {problem}")
     if not served:
         raise ValueError("it serves none of the cases of the check")
+    for name, vectors, arguments in code_cases():
+        wanted, found = (low_bit_codes(vectors, name=way, **arguments) for way in ("torch", "native"))
+        if not torch.equal(wanted.codes, found.codes) or not torch.equal(wanted.scale, found.scale):
+            raise ValueError(f"{name}: other codes or scales than the reference's")
 
 
 def check_cases() -> Iterator[tuple[str, EstimatedLogits]]:
@@ -37,6 +43,25 @@ def check_cases() -> Iterator[tuple[str, EstimatedLogits]]:
         for head_dim, block_q, block_k, softcap in ((64, 64, 32, None), (80, 16, 16, 3.0), (20, 8, 64, None)):
             name = f"{bits} bits, head_dim {head_dim}, tiles of {block_q} x {block_k}"
             yield name, _case(bits, head_dim, block_q, block_k, softcap)
+
+
+def code_cases() -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+    """Vectors of every dtype, not contiguous, some of them not real, far from their mean, or not finite."""
+    generator = torch.Generator().manual_seed(0)
+    for bits in BITS:
+        for dtype, dim, together in ((torch.float32, 20, 1), (torch.bfloat16, 33, 16), (torch.float16, 128, 48)):
+            vectors = torch.randn(2, 77, 3, dim, generator=generator) * 5 + 40
+            vectors[0, 5, 1] = vectors[0, :, 1].mean(0)
+            vectors[1, 50:] *= 1e-6  # in float16 some are below the normal numbers
+            vectors = vectors.to(dtype).transpose(1, 2)
+            real = torch.rand(2, 77, generator=generator) > 0.3
+            mean = token_means(vectors, real)
+            vectors[0, 2, 30, 0], vectors[0, 2, 60, 0] = torch.inf, torch.nan
+            for own in (None, real):
+                name = f"codes of {bits} bits, {dtype}, head_dim {dim}, {together} together"
+                yield name, vectors, {
+                    "mean": mean, "bits": bits, "group_size": together, "anchor": torch.tensor([0, 11]), "real": own,
+                }  # fmt: skip
 
 
 def _case(bits: int, head_dim: int, block_q: int, block_k: int, softcap: float | None) -> EstimatedLogits:

@@ -371,7 +371,7 @@ def _write(
     else:
         tl.store(p_tile, b_n0.to(tl.int8), mask=m_tile)
         tl.store(p_tile + HALF, b_n1.to(tl.int8), mask=m_tile)
-    tl.store(p_scale + o_t, tl.where(b_most > 0, tl.div_rn(b_most, b_whole), 1.0), mask=m_t)
+    tl.store(p_scale + o_t, tl.where((b_most > 0) & (b_most < float("inf")), tl.div_rn(b_most, b_whole), 1.0), mask=m_t)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens"])

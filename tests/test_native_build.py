@@ -93,6 +93,7 @@ def interface(abi: int = native_build.ABI, before: str = "", block_max: str = "r
 extern "C" int sparseprefill_abi(void) {{ {before} return {abi}; }}
 extern "C" const char *sparseprefill_instructions(void) {{ return "none"; }}
 extern "C" int sparseprefill_block_max(void) {{ {block_max} }}
+extern "C" int sparseprefill_quantize(void) {{ return 0; }}
 """
 
 
