@@ -106,9 +106,9 @@ class RelativeAttention:
         bias = bias.flatten(1, 2).nan_to_num_(0, 0, 0)
         if real is not None:
             bias = bias.masked_fill_(~real[:, None], -torch.inf)
-        shift = products(key_mean[:, :, None], inputs.query.unflatten(1, heads).flatten(2, 3))
+        # head by head: queries whose tokens lie outside of heads would be copied to lay groups in a row
+        shift = products(key_mean.repeat_interleave(inputs.group_size, 1)[:, :, None], inputs.query)[:, :, 0]
         reference = self._exact_mass(inputs, grid)
-        shift = shift.view_as(reference)
         known = query_mean.isfinite().all(-1) & key_mean.isfinite().all(-1).repeat_interleave(inputs.group_size, 1)
         known = known[..., None] & reference.isfinite() & shift.isfinite()
         low, high = self._tested_keys(inputs, grid)

@@ -119,15 +119,15 @@ def _index(
 
     On a GPU at 128k tokens, 32 query heads over 8 KV heads of head_dim 128, blocks of 64 x 64, 4 bits: the lists take
     264 MiB (`BlockIndex.from_slabs`); keys as codes with scales 68; bias, shift and mass of sink and window 48; masks
-    and bounds of rows 16; a slab of 64 rows its queries 40, or then scores, masks and places 72. Together 468 MiB.
-    Budgets rank their scores, so that they get slabs half as large.
+    and bounds of rows 16; a slab of 64 rows at most 60, first its queries, codes and scores, then masks and places.
+    Together 456 MiB. Budgets rank their scores, so that they get slabs a quarter as large.
     """
     forced, visible = patterns[0].estimator.forced(inputs, grid), grid.visible_block_mask(inputs)
 
     def chosen(start: int, stop: int) -> Tensor:
         return _chosen(patterns, scores(start, stop), forced[:, start:stop], visible[:, start:stop], grid)
 
-    entries = _SLAB_ENTRIES if patterns[0].keep is None else _SLAB_ENTRIES // 2
+    entries = _SLAB_ENTRIES if patterns[0].keep is None else _SLAB_ENTRIES // 4
     slabs = list(grid.slabs(inputs.query_heads, entries))
     write = _joined if inputs.device.type == "cpu" else BlockIndex.from_slabs
     return dataclasses.replace(write(grid, inputs.query_heads, slabs, chosen), unjudged=prepared.unjudged())

@@ -240,6 +240,15 @@ def test_halves_are_rounded_to_even() -> None:
     assert torch.equal(codes.codes, quantize(vectors, mean, 4).codes)
 
 
+def test_groups_begin_at_token_0_without_an_anchor() -> None:
+    vectors = torch.randn(1, 1, 12, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    mean, anchor = vectors.mean(2), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    got, want = (triton_quantize(vectors, mean, 4, group_size=5, anchor=each) for each in (None, anchor))
+    assert torch.equal(got.codes, want.codes)
+    assert torch.equal(got.scale, want.scale)
+    assert got.scale[0, 0].unique_consecutive().numel() == 3
+
+
 @settings(max_examples=6)
 @given(st.integers(0, 999), st.sampled_from([2, 4, 8]), st.integers(1, 70), st.integers(1, 40), st.integers(-50, 90))
 def test_codes_of_any_shape(seed: int, bits: int, dim: int, size: int, anchor: int) -> None:
