@@ -111,6 +111,7 @@ class RelativeAttention:
         bias = bias.flatten(1, 2).nan_to_num_(0, 0, 0)
         if real is not None:
             bias = bias.masked_fill_(~real[:, None], -torch.inf)
+        # head by head: queries whose tokens lie outside of heads would be copied to lay groups in a row
         shift = products(key_mean.repeat_interleave(inputs.group_size, 1)[:, :, None], inputs.query)[:, :, 0]
         reference = self._exact_mass(inputs, grid)
         known = query_mean.isfinite().all(-1) & key_mean.isfinite().all(-1).repeat_interleave(inputs.group_size, 1)

@@ -117,5 +117,6 @@ def check_threshold(threshold: float) -> None:
 
 def passed(thresholds: Sequence[float], scores: Tensor) -> Tensor:
     """bool like scores [batch, heads, rows, key_blocks], logarithms of weights: above its head's threshold, or NaN."""
-    floor = torch.tensor([math.log(each) for each in thresholds], dtype=scores.dtype).to(scores.device)
+    floor = torch.tensor([math.log(each) for each in thresholds], dtype=scores.dtype)
+    floor = floor.to(scores.device, non_blocking=True)  # a GPU is not waited for
     return ~(scores <= floor[:, None, None])

@@ -82,7 +82,7 @@ def test_a_long_prompt_takes_half_of_what_whole_masks_take() -> None:
 
 @pytest.mark.parametrize("options", [{"threshold": 0.9}, {"keep": 0.4}], ids=str)
 def test_sale_off_the_cpu_lists_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way for devices whose lists must not be read back, on the CPU, in slabs of two rows."""
+    """The way for devices whose lists must not be read back, on the CPU, in slabs of a few rows."""
     inputs = make_inputs(batch=2, queries=230, head_dim=8, key_valid=left_padding(230, [0, 41]))
     grid = BlockGrid.of(inputs, 16, 16)
     pattern = Sale(window=32, segment=32, query_block=32, key_block=16, **options)
