@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseprefill.contracts import BlockGrid, BlockIndex
+from sparseprefill.estimators import relative_attention
 from sparseprefill.patterns import Sale, sale
 from support import left_padding, make_inputs, random_index
 
@@ -71,7 +72,7 @@ def test_a_long_prompt_takes_half_of_what_whole_masks_take() -> None:
     """128k tokens, 32 heads, blocks of 64 x 64, in slabs of 64 rows."""
     anchor, blocks = torch.zeros(1, dtype=torch.int64), (1 << 17) // 64
     grid = BlockGrid(64, 64, anchor, anchor, blocks, blocks, 0, 1 << 17)
-    slabs = list(grid.slabs(32, sale._SLAB_ENTRIES))
+    slabs = list(grid.slabs(32, relative_attention._SLAB_ENTRIES))
     assert slabs[:2] == [(0, 64), (64, 128)]
     triangle = 32 * blocks * (blocks + 1) // 2
     assert triangle <= room(grid, 32, slabs) < 1.04 * triangle
@@ -87,7 +88,7 @@ def test_sale_off_the_cpu_lists_the_same(options: dict[str, Any], monkeypatch: p
     grid = BlockGrid.of(inputs, 16, 16)
     pattern = Sale(window=32, segment=32, query_block=32, key_block=16, **options)
     want = pattern.build_index(inputs, grid)
-    monkeypatch.setattr(sale, "_SLAB_ENTRIES", 4 * inputs.batch * inputs.query_heads * grid.key_blocks)
+    monkeypatch.setattr(relative_attention, "_SLAB_ENTRIES", 4 * inputs.batch * inputs.query_heads * grid.key_blocks)
     monkeypatch.setattr(sale, "_joined", BlockIndex.from_slabs)
     index = pattern.build_index(inputs, grid)
     assert index.columns.numel() > want.columns.numel()
