@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.relative_attention import PreparedKeys, RelativeAttention
-from sparseprefill.estimators.selection import Budget, TopK, check_threshold, passed
+from sparseprefill.estimators.selection import Budget, TopK, check_share, check_threshold, passed
 from sparseprefill.kernels.products import ProductShape, choose_product
 
 PUBLISHED = 0.004
@@ -56,6 +56,7 @@ class Sale:
     query_block: int = 64  # queries
     key_block: int = 32  # keys
     product: str = "auto"  # "triton", "native" or "torch"
+    expected: float | None = None  # density that a threshold comes to, for the cost model; it chooses no block
 
     def __post_init__(self) -> None:
         if (self.threshold is None) == (self.keep is None):
@@ -68,6 +69,10 @@ class Sale:
         else:
             assert self.keep is not None
             TopK(self.keep)
+        if self.expected is not None:
+            if self.threshold is None:
+                raise ValueError("expected says what a threshold comes to: a budget to keep says it by itself")
+            check_share("expected", self.expected)
         _ = self.estimator  # refuses the other options
 
     @property
@@ -108,6 +113,12 @@ class Sale:
         scores, prepared = estimate
         patterns = [self] * inputs.query_heads
         return _index(patterns, prepared, lambda start, stop: scores[:, :, start:stop], inputs, grid)
+
+    def expecting(self, density: float) -> Sale:
+        """The same, but the cost model reckons with this density where a threshold decides; see `ModelPatterns`."""
+        if self.threshold is None or self.expected is not None or not density > 0:
+            return self
+        return dataclasses.replace(self, expected=density)
 
     def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
         """What share of dense attention's time finding the blocks takes, as stated in `OVERHEAD`; see `CostModel`."""

@@ -88,14 +88,24 @@ class ModelPatterns:
                 raise ValueError(f"{name} must have a score (or None) for each head of each layer")
 
     def for_layer(self, layer: int) -> Pattern:
-        """The heads of one layer; one pattern where they all agree."""
+        """The heads of one layer; one pattern where they all agree.
+
+        A pattern that has `expecting(density)` learns the density that it had on the prompts it was chosen on.
+        """
         if not 0 <= layer < len(self.layers):
             raise ValueError(f"the profile has {len(self.layers)} layers, layer {layer} was asked for")
-        own = (getattr(pattern, "for_layer", None) for pattern in self.layers[layer])
-        heads = tuple(
-            made(layer) if callable(made) else pattern for pattern, made in zip(self.layers[layer], own, strict=True)
-        )
+        heads = tuple(self._of_head(layer, head) for head in range(len(self.layers[layer])))
         return heads[0] if len(set(heads)) == 1 else PerHead(heads)
+
+    def _of_head(self, layer: int, head: int) -> Pattern:
+        pattern: Any = self.layers[layer][head]
+        if hasattr(pattern, "for_layer"):
+            pattern = pattern.for_layer(layer)
+        score = self.tuning[layer][head] if self.tuning else None
+        if score is not None and hasattr(pattern, "expecting"):
+            pattern = pattern.expecting(score.density)
+        own: Pattern = pattern
+        return own
 
     def map(self, change: Callable[[Pattern], Pattern]) -> ModelPatterns:
         """Every pattern replaced by change(pattern)."""

@@ -207,7 +207,7 @@ caution; the GPU's is an assumption.
 
 
 SALE_DENSITY = 0.2
-"""What is reckoned with where a threshold decides what a prompt keeps, which is not known beforehand."""
+"""What is reckoned with where a threshold decides what a prompt keeps, and no profile says what it came to."""
 
 
 def expected_density(pattern: Any, keys: int) -> float:
@@ -236,10 +236,10 @@ def expected_density(pattern: Any, keys: int) -> float:
             assert verticals is not None
             assert slashes is not None
             return max(_kept_share(verticals, slashes, keys), forced)
-        case Sale(keep=keep, window=window, segment=segment):
+        case Sale(keep=keep, window=window, segment=segment, expected=expected):
             # whole segments are tested, and what is left of the last one is window
             forced = _kept_share(0, 64 + _in_blocks(window + segment), keys)
-            return max(SALE_DENSITY if keep is None else _kept_share(0, keep, keys), forced)
+            return max((expected or SALE_DENSITY) if keep is None else _kept_share(0, keep, keys), forced)
     own = getattr(pattern, "expected_density", None)
     return float(own(keys)) if callable(own) else 0.5
 

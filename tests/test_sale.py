@@ -24,8 +24,15 @@ from sparseprefill.estimators import relative_attention as estimating
 from sparseprefill.evals import overhead
 from sparseprefill.kernels import low_bit
 from sparseprefill.kernels.products import PRODUCTS, ProductShape, choose_product
-from sparseprefill.patterns import Dense, PerHead, Sale
-from sparseprefill.prefill import COST_MODELS, expected_density, expected_overhead, resolve_method, sparse_prefill
+from sparseprefill.patterns import Dense, HeadScore, ModelPatterns, PerHead, Sale
+from sparseprefill.prefill import (
+    COST_MODELS,
+    SALE_DENSITY,
+    expected_density,
+    expected_overhead,
+    resolve_method,
+    sparse_prefill,
+)
 from support import left_padding, make_inputs
 
 SMALL: dict[str, Any] = {"window": 32, "segment": 32, "query_block": 32, "key_block": 16}
@@ -55,6 +62,8 @@ def grid_of(inputs: AttentionInputs, block_q: int = 16, block_k: int = 16) -> Bl
         ({"threshold": 0.1, "segment": 48}, "segment must be a multiple of key_block=32"),
         ({"threshold": 0.1, "window": 32}, "window must be at least query_block=64"),
         ({"threshold": 0.1, "query_block": 0}, "query_block must be at least 1"),
+        ({"threshold": 0.1, "expected": 0.0}, r"expected must be in \(0, 1\]"),
+        ({"keep": 0.1, "expected": 0.1}, "a budget to keep says it by itself"),
         ({"threshold": 0.1, "product": "cuda"}, "unknown implementation 'cuda'"),
     ],
 )
@@ -274,6 +283,18 @@ class TestCost:
     def test_short_prompts_are_known_to_be_nearly_dense(self) -> None:
         assert expected_density(Sale(threshold=0.5), 256) == 1.0
         assert expected_density(Sale(keep=0.1), 1 << 20) == pytest.approx(0.1)
+
+    def test_a_profile_says_what_its_thresholds_come_to(self) -> None:
+        scores = ((HeadScore(0.9, 0.8, 0.4, 0.7), HeadScore(0.9, 0.8, 0.6, 0.9)),)
+        profile = ModelPatterns(((Sale(threshold=0.1), Sale(threshold=0.1)),), tuning=scores)
+        assert expected_density(profile.for_layer(0), 1 << 20) == pytest.approx(0.5)
+        assert expected_density(Sale(threshold=0.1), 1 << 20) == pytest.approx(SALE_DENSITY)
+        inputs = make_inputs(query_heads=2, kv_heads=1, queries=300, head_dim=8)
+        told, untold = (
+            pattern.build_index(inputs, grid_of(inputs)).to_mask()
+            for pattern in (profile.for_layer(0), Sale(threshold=0.1))
+        )
+        assert torch.equal(told, untold), "it chooses no block"
 
 
 def _masks(patch: Any, ids: torch.Tensor) -> Any:
