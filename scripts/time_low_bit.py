@@ -1,42 +1,22 @@
-"""Time what SALE adds to a layer: keys as codes, scores of all tiles, the lists; beside the least it could take.
+"""Where the time of SALE's selection goes in a layer, and on a GPU what memory it takes.
 
     python scripts/time_low_bit.py --length 65536
     python scripts/time_low_bit.py --length 131072 --profile          (every device operation of one selection)
     python scripts/time_low_bit.py --device cpu --length 2048 --heads 4 --kv-heads 2 --product torch
 
-The floor is half of dense attention's multiply-adds at the rate of torch's int8 product of head_dim wide vectors, in
-the same run. Prints medians and ratios, and on a GPU the peak of memory. Inputs are random: times do not depend on
-them, except of attention over the lists, which is not timed here.
+`sparseprefill bench --estimator sale` sets the whole beside dense attention and its floor. Inputs are random: times of
+the selection do not depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
-from sparseprefill import AttentionInputs, BlockGrid
+from sparseprefill import BlockGrid
+from sparseprefill.evals.bench import median_seconds, random_inputs
 from sparseprefill.patterns import Sale
-
-
-def median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
-    """Milliseconds of one call, after one to warm up."""
-    times = []
-    for turn in range(repeats + 1):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if turn:
-            times.append((time.perf_counter() - began) * 1e3)
-    return statistics.median(times)
 
 
 def main() -> None:
@@ -54,13 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device here; without one, `python -m sparseprefill.kernels.triton_inspect`")
-    draw = torch.Generator(args.device).manual_seed(0)
-
-    def randn(heads: int) -> Tensor:
-        shape = 1, heads, args.length, args.head_dim
-        return torch.randn(shape, device=args.device, dtype=torch.bfloat16, generator=draw)
-
-    inputs = AttentionInputs(randn(args.heads), randn(args.kv_heads), randn(args.kv_heads), args.head_dim**-0.5)
+    inputs = random_inputs(args.heads, args.kv_heads, args.length, args.head_dim, torch.bfloat16, args.device, 0)
     grid = BlockGrid.of(inputs, args.block, args.block)
     pattern = Sale(threshold=0.004, bits=args.bits, product=args.product)
     print(
@@ -75,26 +49,17 @@ def main() -> None:
         return
 
     prepared = pattern.estimator.prepare(inputs, grid)
-    slabs = list(grid.slabs(args.heads, 1 << 22))
-    few = min(4096, args.length)
-    codes = torch.randint(-7, 8, (args.length, args.head_dim), device=args.device, generator=draw).to(torch.int8)
-    floor = median_ms(lambda: torch._int_mm(codes[:few], codes.T), args.device, args.repeats)
-    floor *= args.heads * (args.length / 2) / few
-    dense = median_ms(
-        lambda: functional.scaled_dot_product_attention(
-            inputs.query, inputs.key, inputs.value, is_causal=True, enable_gqa=True
-        ),
-        args.device, args.repeats,
-    )  # fmt: skip
-    times = {
-        "keys as codes, mass of sink and window": lambda: pattern.estimator.prepare(inputs, grid),
-        "scores of all tiles": lambda: [prepared.scores(*slab) for slab in slabs],
-        "the whole selection": lambda: pattern.build_index(inputs, grid),
-    }
-    print(f"floor {floor:.2f} ms, dense (torch, bfloat16) {dense:.2f} ms")
-    for name, run in times.items():
-        took = median_ms(run, args.device, args.repeats)
-        print(f"{name}: {took:.2f} ms, {took / floor:.2f} x the floor, {took / dense:.3f} x dense")
+    seconds = median_seconds(
+        inputs,
+        {
+            "keys as codes, mass of sink and window": lambda: pattern.estimator.prepare(inputs, grid),
+            "scores of all tiles": lambda: [prepared.scores(*slab) for slab in prepared.slabs()],
+            "the whole selection": lambda: pattern.build_index(inputs, grid),
+        },
+        args.repeats,
+    )
+    for name, took in seconds.items():
+        print(f"{name}: {took * 1e3:.2f} ms")
     if args.device == "cuda":
         del prepared
         before = torch.cuda.memory_allocated()
