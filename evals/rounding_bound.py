@@ -119,4 +119,5 @@ def count_bound(inputs: AttentionInputs, pattern: Sale, grid: BlockGrid) -> Boun
 
 
 def _by_tile(pairs: Tensor, grid: BlockGrid) -> Tensor:
-    return pairs.unflatten(0, (-1, grid.block_q)).unflatten(2, (-1, grid.block_k)).any(3).any(1)
+    tiles: Tensor = pairs.unflatten(0, (-1, grid.block_q)).unflatten(2, (-1, grid.block_k))
+    return tiles.any(3).any(1)

@@ -148,10 +148,7 @@ class SelectorResult:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise ValueError(f"the comparison {path} is not of schema {SCHEMA}: make it again, `sparseprefill compare`")
         try:
-            curves = tuple(
-                Curve(**{name: tuple(value) if isinstance(value, list) else value for name, value in each.items()})
-                for each in data["curves"]
-            )
+            curves = tuple(Curve(**_tuples(each)) for each in data["curves"])
             bounds = {group: BoundCount(**each) for group, each in data["bounds"].items()}
             return SelectorResult(curves, bounds, data["settings"], data["provenance"])
         except (AttributeError, KeyError, TypeError) as error:
@@ -176,6 +173,10 @@ class SelectorResult:
             rows = [[group, *map(str, dataclasses.astuple(each))] for group, each in self.bounds.items()]
             parts.append(table(["group", *names], rows, markdown=markdown))
         return "\n\n".join(parts)
+
+
+def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
 
 
 def _table(curves: Sequence[Curve], densities: Sequence[float], markdown: bool) -> str:
@@ -302,14 +303,14 @@ def compare(
             raise ValueError(f"{each.family} is compared with {each.like}, which must stand before it")
     found: dict[tuple[str, tuple[int, int]], list[_Scored]] = {}
     bounds: dict[str, BoundCount] = {}
-    for each in inputs:
+    for given in inputs:
         for place, tile in enumerate(tiles):
             some = chosen if place == 0 else for_tiles(chosen, tile)
             if some:
-                found.setdefault((each.group, tile), []).append(_scored(each, some, tile, quantile, every))
+                found.setdefault((given.group, tile), []).append(_scored(given, some, tile, quantile, every))
         if bound is not None:
-            counted = count_bound(each.inputs, Sale(threshold=bound), BlockGrid.of(each.inputs, *tiles[0]))
-            bounds[each.group] = bounds[each.group] + counted if each.group in bounds else counted
+            counted = count_bound(given.inputs, Sale(threshold=bound), BlockGrid.of(given.inputs, *tiles[0]))
+            bounds[given.group] = bounds[given.group] + counted if given.group in bounds else counted
         progress(1)
     if not found:
         raise ValueError("there is nothing to compare on: give at least one prompt or made-up head")
@@ -432,10 +433,8 @@ def _allocated(group: str, tile: tuple[int, int], some: Sequence[_Scored]) -> It
             points.setdefault(means["density"], {"price": price, **means})
         got = [points[each] for each in sorted(points)]
         got = [each for n, each in enumerate(got) if n % -(-len(got) // _POINTS) == 0 or n == len(got) - 1]
-        yield Curve(
-            group, tile, label, tuple(each["price"] for each in got),
-            *(tuple(each[name] for each in got) for name in names),
-        )  # fmt: skip
+        columns: dict[str, Any] = {name: tuple(each[name] for each in got) for name in names}
+        yield Curve(group, tile, label, tuple(each["price"] for each in got), **columns)
 
 
 def _unless_nan(values: tuple[float, ...]) -> tuple[float, ...] | None:

@@ -80,7 +80,10 @@ def compare(
             raise ValueError("--only-planted is for made-up heads alone: leave out the model, and --planted 0")
         number = 1 if seed is None else seed
         shared: dict[str, Any] = {"quantile": quantile, "every": every, "bound": bound}
-        loaded, made, first, others = None, None, [], []
+        loaded: Any = None
+        made: Any = None
+        first: list[Any] = []
+        others: list[Any] = []
         if not only_planted:
             loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
             made = profile_prompts(prompts, tokenizer, lengths, samples, 0, seed=seed)
