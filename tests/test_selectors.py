@@ -34,6 +34,7 @@ from sparseprefill.kernels.low_bit import LowBit, quantize, token_means
 from sparseprefill.kernels.reference import reference_attention
 from sparseprefill.patterns import BlockSparse, Dense, Pattern, Sale
 from sparseprefill.prompts import ProfilePrompt
+from sparseprefill.reports import number
 from support import make_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -330,6 +331,27 @@ def test_the_recorded_run_shows_what_the_pages_say() -> None:
         assert all(abs(each) <= 0.005 for each in gaps(on_model, density))
         found = gaps(made_up, density)
         assert abs(sum(found)) <= 0.005 * max(1, len(found))
+
+
+def test_the_tables_of_the_page_are_those_of_the_run() -> None:
+    page = (ROOT / "docs/methods/sale.md").read_text(encoding="utf-8")
+    figures = r"((?:\| [\d.-]+ )+)\|$"
+    section = page.partition("### Against other selectors")[2].partition("\n### ")[0]
+    rows = re.findall(rf"^\| `?([a-z_, ]+?)`? {figures}", section, flags=re.MULTILINE)
+    assert len(rows) == 9
+    for family, shown in rows:
+        curves = [RESULT.curve(f"model, {tokens} tokens", family) for tokens in (8192, 16384)]
+        expected = [number(each.at(density)) for each in curves for density in DENSITIES]
+        assert shown.strip("| ").split(" | ") == expected, family
+    section = page.partition("### Which tiles")[2].partition("\n## ")[0]
+    cut = re.findall(rf"^\| (\d+) x (\d+), ([a-z_, ]+?) {figures}", section, flags=re.MULTILINE)
+    assert len(cut) == 12
+    for block_q, block_k, family, shown in cut:
+        one = RESULT.curve("model, 8192 tokens", family, (int(block_q), int(block_k)))
+        assert shown.strip("| ").split(" | ") == [number(one.at(density)) for density in DENSITIES]
+    bound = RESULT.bounds["model, 16384 tokens"]
+    told = f"{bound.above} tiles between sink and window have an exact score above it, {bound.certain} of them"
+    assert told in " ".join(page.split())
 
 
 def test_recorded_results_survive_a_round_trip(tmp_path: Path) -> None:
