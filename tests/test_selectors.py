@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from sparseprefill import patch_model
 from sparseprefill.cli import main
 from sparseprefill.contracts import AttentionInputs, BlockGrid
+from sparseprefill.evals.compare import summarise
 from sparseprefill.evals.loading import load_model
 from sparseprefill.evals.planted_heads import planted_heads
+from sparseprefill.evals.results import EvalResult
 from sparseprefill.evals.rounding_bound import BoundCount, count_bound, logit_errors
 from sparseprefill.evals.selectors import (
     DENSITIES,
@@ -352,6 +354,18 @@ def test_the_tables_of_the_page_are_those_of_the_run() -> None:
     bound = RESULT.bounds["model, 16384 tokens"]
     told = f"{bound.above} tiles between sink and window have an exact score above it, {bound.certain} of them"
     assert told in " ".join(page.split())
+
+
+def test_the_needles_of_sale_are_those_of_the_run() -> None:
+    result = EvalResult.load(ROOT / "docs/results/needle_sale_cpu.json")
+    label = "sale:keep=0.2"
+    expected = []
+    for length in (4096, 8192, 16384, 32768):
+        found = [answer.values["found"] for item, answer in result.answers(label) if item.group["length"] == length]
+        expected.append(f"{100 * sum(found) / len(found):.0f}%")
+    costs = {(each.method, each.group.get("length")): each for each in summarise(result, resamples=10).costs}
+    expected.append(number(costs[label, 16384].kept_mass))
+    assert f"| `sale`, `keep=0.2` | {' | '.join(expected)} |" in (ROOT / "docs/which-method.md").read_text("utf-8")
 
 
 def test_recorded_results_survive_a_round_trip(tmp_path: Path) -> None:
