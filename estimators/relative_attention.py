@@ -228,6 +228,12 @@ class PreparedKeys:
         -inf where nothing is tested; +inf in all tiles of a row with a query that cannot be judged: its keys or queries
         are not finite, or nothing of its sink and window has mass. float32 (float64 for such inputs).
         """
+        logits, unknown = self.estimated(start, stop)
+        scores = tile_scores(logits, self.estimator.product)
+        return scores.masked_fill_(unknown[..., None], torch.inf)
+
+    def estimated(self, start: int, stop: int) -> tuple[EstimatedLogits, Tensor]:
+        """What the scores of a slab of rows are made of, and the rows that have none, bool [batch, heads, rows]."""
         inputs, grid = self.inputs, self.grid
         begin, end = (slots[:, start:stop, None] for slots in grid.row_slots())
         edge = (
@@ -251,9 +257,8 @@ class PreparedKeys:
             anchor=grid.anchor, block_q=grid.block_q, block_k=grid.block_k, key_blocks=grid.key_blocks,
             scale=inputs.scale, softcap=inputs.softcap,
         )  # fmt: skip
-        scores = tile_scores(logits, self.estimator.product)
         unknown = (~self.known.gather(2, by_head) & asked[:, None]).unflatten(2, (-1, grid.block_q)).any(-1)
-        return scores.masked_fill_(unknown[..., None], torch.inf)
+        return logits, unknown
 
     def unjudged(self) -> Tensor:
         """int64 [batch, query_heads]: queries that cannot be judged, so that their whole row of tiles is kept."""

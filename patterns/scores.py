@@ -102,7 +102,13 @@ def _slab_rows(heads: int, block: int, tokens: int) -> int:
 
 
 def score(
-    inputs: AttentionInputs, patterns: Sequence[Pattern], *, block: int = 64, every: int = 1, picture: bool = False
+    inputs: AttentionInputs,
+    patterns: Sequence[Pattern],
+    *,
+    block: int = 64,
+    block_k: int | None = None,
+    every: int = 1,
+    picture: bool = False,
 ) -> LayerScores:
     """Score candidates on one prompt's layer.
 
@@ -110,6 +116,7 @@ def score(
         inputs: of one prompt: batch 1, no padding.
         patterns: the candidates.
         block: tokens of a tile, both ways.
+        block_k: keys of a tile, where they are others than its queries.
         every: look at the mass of each n-th row of tiles only; density and work are those of all rows.
         picture: also keep where the mass lies.
 
@@ -120,7 +127,7 @@ def score(
         raise ValueError(f"candidates are scored on one prompt without padding, got a batch of {inputs.batch}")
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
-    grid = BlockGrid.of(inputs, block, block)
+    grid = BlockGrid.of(inputs, block, block if block_k is None else block_k)
     heads = _together(inputs.query_heads, inputs.group_size, grid.key_blocks, len(patterns))
     parts = []
     for start in range(0, inputs.query_heads, heads):

@@ -1,0 +1,375 @@
+"""The comparison of selectors: its figures against slow definitions, what it must show of SALE, its command."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparseprefill import patch_model
+from sparseprefill.cli import main
+from sparseprefill.contracts import AttentionInputs, BlockGrid
+from sparseprefill.evals.compare import summarise
+from sparseprefill.evals.loading import load_model
+from sparseprefill.evals.planted_heads import planted_heads
+from sparseprefill.evals.results import EvalResult
+from sparseprefill.evals.rounding_bound import BoundCount, count_bound, logit_errors
+from sparseprefill.evals.selectors import (
+    DENSITIES,
+    Curve,
+    NamedInputs,
+    Selector,
+    SelectorResult,
+    compare,
+    model_inputs,
+    planted_inputs,
+    selectors,
+)
+from sparseprefill.evals.selectors_figures import draw_selectors, write_selectors
+from sparseprefill.kernels.low_bit import LowBit, quantize, token_means
+from sparseprefill.kernels.reference import reference_attention
+from sparseprefill.patterns import BlockSparse, Dense, Pattern, Sale
+from sparseprefill.prompts import ProfilePrompt
+from sparseprefill.reports import number
+from support import make_inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = SelectorResult.load(ROOT / "docs/results/selectors_cpu.json")
+SMALL = {"window": 32, "segment": 32, "query_block": 16, "key_block": 16}
+
+
+# Figures against slow definitions
+
+
+def test_figures_are_those_of_the_definitions() -> None:
+    """Kept mass by the oracle, query by query; densities, and agreement of lists, from masks."""
+    inputs = make_inputs(query_heads=2, kv_heads=1, queries=200, dtype=torch.float64, seed=4)
+    patterns: dict[str, Pattern] = {
+        "exact": Sale(keep=0.4, bits=16, **SMALL),
+        "rounded": Sale(keep=0.4, bits=2, **SMALL),
+    }
+    chosen = [Selector(name, 1, each, like=None if name == "exact" else "exact") for name, each in patterns.items()]
+    result = compare([NamedInputs("a", "group", inputs)], chosen, tiles=[(16, 32)])
+    grid = BlockGrid.of(inputs, 16, 32)
+    visible = inputs.visible_mask()[0]
+    masks = {}
+    for name, pattern in patterns.items():
+        index = pattern.build_index(inputs, grid)
+        masks[name] = index.to_mask()[0]
+        curve = result.curve("group", name, (16, 32))
+        lse = [reference_attention(inputs, each).lse for each in (index, None)]
+        mass = (lse[0] - lse[1]).exp()
+        assert curve.mass[0] == pytest.approx(float(mass.mean()), abs=1e-6)
+        low = torch.quantile(mass[0], 0.1, dim=-1, interpolation="lower").mean()
+        assert curve.low_mass[0] == pytest.approx(float(low), abs=0.03)  # rounded down to a bin
+        pairs = masks[name].repeat_interleave(16, 1)[:, :200].repeat_interleave(32, 2)[..., :200] & visible
+        assert curve.density[0] == pytest.approx(float(pairs.sum() / (2 * visible.sum())))
+    both, either = masks["exact"] & masks["rounded"], masks["exact"] | masks["rounded"]
+    assert result.curve("group", "rounded", (16, 32)).agreement == (pytest.approx(float(both.sum() / either.sum())),)
+    assert result.curve("group", "exact", (16, 32)).agreement is None
+
+
+def test_a_group_is_the_mean_over_its_heads_and_dense_keeps_all() -> None:
+    pair = [make_inputs(query_heads=heads, kv_heads=1, queries=96, seed=heads) for heads in (1, 3)]
+    one = Selector("block_sparse", 0.5, BlockSparse(0.5, sink=16, local=16))
+    apart = [compare([NamedInputs("", "x", each)], [one], tiles=[(16, 16)]).curves[0] for each in pair]
+    together = compare([NamedInputs("", "x", each) for each in pair], [one], tiles=[(16, 16)]).curves[0]
+    assert together.mass[0] == pytest.approx((apart[0].mass[0] + 3 * apart[1].mass[0]) / 4)
+    dense = compare([NamedInputs("", "x", pair[0])], [Selector("dense", 1, Dense())]).curves[0]
+    assert (dense.density, dense.estimator) == ((1.0,), (0.0,))
+    assert dense.mass[0] == pytest.approx(1)
+
+
+def test_a_needle_is_counted_where_it_is_far() -> None:
+    inputs = make_inputs(query_heads=1, kv_heads=1, queries=512, seed=1)
+    some = [Selector("dense", 1, Dense()), Selector("near", 1, BlockSparse(0.01, sink=0, local=16))]
+    some[1] = Selector("near", 1, BlockSparse(16, sink=0, local=16))
+    found = compare([NamedInputs("", "x", inputs, needle=40)], some, tiles=[(16, 16)])
+    assert found.curve("x", "dense", (16, 16)).found == (1.0,)
+    assert found.curve("x", "near", (16, 16)).found == (0.0,)
+
+
+def curve(density: tuple[float, ...], mass: tuple[float, ...]) -> Curve:
+    return Curve("g", (64, 64), "f", density, density, mass, mass, (0.0,) * len(mass))
+
+
+def test_a_curve_is_read_between_its_points() -> None:
+    own = curve((0.4, 0.1), (0.8, 0.2))
+    assert own.at(0.05) is None
+    assert own.at(0.1) == pytest.approx(0.2)
+    assert own.at(0.25) == pytest.approx(0.5)
+    assert own.at(0.7) == pytest.approx(0.9), "dense closes it"
+
+
+def test_a_knob_for_each_head_loses_nothing_to_one_for_all() -> None:
+    some = selectors(shares=(0.3, 0.5, 0.8), thresholds=(0.5, 0.05), widths=())
+    result = compare(planted_inputs(512, seed=2), some)
+    for group in result.groups:
+        for family in ("sale", "block_sparse", "vertical_slash"):
+            uniform, own = result.curve(group, family), result.curve(group, f"{family}, per head")
+            for density, mass in zip(own.density, own.mass, strict=True):
+                assert mass >= (uniform.at(density) or 0) - 1e-6
+
+
+# What must be shown of SALE
+
+
+@pytest.fixture(scope="module")
+def planted() -> SelectorResult:
+    some = selectors(shares=(0.2, 0.3, 0.5), thresholds=(0.9, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.005), widths=())
+    return compare(planted_inputs(2048, seed=5), some, bound=0.02)
+
+
+def gaps(result: SelectorResult, density: float) -> list[float]:
+    """Kept mass with exact logits less that with 4 bits at a density, where both can be so sparse, by group."""
+    found = []
+    for group in result.groups:
+        for family in ("sale", "sale by threshold"):
+            own, exact = (result.curve(group, name).at(density) for name in (family, f"{family} exact"))
+            found += [] if own is None or exact is None else [exact - own]
+    return found
+
+
+def test_four_bits_keep_what_exact_logits_keep(planted: SelectorResult) -> None:
+    """Heads together. On one of 32 rows a single tile counts, for rounded logits as often as against them."""
+    for density in (0.27, 0.3, 0.4, 0.5, 0.6, 0.8):
+        found = gaps(planted, density)
+        assert len(found) >= 10
+        assert abs(sum(found) / len(found)) <= 0.005
+        assert max(found) <= 0.015
+
+
+def test_a_needle_is_found_where_mean_pooling_misses_it(planted: SelectorResult) -> None:
+    for group in ("planted: needle", "planted: needle with outliers"):
+        sale, mean = planted.curve(group, "sale by threshold"), planted.curve(group, "block_sparse")
+        assert sale.knob[0] == 0.9
+        assert sale.found is not None
+        assert sale.found[0] > 0.99
+        assert (mean.at(sale.density[0], "found") or 0) < 0.4
+        assert sale.mass[0] > (mean.at(sale.density[0]) or 1) + 0.4
+
+
+def test_nothing_is_lost_beyond_the_bound(planted: SelectorResult) -> None:
+    assert set(planted.bounds) == set(planted.groups)
+    assert all(each.lost == 0 and each.certain <= each.above <= each.tiles for each in planted.bounds.values())
+    assert sum(each.certain for each in planted.bounds.values()) > 50
+    assert sum(each.missed for each in planted.bounds.values()) > 0, "rounding does lose some within the bound"
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    bits=st.sampled_from([2, 4, 8]),
+    group=st.sampled_from(["token", "tile"]),
+    threshold=st.sampled_from([0.9, 0.3, 0.05, 0.005]),
+    spread=st.sampled_from([0.3, 1.0, 4.0]),
+    queries=st.integers(40, 130),
+    softcap=st.sampled_from([None, 5.0]),
+    head_dim=st.sampled_from([5, 16]),
+)
+def test_what_the_bound_promises_is_kept(
+    seed: int, bits: int, group: str, threshold: float, spread: float, queries: int, softcap: float | None,
+    head_dim: int,
+) -> None:  # fmt: skip
+    inputs = make_inputs(
+        query_heads=2, kv_heads=1, queries=queries, head_dim=head_dim, dtype=torch.float64, seed=seed, softcap=softcap,
+        scale=spread,
+    )  # fmt: skip
+    pattern = Sale(threshold=threshold, bits=bits, group=group, **SMALL)
+    for grid in (BlockGrid.of(inputs, 16, 16), BlockGrid.of(inputs, 32, 16)):
+        found = count_bound(inputs, pattern, grid)
+        assert found.lost == 0
+        assert found.certain <= found.above <= found.tiles
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), bits=st.sampled_from([2, 4, 8]), level=st.sampled_from([1e-3, 1.0, 1e3]))
+def test_the_error_of_a_product_is_within_its_bound(seed: int, bits: int, level: float) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    query, key = (torch.randn(1, 1, n, 12, generator=draw, dtype=torch.float64) * level for n in (9, 14))
+    key[..., 3] += 30 * level
+    means = token_means(query, None), token_means(key, None)
+    codes = [quantize(each, mean, bits) for each, mean in zip((query, key), means, strict=True)]
+    shares = torch.arange(14)[None] // 5
+    codes[1] = quantize(key, means[1], bits, group=shares)
+    real = [each.unpacked()[..., :12].double() * each.scale[..., None] for each in codes]
+    error = (real[0] @ real[1].mT - (query - means[0][:, :, None]) @ (key - means[1][:, :, None]).mT).abs()
+    bound = torch.einsum("bhqc,bhkc->bhqk", *logit_errors(*codes))
+    assert (error <= bound * (1 + 1e-9) + 1e-12 * level**2).all()
+
+
+def test_the_bound_is_reached() -> None:
+    """Vectors half a step off in every channel, the same way: a tighter bound would be wrong."""
+    codes = torch.tensor([7.0, 3, 3, 3, 3, 3, 3, 3])
+    vector = codes + torch.tensor([0.0, *[0.4999] * 7])
+    rounded = quantize(vector[None, None, None].double(), torch.zeros(1, 1, 8), 4)
+    assert rounded.unpacked()[0, 0, 0].tolist() == codes.tolist()
+    error = float((vector.double() @ vector.double()) - codes @ codes)
+    bound = float(torch.einsum("bhqc,bhkc->bhqk", *logit_errors(rounded, rounded)))
+    assert error <= bound < 1.4 * error  # the largest channel is exact, and the bound does not know
+
+
+# Refusals
+
+
+def test_the_bound_refuses_what_it_does_not_cover() -> None:
+    inputs = make_inputs(queries=96)
+    grid = BlockGrid.of(inputs, 64, 64)
+    for pattern in (Sale(keep=0.5), Sale(threshold=0.1, bits=16)):
+        with pytest.raises(ValueError, match="name a threshold"):
+            count_bound(inputs, pattern, grid)
+    padded = make_inputs(batch=2, queries=96)
+    with pytest.raises(ValueError, match="one whole prompt"):
+        count_bound(padded, Sale(threshold=0.1), BlockGrid.of(padded, 64, 64))
+    spoilt = make_inputs(queries=96)
+    spoilt.key[0, 0, 3, 2] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        count_bound(spoilt, Sale(threshold=0.1), BlockGrid.of(spoilt, 64, 64))
+    exact = LowBit(torch.zeros(1, 1, 1, 8), torch.ones(1, 1, 1), 16, 8)
+    with pytest.raises(ValueError, match="no rounding error"):
+        logit_errors(exact, exact)
+
+
+def test_comparisons_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    inputs = NamedInputs("", "x", make_inputs(queries=64))
+    dense = Selector("dense", 1, Dense())
+    for some in ([], [dense, dense]):
+        with pytest.raises(ValueError, match="families and knobs"):
+            compare([inputs], some)
+    with pytest.raises(ValueError, match="must stand before"):
+        compare([inputs], [Selector("a", 1, Dense(), like="dense"), dense])
+    with pytest.raises(ValueError, match="nothing to compare on"):
+        compare([], [dense])
+    result = compare([inputs], [dense])
+    with pytest.raises(KeyError, match="no curve"):
+        result.curve("x", "no_such")
+    with pytest.raises(ValueError, match="no group"):
+        draw_selectors(result, ["no_such"])
+    with pytest.raises(ValueError, match=r"ends in \.png"):
+        write_selectors(result, tmp_path / "picture.pdf")
+    for text in ("[]", '{"schema": "other"}', json.dumps({"schema": "sparseprefill-selectors-1", "curves": [{}]})):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match="make it again"):
+            SelectorResult.load(tmp_path / "bad.json")
+
+
+# The model inside, and the command
+
+
+def test_a_model_is_looked_at_under_dense_attention() -> None:
+    model, _ = load_model()
+    ids = torch.randint(3, 99, (160,), generator=torch.Generator().manual_seed(0)).tolist()
+    found = list(model_inputs(model, [ProfilePrompt("p", ids)]))
+    assert [each.name for each in found] == [f"p layer {n}" for n in range(model.config.num_hidden_layers)]
+    assert {each.group for each in found} == {"model, 160 tokens"}
+    seen: list[AttentionInputs] = []
+
+    class Sparse:
+        """Looks at the same, but keeps less: from the second layer on, inputs differ."""
+
+        def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> object:
+            seen.append(inputs)
+            return BlockSparse(0.1, sink=0, local=16).build_index(inputs, grid)
+
+    with patch_model(model, Sparse(), min_length=0, observe=False), torch.no_grad():
+        seen.clear()
+        model.base_model(input_ids=torch.tensor([ids]))
+    torch.testing.assert_close(found[0].inputs.key, seen[0].key)
+    assert not torch.allclose(found[1].inputs.key, seen[1].key)
+    with pytest.raises(ValueError, match="window"):
+        list(model_inputs(model, [ProfilePrompt("p", ids * 1000)]))
+
+
+def test_the_command(tmp_path: Path) -> None:
+    out, png = tmp_path / "out.json", tmp_path / "out.png"
+    done = CliRunner().invoke(
+        main, ["compare", "--lengths", "512", "--planted", "0", "--no-tiles", "--densities", "0.9", "--out", str(out),
+               "--png", str(png)],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    result = SelectorResult.load(out)
+    assert result.groups == ("model, 512 tokens",)
+    assert result.settings["lengths"] == [512]
+    assert result.provenance["model"]["name"] == "needle_model"
+    assert result.bounds["model, 512 tokens"].lost == 0
+    assert png.read_bytes().startswith(b"\x89PNG")
+    shown = re.search(r"^block_sparse  +([\d.]+)", done.stdout, flags=re.MULTILINE)
+    assert shown is not None
+    assert float(shown[1]) == pytest.approx(result.curve("model, 512 tokens", "block_sparse").at(0.9) or 0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--only-planted", "--planted", "0"], "made-up heads alone"),
+        (["--densities", "1.5"], "density"),
+        (["--bound", "2"], "threshold"),
+        (["--out", "no_such_folder/x.json"], "no folder"),
+        (["--prompts", "builtin:no_such"], "no_such"),
+    ],
+)
+def test_the_command_refuses(options: list[str], said: str) -> None:
+    done = CliRunner().invoke(main, ["compare", "--lengths", "512", *options])
+    assert done.exit_code == 1
+    assert said in done.output
+    assert "Traceback" not in done.output
+
+
+# The figures in the repository
+
+
+def test_the_recorded_run_shows_what_the_pages_say() -> None:
+    assert [each for each in RESULT.groups if each.startswith("model")] == ["model, 8192 tokens", "model, 16384 tokens"]
+    assert all(each.lost == 0 for each in RESULT.bounds.values())
+    on_model = SelectorResult(tuple(each for each in RESULT.curves if each.group.startswith("model")))
+    made_up = SelectorResult(tuple(each for each in RESULT.curves if not each.group.startswith("model")))
+    for density in DENSITIES:
+        assert all(abs(each) <= 0.005 for each in gaps(on_model, density))
+        found = gaps(made_up, density)
+        assert abs(sum(found)) <= 0.005 * max(1, len(found))
+
+
+def test_the_tables_of_the_page_are_those_of_the_run() -> None:
+    page = (ROOT / "docs/methods/sale.md").read_text(encoding="utf-8")
+    figures = r"((?:\| [\d.-]+ )+)\|$"
+    section = page.partition("### Against other selectors")[2].partition("\n### ")[0]
+    rows = re.findall(rf"^\| `?([a-z_, ]+?)`? {figures}", section, flags=re.MULTILINE)
+    assert len(rows) == 9
+    for family, shown in rows:
+        curves = [RESULT.curve(f"model, {tokens} tokens", family) for tokens in (8192, 16384)]
+        expected = [number(each.at(density)) for each in curves for density in DENSITIES]
+        assert shown.strip("| ").split(" | ") == expected, family
+    section = page.partition("### Which tiles")[2].partition("\n## ")[0]
+    cut = re.findall(rf"^\| (\d+) x (\d+), ([a-z_, ]+?) {figures}", section, flags=re.MULTILINE)
+    assert len(cut) == 12
+    for block_q, block_k, family, shown in cut:
+        one = RESULT.curve("model, 8192 tokens", family, (int(block_q), int(block_k)))
+        assert shown.strip("| ").split(" | ") == [number(one.at(density)) for density in DENSITIES]
+    bound = RESULT.bounds["model, 16384 tokens"]
+    told = f"{bound.above} tiles between sink and window have an exact score above it, {bound.certain} of them"
+    assert told in " ".join(page.split())
+
+
+def test_the_needles_of_sale_are_those_of_the_run() -> None:
+    result = EvalResult.load(ROOT / "docs/results/needle_sale_cpu.json")
+    label = "sale:keep=0.2"
+    expected = []
+    for length in (4096, 8192, 16384, 32768):
+        found = [answer.values["found"] for item, answer in result.answers(label) if item.group["length"] == length]
+        expected.append(f"{100 * sum(found) / len(found):.0f}%")
+    costs = {(each.method, each.group.get("length")): each for each in summarise(result, resamples=10).costs}
+    expected.append(number(costs[label, 16384].kept_mass))
+    assert f"| `sale`, `keep=0.2` | {' | '.join(expected)} |" in (ROOT / "docs/which-method.md").read_text("utf-8")
+
+
+def test_recorded_results_survive_a_round_trip(tmp_path: Path) -> None:
+    (tmp_path / "again.json").write_text(json.dumps(RESULT.to_dict()))
+    assert SelectorResult.load(tmp_path / "again.json") == RESULT
+    assert RESULT.bounds["planted: needle"] == BoundCount(**RESULT.to_dict()["bounds"]["planted: needle"])
+    assert planted_heads(512)[0].name == "diffuse"
