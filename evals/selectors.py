@@ -49,7 +49,7 @@ TILES = ((64, 64), (64, 32), (128, 64))
 """Queries and keys of a tile of attention: what is compared, and what the tiles of SALE are chosen among."""
 
 PER_HEAD = {
-    "sale, per head": ("sale", "sale by threshold"),
+    "sale, per head": ("sale", "sale by threshold", "sale, short window"),
     "block_sparse, per head": ("block_sparse",),
     "vertical_slash, per head": ("vertical_slash",),
 }
@@ -208,7 +208,7 @@ def selectors(
     thresholds: Sequence[float] = THRESHOLDS,
     widths: Sequence[tuple[int, str]] = WIDTHS,
 ) -> tuple[Selector, ...]:
-    """SALE by budget and by threshold, in 4 bits and exact, and the methods it is compared with.
+    """SALE by budget (with a shorter window too) and by threshold, in 4 bits and exact, and what it is compared with.
 
     `widths`: other widths and groups of scales, by budget. Lists by budget are compared with those of exact logits.
     """
@@ -218,6 +218,8 @@ def selectors(
     ]
     made += [Selector("sale", each, Sale(keep=each), like="sale exact") for each in shares]
     made += [Selector("sale by threshold", each, Sale(threshold=each)) for each in thresholds]
+    # what sink and window always take is taken from a small budget
+    made += [Selector("sale, short window", each, Sale(keep=each, window=64, segment=64)) for each in shares]
     for bits, group in widths:
         name = f"sale {bits} bits a {group}"
         made += [

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 _CONTROL = "random"
-_OWN_COLOURS = {"sale": "#CC79A7", "sale by threshold": "#8C6BB1"}
+_OWN_COLOURS = {"sale": "#CC79A7", "sale, short window": "#D55E00", "sale by threshold": "#8C6BB1"}
 
 
 def draw_selectors(result: SelectorResult, groups: Sequence[str] | None = None) -> Figure:
