@@ -6,8 +6,9 @@ few rows are cheap.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -45,8 +46,27 @@ class LastRowsDense:
         own = getattr(self.pattern, "for_layer", None)
         return LastRowsDense(own(layer), self.rows) if callable(own) else self
 
+    def expecting(self, density: float) -> LastRowsDense:
+        """The wrapped pattern told what density it comes to, if it wants to know."""
+        own = getattr(self.pattern, "expecting", None)
+        return LastRowsDense(own(density), self.rows) if callable(own) else self
+
+    @property
+    def together(self) -> tuple[Any, ...]:
+        """As the wrapped pattern's, which must have it; see `sparseprefill.patterns.per_head`."""
+        wrapped: Any = self.pattern
+        return LastRowsDense, self.rows, wrapped.together
+
+    @staticmethod
+    def build_together(patterns: Sequence[LastRowsDense], inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        """One wrapped pattern a head, all of one `together`."""
+        wrapped: list[Any] = [each.pattern for each in patterns]
+        return patterns[0]._with_last_rows(wrapped[0].build_together(wrapped, inputs, grid), inputs, grid)
+
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
-        sparse = self.pattern.build_index(inputs, grid)
+        return self._with_last_rows(self.pattern.build_index(inputs, grid), inputs, grid)
+
+    def _with_last_rows(self, sparse: BlockIndex, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         dense = BlockIndex.dense(inputs, grid)
         _, end = grid.row_slots()
         last = end > (inputs.tail() - self.rows)[:, None]

@@ -24,7 +24,7 @@ from sparseprefill.estimators import relative_attention as estimating
 from sparseprefill.evals import overhead
 from sparseprefill.kernels import low_bit
 from sparseprefill.kernels.products import PRODUCTS, ProductShape, choose_product
-from sparseprefill.patterns import Dense, HeadScore, ModelPatterns, PerHead, Sale
+from sparseprefill.patterns import Dense, HeadScore, LastRowsDense, ModelPatterns, PerHead, Sale
 from sparseprefill.prefill import (
     COST_MODELS,
     SALE_DENSITY,
@@ -191,8 +191,20 @@ class TestHeads:
 
         monkeypatch.setattr(RelativeAttention, "prepare", counted)
         inputs = make_inputs(query_heads=6, kv_heads=2, queries=100, head_dim=8)
-        PerHead(tuple(Sale(threshold=0.1 + head / 10) for head in range(6))).build_index(inputs, grid_of(inputs))
-        assert prepared == [2], "six thresholds, one estimate, keys of two KV heads"
+        heads = tuple(Sale(threshold=0.1 + head / 10) for head in range(6))
+        PerHead(heads).build_index(inputs, grid_of(inputs))
+        PerHead(tuple(LastRowsDense(each, 20) for each in heads)).build_index(inputs, grid_of(inputs))
+        assert prepared == [2, 2], "six thresholds, one estimate, keys of two KV heads"
+
+    def test_last_rows_are_whole_above_thresholds_of_their_own(self) -> None:
+        inputs = make_inputs(query_heads=4, kv_heads=2, queries=300, head_dim=8)
+        heads = tuple(LastRowsDense(Sale(threshold=0.6 + head / 10, **SMALL), 40) for head in range(4))
+        index = PerHead(heads).build_index(inputs, grid_of(inputs))
+        index.validate(inputs)
+        for head, pattern in enumerate(heads):
+            alone = pattern.build_index(inputs, grid_of(inputs)).to_mask()[:, head]
+            assert torch.equal(index.to_mask()[:, head], alone), head
+        assert heads[0].expecting(0.4).pattern == heads[0].pattern.expecting(0.4)
 
     def test_a_profile_of_thresholds_runs(self) -> None:
         model, ids = tiny_model("llama"), tokens(1, 200)
