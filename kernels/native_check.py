@@ -46,9 +46,13 @@ def check_cases() -> Iterator[tuple[str, EstimatedLogits]]:
 
 
 def code_cases() -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-    """Vectors of every dtype, not contiguous, some of them not real, far from their mean, or not finite."""
+    """Vectors of every dtype, not contiguous, some of them not real, far from their mean, tiny, or not finite."""
     generator = torch.Generator().manual_seed(0)
     for bits in BITS:
+        tiny = torch.randn(1, 1, 9, 12, generator=generator) * 1e-39  # one over the largest of them is infinite
+        yield f"codes of {bits} bits, tiny", tiny, {
+            "mean": torch.zeros(1, 1, 12), "bits": bits, "group_size": 1, "anchor": torch.tensor([0]), "real": None,
+        }  # fmt: skip
         for dtype, dim, together in ((torch.float32, 20, 1), (torch.bfloat16, 33, 16), (torch.float16, 128, 48)):
             vectors = torch.randn(2, 77, 3, dim, generator=generator) * 5 + 40
             vectors[0, 5, 1] = vectors[0, :, 1].mean(0)
