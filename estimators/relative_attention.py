@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -89,13 +90,13 @@ class RelativeAttention:
                     f"{name} must be a multiple of key_block={self.key_block} tokens, got {getattr(self, name)}"
                 )
         check_product(self.product)
-
-        if self.window < self.query_block:
+        # a row that ends inside a key block has the rest of that block in its window, and no query there
+        least = self.query_block + self.key_block - math.gcd(self.query_block, self.key_block)
+        if self.window < least:
             raise ValueError(
-                f"window must be at least query_block={self.query_block} tokens, so that each query sees itself, "
-                f"got {self.window}"
+                f"window must be at least {least} tokens with query_block={self.query_block} and "
+                f"key_block={self.key_block}, so that each query sees itself, got {self.window}"
             )
-        check_product(self.product)
 
     def prepare(self, inputs: AttentionInputs, grid: BlockGrid) -> PreparedKeys:
         """What is computed once for all rows: keys as codes, and the exact mass of sink and window of each query."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -53,7 +54,8 @@ def grid_of(inputs: AttentionInputs, block_q: int = 16, block_k: int = 16) -> Bl
         ({"threshold": 0.1, "group": "head"}, "group must be one of token, tile"),
         ({"threshold": 0.1, "window": 100}, "window must be a multiple of key_block=32"),
         ({"threshold": 0.1, "segment": 48}, "segment must be a multiple of key_block=32"),
-        ({"threshold": 0.1, "window": 32}, "window must be at least query_block=64"),
+        ({"threshold": 0.1, "window": 32}, "window must be at least 64 tokens with query_block=64"),
+        ({"threshold": 0.1, "window": 60, "segment": 20, "query_block": 48, "key_block": 20}, "at least 64 tokens"),
         ({"threshold": 0.1, "query_block": 0}, "query_block must be at least 1"),
         ({"threshold": 0.1, "product": "cuda"}, "unknown implementation 'cuda'"),
     ],
@@ -154,6 +156,37 @@ def test_padding_does_not_count_as_unjudged() -> None:
     index = Sale(threshold=0.5, **SMALL).build_index(inputs, grid_of(inputs))
     assert index.unjudged is not None
     assert not index.unjudged.any()
+
+
+@pytest.mark.parametrize("bits", [4, low_bit.EXACT])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_padding_may_hold_anything(bad: float, bits: int) -> None:
+    """Rows of padding that saw nothing are NaN in some models' next layer."""
+    valid = left_padding(200, [0, 75])
+    valid[0, 190:] = False
+    pattern = Sale(threshold=0.5, bits=bits, **SMALL)
+    inputs = make_inputs(batch=2, queries=200, head_dim=8, key_valid=valid)
+    clean = pattern.build_index(inputs, grid_of(inputs))
+    for tensor in (inputs.query, inputs.key, inputs.value):
+        tensor.masked_fill_(~valid[:, None, :, None], bad)
+    index = pattern.build_index(inputs, grid_of(inputs))
+    assert index.unjudged is not None
+    assert not index.unjudged.any()
+    assert torch.equal(index.to_mask(), clean.to_mask())
+
+
+@pytest.mark.parametrize(("query_block", "key_block"), [(48, 20), (16, 40), (64, 32), (20, 16)])
+def test_the_least_window_holds_each_query(query_block: int, key_block: int) -> None:
+    """Also where a row ends inside a key block; a multiple less is refused, or holds all queries by luck of the cut."""
+    least = query_block + key_block - math.gcd(query_block, key_block)
+    window = -(-least // key_block) * key_block
+    sizes = {"segment": key_block, "query_block": query_block, "key_block": key_block}
+    inputs = make_inputs(queries=400, head_dim=8)
+    slot = torch.arange(400)
+    _, high = RelativeAttention(window=window, **sizes)._tested_keys(inputs, grid_of(inputs))
+    assert (high <= torch.maximum(slot, torch.tensor(key_block))).all()
+    with pytest.raises(ValueError, match=f"window must be at least {least} tokens"):
+        RelativeAttention(window=window - key_block, **sizes)
 
 
 class TestHeads:
