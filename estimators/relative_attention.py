@@ -41,6 +41,7 @@ GROUPS = ("token", "tile")
 _SLAB_NUMBERS = 1 << 23  # of queries or keys that are copied or widened at a time
 _SLAB_ENTRIES = 1 << 22  # scores that are held at a time
 _QUERIES_TOGETHER = 16  # share a scale in a "tile"
+_MOST_TOGETHER = 4096  # tokens of a block; a short prompt is filled up to one
 
 
 def scored_blocks(blocks: Tensor, segment: int, window: int) -> Tensor:
@@ -84,6 +85,9 @@ class RelativeAttention:
             raise ValueError(f"group must be one of {', '.join(GROUPS)}, got {self.group!r:.80}")
         for name in ("window", "segment", "query_block", "key_block"):
             check_tokens(name, getattr(self, name))
+        for name in ("query_block", "key_block"):
+            if getattr(self, name) > _MOST_TOGETHER:
+                raise ValueError(f"{name} must be at most {_MOST_TOGETHER} tokens, got {getattr(self, name)}")
         for name in ("window", "segment"):
             if getattr(self, name) % self.key_block:
                 raise ValueError(

@@ -56,6 +56,8 @@ def grid_of(inputs: AttentionInputs, block_q: int = 16, block_k: int = 16) -> Bl
         ({"threshold": 0.1, "segment": 48}, "segment must be a multiple of key_block=32"),
         ({"threshold": 0.1, "window": 32}, "window must be at least 64 tokens with query_block=64"),
         ({"threshold": 0.1, "window": 60, "segment": 20, "query_block": 48, "key_block": 20}, "at least 64 tokens"),
+        ({"threshold": 0.1, "query_block": 1 << 20, "window": 1 << 20}, "query_block must be at most 4096"),
+        ({"threshold": 0.1, "key_block": 1 << 20}, "key_block must be at most 4096"),
         ({"threshold": 0.1, "query_block": 0}, "query_block must be at least 1"),
         ({"threshold": 0.1, "product": "cuda"}, "unknown implementation 'cuda'"),
     ],
