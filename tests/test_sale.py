@@ -141,16 +141,45 @@ def test_what_is_not_finite_is_kept_whole_and_counted(what: str) -> None:
 
 
 def test_a_query_without_local_mass_keeps_its_row() -> None:
-    """Logits that underflow against all of sink and window cannot happen; a lse of -inf can, where keys are hidden."""
+    """Here nothing is filled in of what the last queries see; the rows before theirs do not notice."""
     inputs = make_inputs(query_heads=2, kv_heads=1, queries=300, head_dim=8)
-    prepared = RelativeAttention(**SMALL).prepare(inputs, grid_of(inputs))
-    reference = prepared.reference.clone()
-    known = prepared.known.clone()
-    known[0, 1, 200] = False
-    scores = dataclasses.replace(prepared, reference=reference, known=known).scores(0, 19)
-    assert (scores[0, 1, 200 // 16] == torch.inf).all()
-    assert (scores[0, 1, 200 // 16 + 1] < torch.inf).all()
-    assert (scores[0, 0] < torch.inf).all()
+    inputs = dataclasses.replace(inputs, key_length=200, window=64)
+    pattern = Sale(threshold=0.9, **SMALL)
+    index = pattern.build_index(inputs, grid_of(inputs))
+    index.validate(inputs)
+    sees = inputs.visible_mask().any(-1)[0]
+    assert index.unjudged is not None
+    assert index.unjudged.tolist() == [[int((~sees).sum())] * 2]
+    assert 0 < int((~sees).sum()) < 100
+    scores = pattern.estimator.prepare(inputs, grid_of(inputs)).scores(0, 19)
+    blind = torch.tensor([bool((~sees[row : row + 16]).any()) for row in range(0, 300, 16)])
+    assert (scores[0, :, blind] == torch.inf).all()
+    assert (scores[0, :, ~blind] < torch.inf).all()
+
+
+def test_a_query_whose_local_mass_overflows_keeps_its_row() -> None:
+    """Means and keys are finite, and so is all that the other queries rest on."""
+    inputs = make_inputs(query_heads=2, kv_heads=1, queries=300, head_dim=8)
+    inputs.query[0, 1, 200] = 1e20 * inputs.key[0, 0, 200].sign()
+    inputs.key[0, 0, 200] *= 1e19
+    index = Sale(threshold=0.9, **SMALL).build_index(inputs, grid_of(inputs))
+    assert index.unjudged is not None
+    assert index.unjudged[0, 1] > 0
+    row = 200 // 16
+    assert torch.equal(index.to_mask()[0, 1, row], Dense().build_index(inputs, grid_of(inputs)).to_mask()[0, 1, row])
+
+
+def test_holes_in_the_keys_are_not_looked_at() -> None:
+    """A key that is not valid would have the largest weight of all, by what is exact of it; it moves no list."""
+    valid = torch.rand(1, 400, generator=torch.Generator().manual_seed(0)) > 0.3
+    valid[0, :16] = True
+    inputs = make_inputs(query_heads=2, kv_heads=1, queries=400, head_dim=8, key_valid=valid)
+    inputs.query.add_(1)
+    pattern = Sale(threshold=0.9, **SMALL)
+    clean = pattern.build_index(inputs, grid_of(inputs)).to_mask()
+    inputs.key.masked_fill_(~valid[:, None, :, None], 50.0)
+    assert torch.equal(pattern.build_index(inputs, grid_of(inputs)).to_mask(), clean)
+    assert clean.sum() < Dense().build_index(inputs, grid_of(inputs)).to_mask().sum()
 
 
 def test_padding_does_not_count_as_unjudged() -> None:
