@@ -70,7 +70,7 @@ def code_cases() -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
 
 def _case(bits: int, head_dim: int, block_q: int, block_k: int, softcap: float | None) -> EstimatedLogits:
     generator = torch.Generator().manual_seed(bits + head_dim)
-    batch, kv_heads, group, rows, keys = 2, 2, 3, 3, 3 * block_k + 5
+    batch, kv_heads, group, rows, keys = 2, 2, 3, 4, 5 * block_k + 5
     queries = rows * block_q
 
     def drawn(*shape: int) -> Tensor:
@@ -85,11 +85,14 @@ def _case(bits: int, head_dim: int, block_q: int, block_k: int, softcap: float |
     low = (high - 2 * block_k).clamp(min=0).expand(batch, -1).clone()
     low[0] = 0
     low[:, -3:] = high[-3:]  # a row that is filled up
+    reference = 3 * drawn(batch, kv_heads * group, queries)
+    low[:, -block_q + 1] = high[-block_q + 1]  # one in between that looks at nothing
+    reference[:, :, [-block_q + 1, -block_q - 1]] = -20  # what it, and one with a later window, may not see stands out
     return EstimatedLogits(
         quantize(query, token_means(query, None), bits), quantize(key, token_means(key, None), bits), bias,
-        drawn(batch, kv_heads * group, queries), 3 * drawn(batch, kv_heads * group, queries), low.to(torch.int32),
+        drawn(batch, kv_heads * group, queries), reference, low.to(torch.int32),
         high.expand(batch, -1).to(torch.int32).contiguous(), torch.tensor([0, 5]), block_q, block_k,
-        key_blocks=4, scale=head_dim**-0.5, softcap=softcap,
+        key_blocks=6, scale=head_dim**-0.5, softcap=softcap,
     )  # fmt: skip
 
 
