@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ GROUPS = ("token", "tile")
 _SLAB_NUMBERS = 1 << 23  # of queries or keys that are copied or widened at a time
 _SLAB_ENTRIES = 1 << 22  # scores that are held at a time
 _QUERIES_TOGETHER = 16  # share a scale in a "tile"
+_MOST_TOGETHER = 4096  # tokens of a block; a short prompt is filled up to one
 
 
 def scored_blocks(blocks: Tensor, segment: int, window: int) -> Tensor:
@@ -83,19 +85,22 @@ class RelativeAttention:
             raise ValueError(f"group must be one of {', '.join(GROUPS)}, got {self.group!r:.80}")
         for name in ("window", "segment", "query_block", "key_block"):
             check_tokens(name, getattr(self, name))
+        for name in ("query_block", "key_block"):
+            if getattr(self, name) > _MOST_TOGETHER:
+                raise ValueError(f"{name} must be at most {_MOST_TOGETHER} tokens, got {getattr(self, name)}")
         for name in ("window", "segment"):
             if getattr(self, name) % self.key_block:
                 raise ValueError(
                     f"{name} must be a multiple of key_block={self.key_block} tokens, got {getattr(self, name)}"
                 )
         check_product(self.product)
-
-        if self.window < self.query_block:
+        # a row that ends inside a key block has the rest of that block in its window, and no query there
+        least = self.query_block + self.key_block - math.gcd(self.query_block, self.key_block)
+        if self.window < least:
             raise ValueError(
-                f"window must be at least query_block={self.query_block} tokens, so that each query sees itself, "
-                f"got {self.window}"
+                f"window must be at least {least} tokens with query_block={self.query_block} and "
+                f"key_block={self.key_block}, so that each query sees itself, got {self.window}"
             )
-        check_product(self.product)
 
     def prepare(self, inputs: AttentionInputs, grid: BlockGrid) -> PreparedKeys:
         """What is computed once for all rows: keys as codes, and the exact mass of sink and window of each query."""

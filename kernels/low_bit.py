@@ -61,7 +61,8 @@ def token_means(vectors: Tensor, real: Tensor | None) -> Tensor:
     batch, heads, tokens, dim = vectors.shape
     total = torch.zeros(batch, heads, dim, dtype=accurate(vectors), device=vectors.device)
     for part, own in _slabs(vectors, real):
-        total += part.sum(2) if own is None else (part * own[:, None, :, None]).sum(2)
+        # padding may hold anything, NaN too
+        total += (part if own is None else part.masked_fill(~own[:, None, :, None], 0)).sum(2)
     count = tokens if real is None else real.sum(1).clamp(min=1)[:, None, None]
     return total / count
 

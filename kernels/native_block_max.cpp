@@ -449,7 +449,7 @@ void encode(const Vectors &v, const float *x, float factor, int8_t *codes) {
         for (int64_t c = 0; c < v.bytes; ++c) codes[c] = static_cast<int8_t>(code(c));
     } else {
         for (int64_t c = 0; c < v.bytes; ++c)
-            codes[c] = static_cast<int8_t>(static_cast<uint8_t>(code(c) << 4) | (code(c + v.bytes) & 15));
+            codes[c] = static_cast<int8_t>(static_cast<uint8_t>(code(c)) << 4 | (code(c + v.bytes) & 15));
     }
 }
 
@@ -464,11 +464,13 @@ void group_of(const Vectors &v, int64_t b, int64_t h, int64_t first, int64_t las
     const float most = static_cast<float>((1 << (v.bits - 1)) - 1);
     const int64_t row = (b * v.heads + h) * v.tokens;
     const bool usable = largest > 0 && largest < std::numeric_limits<float>::infinity();
+    const float factor = most * (1.0f / largest);  // as torch divides
+    const bool whole = usable && factor < std::numeric_limits<float>::infinity();  // else so small that codes are 0
     for (int64_t t = first; t < last; ++t) {
         v.scale[row + t] = usable ? largest / most : 1.0f;
         int8_t *codes = v.codes + (row + t) * v.bytes;
-        if (usable)
-            encode(v, x.data() + (t - first) * v.channels, most * (1.0f / largest), codes);  // as torch divides
+        if (whole)
+            encode(v, x.data() + (t - first) * v.channels, factor, codes);
         else
             std::fill_n(codes, v.bytes, static_cast<int8_t>(0));
     }

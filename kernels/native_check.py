@@ -46,9 +46,13 @@ def check_cases() -> Iterator[tuple[str, EstimatedLogits]]:
 
 
 def code_cases() -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-    """Vectors of every dtype, not contiguous, some of them not real, far from their mean, or not finite."""
+    """Vectors of every dtype, not contiguous, some of them not real, far from their mean, tiny, or not finite."""
     generator = torch.Generator().manual_seed(0)
     for bits in BITS:
+        tiny = torch.randn(1, 1, 9, 12, generator=generator) * 1e-39  # one over the largest of them is infinite
+        yield f"codes of {bits} bits, tiny", tiny, {
+            "mean": torch.zeros(1, 1, 12), "bits": bits, "group_size": 1, "anchor": torch.tensor([0]), "real": None,
+        }  # fmt: skip
         for dtype, dim, together in ((torch.float32, 20, 1), (torch.bfloat16, 33, 16), (torch.float16, 128, 48)):
             vectors = torch.randn(2, 77, 3, dim, generator=generator) * 5 + 40
             vectors[0, 5, 1] = vectors[0, :, 1].mean(0)
@@ -66,7 +70,7 @@ def code_cases() -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
 
 def _case(bits: int, head_dim: int, block_q: int, block_k: int, softcap: float | None) -> EstimatedLogits:
     generator = torch.Generator().manual_seed(bits + head_dim)
-    batch, kv_heads, group, rows, keys = 2, 2, 3, 3, 3 * block_k + 5
+    batch, kv_heads, group, rows, keys = 2, 2, 3, 4, 5 * block_k + 5
     queries = rows * block_q
 
     def drawn(*shape: int) -> Tensor:
@@ -81,11 +85,14 @@ def _case(bits: int, head_dim: int, block_q: int, block_k: int, softcap: float |
     low = (high - 2 * block_k).clamp(min=0).expand(batch, -1).clone()
     low[0] = 0
     low[:, -3:] = high[-3:]  # a row that is filled up
+    reference = 3 * drawn(batch, kv_heads * group, queries)
+    low[:, -block_q + 1] = high[-block_q + 1]  # one in between that looks at nothing
+    reference[:, :, [-block_q + 1, -block_q - 1]] = -20  # what it, and one with a later window, may not see stands out
     return EstimatedLogits(
         quantize(query, token_means(query, None), bits), quantize(key, token_means(key, None), bits), bias,
-        drawn(batch, kv_heads * group, queries), 3 * drawn(batch, kv_heads * group, queries), low.to(torch.int32),
+        drawn(batch, kv_heads * group, queries), reference, low.to(torch.int32),
         high.expand(batch, -1).to(torch.int32).contiguous(), torch.tensor([0, 5]), block_q, block_k,
-        key_blocks=4, scale=head_dim**-0.5, softcap=softcap,
+        key_blocks=6, scale=head_dim**-0.5, softcap=softcap,
     )  # fmt: skip
 
 

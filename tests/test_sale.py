@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -60,7 +61,10 @@ def grid_of(inputs: AttentionInputs, block_q: int = 16, block_k: int = 16) -> Bl
         ({"threshold": 0.1, "group": "head"}, "group must be one of token, tile"),
         ({"threshold": 0.1, "window": 100}, "window must be a multiple of key_block=32"),
         ({"threshold": 0.1, "segment": 48}, "segment must be a multiple of key_block=32"),
-        ({"threshold": 0.1, "window": 32}, "window must be at least query_block=64"),
+        ({"threshold": 0.1, "window": 32}, "window must be at least 64 tokens with query_block=64"),
+        ({"threshold": 0.1, "window": 60, "segment": 20, "query_block": 48, "key_block": 20}, "at least 64 tokens"),
+        ({"threshold": 0.1, "query_block": 1 << 20, "window": 1 << 20}, "query_block must be at most 4096"),
+        ({"threshold": 0.1, "key_block": 1 << 20}, "key_block must be at most 4096"),
         ({"threshold": 0.1, "query_block": 0}, "query_block must be at least 1"),
         ({"threshold": 0.1, "expected": 0.0}, r"expected must be in \(0, 1\]"),
         ({"keep": 0.1, "expected": 0.1}, "a budget to keep says it by itself"),
@@ -146,16 +150,45 @@ def test_what_is_not_finite_is_kept_whole_and_counted(what: str) -> None:
 
 
 def test_a_query_without_local_mass_keeps_its_row() -> None:
-    """Logits that underflow against all of sink and window cannot happen; a lse of -inf can, where keys are hidden."""
+    """Here nothing is filled in of what the last queries see; the rows before theirs do not notice."""
     inputs = make_inputs(query_heads=2, kv_heads=1, queries=300, head_dim=8)
-    prepared = RelativeAttention(**SMALL).prepare(inputs, grid_of(inputs))
-    reference = prepared.reference.clone()
-    known = prepared.known.clone()
-    known[0, 1, 200] = False
-    scores = dataclasses.replace(prepared, reference=reference, known=known).scores(0, 19)
-    assert (scores[0, 1, 200 // 16] == torch.inf).all()
-    assert (scores[0, 1, 200 // 16 + 1] < torch.inf).all()
-    assert (scores[0, 0] < torch.inf).all()
+    inputs = dataclasses.replace(inputs, key_length=200, window=64)
+    pattern = Sale(threshold=0.9, **SMALL)
+    index = pattern.build_index(inputs, grid_of(inputs))
+    index.validate(inputs)
+    sees = inputs.visible_mask().any(-1)[0]
+    assert index.unjudged is not None
+    assert index.unjudged.tolist() == [[int((~sees).sum())] * 2]
+    assert 0 < int((~sees).sum()) < 100
+    scores = pattern.estimator.prepare(inputs, grid_of(inputs)).scores(0, 19)
+    blind = torch.tensor([bool((~sees[row : row + 16]).any()) for row in range(0, 300, 16)])
+    assert (scores[0, :, blind] == torch.inf).all()
+    assert (scores[0, :, ~blind] < torch.inf).all()
+
+
+def test_a_query_whose_local_mass_overflows_keeps_its_row() -> None:
+    """Means and keys are finite, and so is all that the other queries rest on."""
+    inputs = make_inputs(query_heads=2, kv_heads=1, queries=300, head_dim=8)
+    inputs.query[0, 1, 200] = 1e20 * inputs.key[0, 0, 200].sign()
+    inputs.key[0, 0, 200] *= 1e19
+    index = Sale(threshold=0.9, **SMALL).build_index(inputs, grid_of(inputs))
+    assert index.unjudged is not None
+    assert index.unjudged[0, 1] > 0
+    row = 200 // 16
+    assert torch.equal(index.to_mask()[0, 1, row], Dense().build_index(inputs, grid_of(inputs)).to_mask()[0, 1, row])
+
+
+def test_holes_in_the_keys_are_not_looked_at() -> None:
+    """A key that is not valid would have the largest weight of all, by what is exact of it; it moves no list."""
+    valid = torch.rand(1, 400, generator=torch.Generator().manual_seed(0)) > 0.3
+    valid[0, :16] = True
+    inputs = make_inputs(query_heads=2, kv_heads=1, queries=400, head_dim=8, key_valid=valid)
+    inputs.query.add_(1)
+    pattern = Sale(threshold=0.9, **SMALL)
+    clean = pattern.build_index(inputs, grid_of(inputs)).to_mask()
+    inputs.key.masked_fill_(~valid[:, None, :, None], 50.0)
+    assert torch.equal(pattern.build_index(inputs, grid_of(inputs)).to_mask(), clean)
+    assert clean.sum() < Dense().build_index(inputs, grid_of(inputs)).to_mask().sum()
 
 
 def test_padding_does_not_count_as_unjudged() -> None:
@@ -163,6 +196,37 @@ def test_padding_does_not_count_as_unjudged() -> None:
     index = Sale(threshold=0.5, **SMALL).build_index(inputs, grid_of(inputs))
     assert index.unjudged is not None
     assert not index.unjudged.any()
+
+
+@pytest.mark.parametrize("bits", [4, low_bit.EXACT])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_padding_may_hold_anything(bad: float, bits: int) -> None:
+    """Rows of padding that saw nothing are NaN in some models' next layer."""
+    valid = left_padding(200, [0, 75])
+    valid[0, 190:] = False
+    pattern = Sale(threshold=0.5, bits=bits, **SMALL)
+    inputs = make_inputs(batch=2, queries=200, head_dim=8, key_valid=valid)
+    clean = pattern.build_index(inputs, grid_of(inputs))
+    for tensor in (inputs.query, inputs.key, inputs.value):
+        tensor.masked_fill_(~valid[:, None, :, None], bad)
+    index = pattern.build_index(inputs, grid_of(inputs))
+    assert index.unjudged is not None
+    assert not index.unjudged.any()
+    assert torch.equal(index.to_mask(), clean.to_mask())
+
+
+@pytest.mark.parametrize(("query_block", "key_block"), [(48, 20), (16, 40), (64, 32), (20, 16)])
+def test_the_least_window_holds_each_query(query_block: int, key_block: int) -> None:
+    """Also where a row ends inside a key block; a multiple less is refused, or holds all queries by luck of the cut."""
+    least = query_block + key_block - math.gcd(query_block, key_block)
+    window = -(-least // key_block) * key_block
+    sizes = {"segment": key_block, "query_block": query_block, "key_block": key_block}
+    inputs = make_inputs(queries=400, head_dim=8)
+    slot = torch.arange(400)
+    _, high = RelativeAttention(window=window, **sizes)._tested_keys(inputs, grid_of(inputs))
+    assert (high <= torch.maximum(slot, torch.tensor(key_block))).all()
+    with pytest.raises(ValueError, match=f"window must be at least {least} tokens"):
+        RelativeAttention(window=window - key_block, **sizes)
 
 
 class TestHeads:
