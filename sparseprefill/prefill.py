@@ -206,7 +206,7 @@ caution; the GPU's is an assumption.
 """
 
 
-SALE_DENSITY = 0.2
+SALE_DENSITY = 0.5
 """What is reckoned with where a threshold decides what a prompt keeps, and no profile says what it came to."""
 
 

@@ -340,14 +340,14 @@ def test_the_tables_of_the_page_are_those_of_the_run() -> None:
     figures = r"((?:\| [\d.-]+ )+)\|$"
     section = page.partition("### Against other selectors")[2].partition("\n### ")[0]
     rows = re.findall(rf"^\| `?([a-z_, ]+?)`? {figures}", section, flags=re.MULTILINE)
-    assert len(rows) == 9
+    assert len(rows) == 10
     for family, shown in rows:
         curves = [RESULT.curve(f"model, {tokens} tokens", family) for tokens in (8192, 16384)]
         expected = [number(each.at(density)) for each in curves for density in DENSITIES]
         assert shown.strip("| ").split(" | ") == expected, family
     section = page.partition("### Which tiles")[2].partition("\n## ")[0]
     cut = re.findall(rf"^\| (\d+) x (\d+), ([a-z_, ]+?) {figures}", section, flags=re.MULTILINE)
-    assert len(cut) == 12
+    assert len(cut) == 15
     for block_q, block_k, family, shown in cut:
         one = RESULT.curve("model, 8192 tokens", family, (int(block_q), int(block_k)))
         assert shown.strip("| ").split(" | ") == [number(one.at(density)) for density in DENSITIES]
