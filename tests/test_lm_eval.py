@@ -31,6 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "block_sparse": {"keep": 0.3},
     "random": {"keep": 0.3},
     "minference": {"density": 0.7},
+    "sale": {"keep": 0.3},
     "a_shape, last rows dense": {"sink": 64, "window": 128, "last_rows_dense": 70},
     "block_sparse, everything kept": {"keep": 1.0},
 }

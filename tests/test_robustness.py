@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 import os
 import re
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from sparseprefill.patterns import (
     LastRowsDense,
     PerHead,
     RandomBlocks,
+    Sale,
     TriShape,
     VerticalSlash,
 )
@@ -167,6 +169,18 @@ def legal_index(case: Drawn, seed: int = 0) -> BlockIndex:
 
 
 BUDGETS = st.one_of(st.integers(1, 200), st.sampled_from((0.1, 0.25, 0.5, 0.9, 1.0)))
+
+
+def small_sale(budget: dict[str, Any], step: tuple[int, int], window: int, segment: int, **options: Any) -> Sale:
+    """Steps and windows that fit into a few hundred tokens; `window` and `segment` in steps beyond the least."""
+    query_block, key_block = step
+    least = -(-(query_block + key_block - math.gcd(query_block, key_block)) // key_block)
+    return Sale(
+        **budget, query_block=query_block, key_block=key_block, window=(least + window) * key_block,
+        segment=segment * key_block, **options,
+    )  # fmt: skip
+
+
 PATTERNS: dict[str, Any] = {
     "dense": st.just(Dense()),
     "a_shape": st.builds(AShape, sink=st.integers(0, 90), window=BUDGETS),
@@ -181,6 +195,17 @@ PATTERNS: dict[str, Any] = {
     ),
     "minference": st.builds(
         functools.partial(resolve_method, "minference"), density=st.sampled_from((0.2, 0.5)), probe=st.integers(1, 80)
+    ),
+    "sale": st.builds(
+        small_sale,
+        st.one_of(
+            st.builds(dict, threshold=st.sampled_from((0.001, 0.3, 0.9, 0.999))), st.builds(dict, keep=BUDGETS)
+        ),
+        step=st.sampled_from(((16, 16), (32, 16), (16, 32), (24, 20))),
+        window=st.integers(0, 3),
+        segment=st.integers(1, 4),
+        bits=st.sampled_from((2, 4, 8, 16)),
+        group=st.sampled_from(("token", "tile")),
     ),
 }  # fmt: skip
 
@@ -471,6 +496,7 @@ def test_a_witness_for_each_method_that_looks_ahead(method: str) -> None:
         "tri_shape": {"sink": 16, "window": 32, "last": 40},
         "vertical_slash": {"density": 0.5, "probe": 16},
         "minference": {"density": 0.5, "probe": 16},
+        "sale": {"keep": 0.3, "bits": 2},
     }
     pattern = resolve_method(method, **options[method])
     fill = torch.Generator().manual_seed(0)
