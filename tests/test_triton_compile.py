@@ -36,9 +36,9 @@ QUICK: list[Spec] = [
     (90, 128, "float32", {}),
     (90, 128, "bfloat16", {"rows": True, "padded": True}),
     (90, 128, "int4", {}),
-    (80, 128, "int4", {}),
 ]
 FULL: list[Spec] = [
+    (80, 128, "int4", {}),
     *((architecture, 256, "bfloat16", {}) for architecture in (80, 90, 100)),
     *((architecture, head_dim, "float16", {}) for architecture in (80, 90, 100) for head_dim in (16, 80, 96, 192)),
     *((architecture, head_dim, "float32", {}) for architecture in (80, 90, 100) for head_dim in (64, 128)),
