@@ -30,12 +30,13 @@ test-full: lint types ## the same with the slow sweeps
 test-oldest: .venv-oldest/installed ## the tests of the Hugging Face seam on the oldest supported releases
 	$(OLDEST)/pytest tests/test_huggingface*.py tests/test_ways.py tests/test_tensor_parallel.py tests/test_doctor.py tests/test_refusals.py $(PYTEST_ARGS)
 
+# thresholds of SALE are made in plain torch, native library or not, so that a run gives the same bytes everywhere
 profile: .venv/installed ## profile the model inside again, as it ships (when methods were added), and write a page of it
 	mkdir -p build
 	$(BIN)/sparseprefill profile inside --prompts builtin:needle --budget 0.3 --out build/profile.json \
 		--html build/profile.html --again
 	cp build/profile.json sparseprefill/needle_model/profile.json
-	$(BIN)/sparseprefill profile inside --prompts builtin:needle --method sale --density 0.35 --out build/sale.json \
+	SPARSEPREFILL_NATIVE=build/none $(BIN)/sparseprefill profile inside --prompts builtin:needle --method sale --density 0.35 --out build/sale.json \
 		--html build/sale.html --again
 	cp build/sale.json sparseprefill/needle_model/sale.json
 

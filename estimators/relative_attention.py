@@ -188,10 +188,10 @@ class RelativeAttention:
 
     def _query_slabs(self, inputs: AttentionInputs) -> list[tuple[int, int]]:
         """Queries [start, stop): all at once on a GPU; whole blocks on the CPU, whose kernel may copy them."""
-        together = inputs.queries
-        if inputs.device.type == "cpu":
-            a_block = inputs.batch * inputs.query_heads * self.query_block * inputs.head_dim
-            together = max(1, _SLAB_NUMBERS // a_block) * self.query_block
+        if inputs.device.type != "cpu":
+            return [(0, inputs.queries)]
+        a_block = inputs.batch * inputs.query_heads * self.query_block * inputs.head_dim
+        together = max(1, _SLAB_NUMBERS // a_block) * self.query_block
         edge = together - inputs.query_start % self.query_block  # of the first slab, so that the others are whole
         edges = [0, *range(edge, inputs.queries, together), inputs.queries]
         return list(itertools.pairwise(edges))
