@@ -36,8 +36,8 @@ profile: .venv/installed ## profile the model inside again, as it ships (when me
 	$(BIN)/sparseprefill profile inside --prompts builtin:needle --budget 0.3 --out build/profile.json \
 		--html build/profile.html --again
 	cp build/profile.json sparseprefill/needle_model/profile.json
-	SPARSEPREFILL_NATIVE=build/none $(BIN)/sparseprefill profile inside --prompts builtin:needle --method sale --density 0.35 --out build/sale.json \
-		--html build/sale.html --again
+	SPARSEPREFILL_NATIVE=build/none $(BIN)/sparseprefill profile inside --prompts builtin:needle --method sale \
+		--density 0.35 --out build/sale.json --html build/sale.html --again
 	cp build/sale.json sparseprefill/needle_model/sale.json
 
 SUPPORT := tests/test_ways.py tests/test_refusals.py tests/test_architectures.py
