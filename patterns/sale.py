@@ -22,12 +22,12 @@ from sparseprefill.kernels.products import ProductShape, choose_product
 PUBLISHED = 0.004
 """The threshold of the paper's own example, the same for all heads."""
 
-OVERHEAD = {"native": 0.45, "torch": 2.0, "triton": 0.35}
-"""Time of the whole estimate over that of dense attention, by the implementation that multiplies.
+OVERHEAD = {"native": (0.3, 16.0), "torch": (2.0, 0.0), "triton": (0.35, 0.0)}
+"""Time of the whole estimate over that of dense attention is a + b / head_dim, by the implementation that multiplies.
 
-The first two were measured with `sparseprefill bench --estimator`, those of small heads and prompts of 4k rounded
-towards caution: long prompts with head_dim 128 take 0.2 natively. On a GPU it is an assumption: a quarter of the work
-of dense attention in 16 bits, and what comes on top.
+The first two from `overhead_cells` of `sparseprefill.evals.overhead`: natively what prompts of 4k take (head_dim 32: 0.58
+to 0.74, 64: 0.47 to 0.70, 128: 0.35 to 0.46; long ones take less), in torch more than those of 16k. On a GPU it is an
+assumption: a quarter of the work of dense attention in 16 bits, and what comes on top.
 """
 
 
@@ -124,7 +124,8 @@ class Sale:
     def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
         """What share of dense attention's time finding the blocks takes, as stated in `OVERHEAD`; see `CostModel`."""
         shape = ProductShape(device, torch.float32, self.bits, head_dim, block_q, block_k)
-        return OVERHEAD[choose_product(shape, self.product)]
+        share, channels = OVERHEAD[choose_product(shape, self.product)]
+        return share + channels / head_dim
 
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> int:
         """See `sparseprefill.patterns.nested`."""
