@@ -25,9 +25,9 @@ PUBLISHED = 0.004
 OVERHEAD = {"native": (0.3, 16.0), "torch": (2.0, 0.0), "triton": (0.35, 0.0)}
 """Time of the whole estimate over that of dense attention is a + b / head_dim, by the implementation that multiplies.
 
-The first two from `overhead_cells` of `sparseprefill.evals.overhead`: natively what prompts of 4k take (head_dim 32: 0.58
-to 0.74, 64: 0.47 to 0.70, 128: 0.35 to 0.46; long ones take less), in torch more than those of 16k. On a GPU it is an
-assumption: a quarter of the work of dense attention in 16 bits, and what comes on top.
+The first two are from `overhead_cells` of `sparseprefill.evals.overhead`: natively what prompts of 4k take (0.58 to
+0.74 with head_dim 32, 0.47 to 0.70 with 64, 0.35 to 0.46 with 128; long ones take less), in torch more than those of
+16k. On a GPU it is an assumption: a quarter of the work of dense attention in 16 bits, and what comes on top.
 """
 
 

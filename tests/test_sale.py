@@ -36,6 +36,7 @@ from sparseprefill.prefill import (
 )
 from support import left_padding, make_inputs
 
+CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {"window": 32, "segment": 32, "query_block": 32, "key_block": 16}
 BLOCKS = {"block_q": 16, "block_k": 16, "min_length": 0}
 
@@ -340,6 +341,8 @@ class TestCost:
         model, ids = tiny_model("llama"), tokens(1, 200)
         with patch_model(model, "sale", keep=0.02, min_length=None) as patch:
             layer = next(iter(patch._layers.values()))
+            assert layer.why_dense(1 << 14, 1 << 14, next(iter(_masks(patch, ids))), CPU, torch.float32) is not None
+            layer.head_dim = 64  # heads as small as this model's do not pay
             mask = next(iter(_masks(patch, ids)))
             assert layer.why_dense(1 << 14, 1 << 14, mask, torch.device("cpu"), torch.float32) is None
             assert layer.why_dense(256, 256, mask, torch.device("cpu"), torch.float32) is not None
