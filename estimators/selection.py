@@ -60,6 +60,14 @@ def most_blocks(budget: Budget, key_blocks: int, block_k: int) -> int:
     return max(1, min(wanted, key_blocks))
 
 
+def causal_share(budget: Budget, keys: int) -> float:
+    """What share of a causal prompt's pairs is kept where each query keeps a budget of the keys it sees."""
+    if isinstance(budget, float):
+        return budget
+    kept = min(budget, keys)
+    return (kept * keys - kept * (kept - 1) / 2) / (keys * (keys + 1) / 2)
+
+
 @dataclass(frozen=True, slots=True)
 class TopK:
     """Keep the blocks with the highest scores; of equal scores the lower id. Forced blocks count first.
