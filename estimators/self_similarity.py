@@ -45,8 +45,8 @@ class SelfSimilarity:
     the row's end: what follows is its future.
     """
 
-    inputs: AttentionInputs
-    grid: BlockGrid
+    inputs: AttentionInputs  # the call
+    grid: BlockGrid  # its tiles
     mean_key: Tensor  # [batch, kv_heads, head_dim], over the real keys of the call
     key: Tensor  # [batch, kv_heads, key_blocks, head_dim], mean of each block
     similarity: Tensor  # [batch, kv_heads, key_blocks]

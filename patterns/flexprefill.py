@@ -130,27 +130,26 @@ class FlexPrefill:
         in_column = ranks(last.column.masked_fill(first, torch.inf)) < self._blocks(last.column_mass, aware, grid)
         on_line = ranks(last.line.masked_fill(first, torch.inf)) < self._blocks(last.line_mass, aware, grid)
 
-        added = torch.zeros(inputs.batch, inputs.query_heads, grid.rows, grid.key_blocks, dtype=torch.bool,
-                            device=inputs.device) if self.tau else None  # fmt: skip
-        unknown = torch.zeros(inputs.batch, inputs.query_heads, grid.rows, dtype=torch.bool, device=inputs.device)
+        shape = (inputs.batch, inputs.query_heads, grid.rows)
+        added = torch.zeros(*shape, grid.key_blocks if self.tau else 0, dtype=torch.bool, device=inputs.device)
+        unknown = torch.zeros(shape, dtype=torch.bool, device=inputs.device)
         for start, stop, tiles in maps:
-            assert added is not None
-            own = aware[:, start:stop, None]
-            added[:, start:stop] = within_share(tiles, self.gamma) & own[..., None]
-            unknown[:, start:stop] = tiles.unknown & own
+            chooses = aware[:, start:stop, None]
+            added[:, start:stop] = within_share(tiles, self.gamma) & chooses[..., None]
+            unknown[:, start:stop] = tiles.unknown & chooses
 
         begin, end = grid.row_slots()
         real = count_real(inputs, begin, end)[:, None]  # [batch, 1, rows]
         whole = unknown | (self._too_short(inputs, grid)[:, None] | ~last.known)[..., None]
         visible = grid.visible_block_mask(inputs)
-        own = grid.visible_blocks(inputs)[1] - 1  # the block a row ends in
+        end_block = grid.visible_blocks(inputs)[1] - 1  # where a row ends, which is its own
         block = torch.arange(grid.key_blocks, device=inputs.device)
 
         def chosen(start: int, stop: int) -> Tensor:
             mask = crossed_tiles(in_column, on_line, grid, start, stop)
-            if added is not None:
+            if self.tau:
                 mask |= added[:, :, start:stop]
-            mask |= (block == own[:, start:stop, None])[:, None] | whole[:, :, start:stop, None]
+            mask |= (block == end_block[:, start:stop, None])[:, None] | whole[:, :, start:stop, None]
             return mask.logical_and_(visible[:, None, start:stop])
 
         slabs = list(grid.slabs(inputs.query_heads))

@@ -265,7 +265,7 @@ class TestContract:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_lists_are_legal(self, shape: str) -> None:
         inputs = make_inputs(head_dim=8, **SHAPES[shape])
-        for sizes in [(BLOCK, BLOCK), *RECTANGLES]:
+        for sizes in ((BLOCK, BLOCK), (48, 20)):
             for pattern in PATTERNS.values():
                 index = index_of(pattern, inputs, *sizes)
                 index.validate(inputs)
@@ -279,10 +279,10 @@ class TestContract:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_full_budget_is_dense(self, shape: str) -> None:
         inputs = make_inputs(head_dim=8, **SHAPES[shape])
-        for sizes in [(BLOCK, BLOCK), *RECTANGLES]:
+        full = SpargeAttn(topk=1.0), SpargeAttn(topk=10**6, similarity=0.06), SpargeAttn(cdf=1.0, similarity=0.06)
+        for sizes in ((BLOCK, BLOCK), (48, 20)):
             dense = index_of(Dense(), inputs, *sizes).to_mask()
-            for similarity, options in itertools.product((-0.1, 0.06), ({"topk": 1.0}, {"topk": 10**6}, {"cdf": 1.0})):
-                pattern = SpargeAttn(similarity=similarity, **options)  # type: ignore[arg-type]
+            for pattern in full:
                 assert torch.equal(index_of(pattern, inputs, *sizes).to_mask(), dense), (sizes, pattern)
 
     @pytest.mark.parametrize("kind", PATTERNS)
@@ -355,6 +355,16 @@ class TestContract:
         assert changed == {"untuned": False, "tokens": True}
 
 
+def test_block_means_do_not_notice_what_padding_and_an_empty_cache_hold() -> None:
+    """Also for block_sparse, which takes them from the same place."""
+    inputs = make_inputs(batch=2, queries=110, keys=320, query_start=50, key_length=160, head_dim=8)
+    inputs = dataclasses.replace(inputs, key_valid=left_padding(320, [0, 70]))
+    grid = BlockGrid.of(inputs, BLOCK, BLOCK)
+    before = mean_pooled.MeanPooled().scores(inputs, grid, 0, grid.rows)
+    inputs.key[:, :, 160:], inputs.key[1, :, :70], inputs.query[1, :, :20] = torch.nan, torch.nan, torch.nan
+    assert torch.equal(mean_pooled.MeanPooled().scores(inputs, grid, 0, grid.rows), before)
+
+
 @pytest.mark.parametrize("kind", PATTERNS)
 def test_slabs_do_not_show(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(batch=2, query_heads=4, kv_heads=2, queries=150, keys=200, query_start=50)
@@ -418,12 +428,12 @@ def _reach(inputs: AttentionInputs) -> torch.Tensor:
 
 def test_nothing_is_read_back_from_a_device() -> None:
     """Tensors without storage: whoever asks for a value gets an error."""
-    for key_valid in (None, torch.ones(2, 250, dtype=torch.bool, device="meta")):
-        inputs = make_inputs(batch=2, queries=250, head_dim=8, device="meta", key_valid=key_valid)
-        for pattern, sizes in itertools.product(PATTERNS.values(), ((BLOCK, BLOCK), (48, 20))):
-            index = index_of(pattern, inputs, *sizes)
-            assert index.count.shape == (2, 4, -(-250 // sizes[0]))
-            assert index.columns.device.type == "meta"
+    valid = torch.ones(2, 250, dtype=torch.bool, device="meta")
+    inputs = make_inputs(batch=2, queries=250, head_dim=8, device="meta", key_valid=valid)
+    for pattern, sizes in ((PATTERNS["per-head"], (48, 20)), (PATTERNS["tokens"], (BLOCK, BLOCK))):
+        index = index_of(pattern, inputs, *sizes)
+        assert index.count.shape == (2, 4, -(-250 // sizes[0]))
+        assert index.columns.device.type == "meta"
 
 
 @pytest.mark.parametrize(
