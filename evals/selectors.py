@@ -16,18 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
-from sparseprefill.evals.guard import layer_inputs
-from sparseprefill.evals.planted_heads import planted_heads
+from sparseprefill.evals.compared_inputs import NamedInputs
 from sparseprefill.evals.rounding_bound import BoundCount, count_bound
 from sparseprefill.files import read_json
-from sparseprefill.huggingface_modules import model_window
 from sparseprefill.kernels.low_bit import EXACT
 from sparseprefill.patterns import AShape, BlockSparse, Pattern, RandomBlocks, Sale, VerticalSlash
 from sparseprefill.patterns.scores import check_quantile, score, summarise
-from sparseprefill.prompts import ProfilePrompt
 from sparseprefill.reports import number, table
 
 SCHEMA = "sparseprefill-selectors-1"
@@ -68,16 +64,6 @@ class Selector:
     pattern: Pattern
     like: str | None = None  # family whose lists, at the same knob, these are compared with one by one
     drawn: bool = True  # in the picture
-
-
-@dataclass(frozen=True, slots=True)
-class NamedInputs:
-    """Some heads to compare on."""
-
-    name: str  # of a prompt's layer, or of a made-up head
-    group: str  # over which means are taken
-    inputs: AttentionInputs  # of one prompt: batch 1, no padding
-    needle: int | None = None  # slot of a key that queries after it look for
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,34 +227,6 @@ def for_tiles(chosen: Sequence[Selector], tile: tuple[int, int]) -> list[Selecto
     return [
         each for each in chosen if each.drawn and not isinstance(each.pattern, (VerticalSlash, AShape, RandomBlocks))
     ]
-
-
-def model_inputs(model: PreTrainedModel, prompts: Iterable[ProfilePrompt]) -> Iterator[NamedInputs]:
-    """The layers of a model on prompts, under dense attention throughout; those of one prompt are held together.
-
-    Layers that see a window or a part of the prompt alone are left out. Raises ValueError for prompts beyond the
-    model's window, and where no layer is left; what `patch_model` raises.
-    """
-    window = model_window(model)
-    for prompt in prompts:
-        tokens = len(prompt.token_ids)
-        if window is not None and tokens > window:
-            raise ValueError(
-                f"{prompt.name} has {tokens} tokens, and the model's window is {window}: take shorter prompts"
-            )
-        ids = torch.tensor([list(prompt.token_ids)], device=model.device)
-        whole = [each for each in layer_inputs(model, ids) if each.window is None and each.segment is None]
-        if not whole:
-            raise ValueError("no layer of this model sees a whole prompt, so there is nothing to compare")
-        for layer, inputs in enumerate(whole):
-            yield NamedInputs(f"{prompt.name} layer {layer}", f"model, {tokens} tokens", inputs)
-
-
-def planted_inputs(tokens: int, seed: int = 0) -> Iterator[NamedInputs]:
-    """Heads made up, each a group of its own, without and with outlier channels."""
-    for outliers in (False, True):
-        for head in planted_heads(tokens, seed=seed, outliers=outliers):
-            yield NamedInputs(head.name, f"planted: {head.name}", head.inputs, head.needle)
 
 
 def compare(

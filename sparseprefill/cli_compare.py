@@ -57,10 +57,11 @@ def compare(
     from itertools import chain
 
     from sparseprefill.estimators.selection import check_share, check_threshold
+    from sparseprefill.evals.compared_inputs import model_inputs, planted_inputs
     from sparseprefill.evals.loading import load_model, provenance
     from sparseprefill.evals.planted_heads import KINDS
     from sparseprefill.evals.profile_prompts import profile_prompts
-    from sparseprefill.evals.selectors import TILES, model_inputs, planted_inputs, selectors
+    from sparseprefill.evals.selectors import TILES, selectors
     from sparseprefill.evals.selectors import compare as compare_selectors
     from sparseprefill.evals.selectors_figures import write_selectors
     from sparseprefill.files import check_folder, write_text

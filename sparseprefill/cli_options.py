@@ -37,6 +37,27 @@ class Numbers(AnyType):
         return numbers
 
 
+class Places(AnyType):
+    """`0,2,5-7`: numbers of layers or heads."""
+
+    name = "N[,N-M...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A tuple of integers from 0 on, each once, in the order given."""
+        if not isinstance(value, str):
+            return value
+        found: list[int] = []
+        for part in value.split(","):
+            first, dash, last = part.strip().partition("-")
+            ends = (first, last if dash else first)
+            if not all(end.isdecimal() and len(end) <= 5 for end in ends):
+                self.fail(f"{value!r} is not a list of numbers like 0,2,5-7", param, ctx)
+            found += range(int(ends[0]), int(ends[1]) + 1)
+        if not found or len(set(found)) < len(found):
+            self.fail(f"{value!r} names none, or one twice", param, ctx)
+        return tuple(found)
+
+
 class Depths(AnyType):
     """`10`, as many depths, or `0,25,50`, percentages."""
 

@@ -16,6 +16,7 @@ from sparseprefill import patch_model
 from sparseprefill.cli import main
 from sparseprefill.contracts import AttentionInputs, BlockGrid
 from sparseprefill.evals.compare import summarise
+from sparseprefill.evals.compared_inputs import NamedInputs, model_inputs, planted_inputs
 from sparseprefill.evals.loading import load_model
 from sparseprefill.evals.planted_heads import planted_heads
 from sparseprefill.evals.results import EvalResult
@@ -23,12 +24,9 @@ from sparseprefill.evals.rounding_bound import BoundCount, count_bound, logit_er
 from sparseprefill.evals.selectors import (
     DENSITIES,
     Curve,
-    NamedInputs,
     Selector,
     SelectorResult,
     compare,
-    model_inputs,
-    planted_inputs,
     selectors,
 )
 from sparseprefill.evals.selectors_figures import draw_selectors, write_selectors
