@@ -32,7 +32,7 @@ from sparseprefill.evals.logits import FinalStates, NextTokens, OutputHead, comp
 from sparseprefill.evals.prompt_rendering import first_ids, plain_ids, prefix_ids
 from sparseprefill.evals.tasks import Answer, Attempt, Item, Metric, Prompt, Total
 from sparseprefill.files import read_text
-from sparseprefill.prefill import METHODS
+from sparseprefill.patterns.methods import METHODS
 from sparseprefill.prompts import prose_ids
 
 _SHARED = "fidelity/dense"  # in `Attempt.shared`

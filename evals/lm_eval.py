@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from sparseprefill.evals.loading import load_model
 from sparseprefill.evals.methods import MethodSpec
-from sparseprefill.prefill import METHODS
+from sparseprefill.patterns.methods import METHODS
 from sparseprefill.reports import PatchReport
 
 MODEL_TYPE = "sparseprefill"

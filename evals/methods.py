@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sparseprefill.huggingface import Patch, patch_model
-from sparseprefill.prefill import METHODS, parse_options
+from sparseprefill.patterns.methods import METHODS
+from sparseprefill.prefill import parse_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +33,11 @@ class MethodSpec:
 
         Raises ValueError for a name that is none of them.
         """
-        budgets: dict[str, dict[str, Any]] = {
-            "dense": {},
-            "a_shape": {"sink": 64, "window": density},
-            "tri_shape": {"sink": 64, "window": density},
-            "vertical_slash": {"density": density},
-            "block_sparse": {"keep": density},
-            "random": {"keep": density},
-            "minference": {"density": density},
-            "sale": {"keep": density},
-        }
-        if name not in budgets:
-            raise ValueError(f"no budget of {name!r} is known for a density: choose one of {', '.join(budgets)}")
-        return MethodSpec(name, budgets[name])
+        known = [each for each, row in METHODS.items() if row.share or each == "dense"]
+        if name not in known:
+            raise ValueError(f"no budget of {name!r} is known for a density: choose one of {', '.join(known)}")
+        row = METHODS[name]
+        return MethodSpec(name, {**row.fixed, row.share: density} if row.share else {})
 
     @property
     def label(self) -> str:

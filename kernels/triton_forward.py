@@ -136,7 +136,7 @@ def _tiles_below(p_list, n_list, i_low, i_high, n_bound, SPAN_K: tl.constexpr, B
 @triton.jit
 def _block_of(p_list, n_list, i_t, TILES: tl.constexpr):
     """The id of the block that tile `i_t` of a list lies in; past the end, of the last."""
-    return tl.load(p_list + tl.minimum(i_t // TILES, n_list - 1))
+    return tl.load(p_list + tl.maximum(tl.minimum(i_t // TILES, n_list - 1), 0))
 
 
 @triton.jit
@@ -327,7 +327,8 @@ def forward_kernel(
 
     p_list = p_columns + tl.load(p_start + i_b * stride_start_b + i_h * stride_start_h + i_r * stride_start_r)
     n_list = tl.load(p_count + i_b * stride_count_b + i_h * stride_count_h + i_r * stride_count_r)
-    i_low, i_high = tl.load(p_list), tl.load(p_list + n_list - 1)
+    # the row of a part may be empty: then what stands at its start is read and means nothing
+    i_low, i_high = tl.load(p_list), tl.load(p_list + tl.maximum(n_list - 1, 0))
 
     # keys before n_stop are seen by some query, keys in [n_clear_from, n_clear_to) by all
     n_stop = tl.minimum(n_to, key_length)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.selection import Budget, check_budget, check_tokens, keep_blocks
+from sparseprefill.patterns.expected_density import kept_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,9 @@ class AShape:
         index = BlockIndex.from_mask(grid, keep[:, None])
         shape = (inputs.batch, inputs.query_heads, grid.rows)
         return BlockIndex(grid, index.columns, index.start.expand(shape), index.count.expand(shape))
+
+    def expected_density(self, keys: int) -> float:
+        return kept_share(self.window if isinstance(self.window, float) else self.sink + self.window, keys)
 
     def _first_local(self, grid: BlockGrid, sink: int) -> Tensor:
         """int64 [batch, rows]: the first key block of the local window."""

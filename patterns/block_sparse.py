@@ -14,6 +14,7 @@ from torch import Tensor
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.mean_pooled import MeanPooled
 from sparseprefill.estimators.selection import Budget, TopK, check_budget, check_tokens, ranked
+from sparseprefill.patterns.expected_density import in_blocks, kept_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,10 @@ class BlockSparse:
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> int:
         """See `sparseprefill.patterns.nested`."""
         return MeanPooled().products(inputs, grid)
+
+    def expected_density(self, keys: int) -> float:
+        forced = kept_share(in_blocks(self.sink) + in_blocks(self.local), keys)
+        return max(kept_share(self.keep, keys), forced)
 
 
 def forced_blocks(inputs: AttentionInputs, grid: BlockGrid, sink: int, local: int) -> Tensor:

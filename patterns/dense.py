@@ -13,3 +13,6 @@ class Dense:
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         return BlockIndex.dense(inputs, grid)
+
+    def expected_density(self, keys: int) -> float:
+        return 1.0

@@ -6,14 +6,17 @@ few rows are cheap.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.selection import check_tokens
+from sparseprefill.patterns.expected_density import expected_density
 
 
 class Pattern(Protocol):
@@ -63,14 +66,35 @@ class LastRowsDense:
         wrapped: list[Any] = [each.pattern for each in patterns]
         return patterns[0]._with_last_rows(wrapped[0].build_together(wrapped, inputs, grid), inputs, grid)
 
+    def expected_density(self, keys: int) -> float:
+        return min(1.0, expected_density(self.pattern, keys) + 2 * self.rows / keys)
+
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         return self._with_last_rows(self.pattern.build_index(inputs, grid), inputs, grid)
 
+    @property
+    def in_parts(self) -> bool:
+        """As the wrapped pattern; see `sparseprefill.patterns.parts`."""
+        return getattr(self.pattern, "in_parts", False)
+
+    def build_parts(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Any, ...]:
+        """The last rows see the keys as they are, and nothing of the other parts."""
+        wrapped: Any = self.pattern
+        first, *others = wrapped.build_parts(inputs, grid)
+        last = self._last(inputs, grid)[:, None]
+        made = [dataclasses.replace(first, index=self._with_last_rows(first.index, inputs, grid))]
+        for part in others:
+            count = part.index.count.masked_fill(last, 0)
+            made.append(dataclasses.replace(part, index=dataclasses.replace(part.index, count=count)))
+        return tuple(made)
+
+    def _last(self, inputs: AttentionInputs, grid: BlockGrid) -> Tensor:
+        """bool [batch, rows]: rows that hold one of the last queries."""
+        return grid.row_slots()[1] > (inputs.tail() - self.rows)[:, None]
+
     def _with_last_rows(self, sparse: BlockIndex, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         dense = BlockIndex.dense(inputs, grid)
-        _, end = grid.row_slots()
-        last = end > (inputs.tail() - self.rows)[:, None]
-        last = last[:, None].expand(sparse.start.shape)
+        last = self._last(inputs, grid)[:, None].expand(sparse.start.shape)
         return BlockIndex(
             grid,
             torch.cat([dense.columns, sparse.columns]),

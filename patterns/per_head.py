@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.last_rows import LastRowsDense, Pattern
 
 
@@ -18,10 +20,19 @@ class PerHead:
     So are heads with different patterns that have an equal `together` (anything hashable): their class is then asked
     for `build_together(patterns, inputs, grid)`, with one pattern for each head of the inputs.
 
-    `build_index` raises ValueError where there are not as many patterns as query heads.
+    Raises ValueError for a pattern that works in parts (`sparseprefill.patterns.parts`), and in `build_index` where
+    there are not as many patterns as query heads.
     """
 
     patterns: tuple[Pattern, ...]  # [query_heads]
+
+    def __post_init__(self) -> None:
+        for each in self.patterns:
+            if getattr(each, "in_parts", False):
+                raise ValueError(
+                    f"{type(each).__name__} lays the keys of a whole layer in another order and cannot be the pattern "
+                    "of some heads: give it to whole layers, or put a pattern for each head inside it"
+                )
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         if len(self.patterns) != inputs.query_heads:
@@ -31,6 +42,9 @@ class PerHead:
             groups.setdefault(getattr(pattern, "together", pattern), []).append(head)
         parts = [(heads, self._build(heads, inputs.select_heads(heads), grid)) for heads in groups.values()]
         return BlockIndex.merge(parts, inputs.query_heads)
+
+    def expected_density(self, keys: int) -> float:
+        return math.fsum(expected_density(each, keys) for each in self.patterns) / len(self.patterns)
 
     def _build(self, heads: Sequence[int], inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         patterns: list[Any] = [self.patterns[head] for head in heads]
@@ -47,4 +61,8 @@ def of_heads(pattern: Pattern, heads: Sequence[int]) -> Pattern:
         return PerHead(tuple(pattern.patterns[head] for head in heads))
     if isinstance(pattern, LastRowsDense):
         return dataclasses.replace(pattern, pattern=of_heads(pattern.pattern, heads))
+    if hasattr(pattern, "inner"):  # a wrapper
+        wrapper: Any = pattern
+        changed: Pattern = dataclasses.replace(wrapper, inner=of_heads(wrapper.inner, heads))
+        return changed
     return pattern

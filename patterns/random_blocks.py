@@ -10,6 +10,7 @@ from torch import Tensor
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.selection import Budget, TopK, check_budget, check_tokens
 from sparseprefill.patterns.block_sparse import forced_blocks
+from sparseprefill.patterns.expected_density import in_blocks, kept_share
 
 _PRIME = (1 << 31) - 1
 
@@ -50,6 +51,10 @@ class RandomBlocks:
             kept = TopK(self.keep).select(draw, visible[:, start:stop], forced[:, start:stop], grid.block_k)
             parts.append(BlockIndex.from_slots(grid, *kept))
         return BlockIndex.stack(parts)
+
+    def expected_density(self, keys: int) -> float:
+        forced = kept_share(in_blocks(self.sink) + in_blocks(self.local), keys)
+        return max(kept_share(self.keep, keys), forced)
 
 
 def _hash(seed: int, *parts: Tensor) -> Tensor:

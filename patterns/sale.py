@@ -18,6 +18,7 @@ from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.relative_attention import PreparedKeys, RelativeAttention
 from sparseprefill.estimators.selection import Budget, TopK, check_share, check_threshold, passed
 from sparseprefill.kernels.products import ProductShape, choose_product
+from sparseprefill.patterns.expected_density import UNKNOWN, in_blocks, kept_share
 
 PUBLISHED = 0.004
 """The threshold of the paper's own example, the same for all heads."""
@@ -120,6 +121,11 @@ class Sale:
         if self.threshold is None or self.expected is not None or not density > 0:
             return self
         return dataclasses.replace(self, expected=density)
+
+    def expected_density(self, keys: int) -> float:
+        # whole segments are tested, and what is left of the last one is window
+        forced = kept_share(64 + in_blocks(self.window + self.segment), keys)
+        return max((self.expected or UNKNOWN) if self.keep is None else kept_share(self.keep, keys), forced)
 
     def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
         """What share of dense attention's time finding the blocks takes, as stated in `OVERHEAD`; see `CostModel`."""

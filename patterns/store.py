@@ -16,15 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sparseprefill import files
-from sparseprefill.patterns.a_shape import AShape
-from sparseprefill.patterns.block_sparse import BlockSparse
-from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.last_rows import Pattern
+from sparseprefill.patterns.methods import METHODS
 from sparseprefill.patterns.per_head import PerHead
-from sparseprefill.patterns.random_blocks import RandomBlocks
-from sparseprefill.patterns.sale import Sale
-from sparseprefill.patterns.tri_shape import TriShape
-from sparseprefill.patterns.vertical_slash import VerticalSlash
 
 SCHEMA = 2
 HARD_KEYS = ("architecture", "layers", "query_heads", "kv_heads", "head_dim", "rope", "vocabulary")
@@ -41,15 +35,7 @@ _SHIPPED = {INSIDE: "profile.json", SALE_INSIDE: "sale.json"}
 # the largest models have 128 layers of 128 heads; a file that claims many times that would only cost memory
 MOST_LAYERS, MOST_HEADS = 1024, 1024
 # the names that patterns have in a file
-PATTERNS: dict[str, type[Any]] = {
-    "dense": Dense,
-    "a_shape": AShape,
-    "tri_shape": TriShape,
-    "vertical_slash": VerticalSlash,
-    "block_sparse": BlockSparse,
-    "random": RandomBlocks,
-    "sale": Sale,
-}
+PATTERNS: dict[str, type[Any]] = {name: row.pattern for name, row in METHODS.items() if row.stored}
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,3 +32,6 @@ class TriShape:
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         return self._composed().build_index(inputs, grid)
+
+    def expected_density(self, keys: int) -> float:
+        return self._composed().expected_density(keys)

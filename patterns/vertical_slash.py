@@ -19,6 +19,7 @@ from torch.nn import functional
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.probe import Probe
 from sparseprefill.estimators.selection import check_share, check_tokens
+from sparseprefill.patterns.expected_density import in_blocks, kept_share
 
 PUBLISHED = (1000, 6096)  # MInference's default (verticals, slashes), in tokens
 SINK, BAND = 30, 100  # columns and distances MInference always keeps, in tokens
@@ -98,6 +99,14 @@ class VerticalSlash:
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> int:
         """See `sparseprefill.patterns.nested`."""
         return Probe(self.probe).products(inputs)
+
+    def expected_density(self, keys: int) -> float:
+        forced = kept_share(in_blocks(SINK) + in_blocks(BAND) + 64, keys)  # a distance lies in two block slashes
+        if self.density is not None:
+            return max(self.density, forced)
+        assert self.verticals is not None
+        assert self.slashes is not None
+        return max(kept_share(self.verticals + self.slashes, keys), forced)
 
     def _block_mass(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Tensor, Tensor]:
         """[batch, query_heads, key_blocks] twice: probe mass of each block column and of each block slash."""

@@ -330,7 +330,8 @@ class BlockIndex:
 
     Row r attends to columns[start[r] : start[r] + count[r]]: strictly ascending, at least one, each inside the grid's
     visible blocks. Lists may have slack between them and may share storage (a dense index is one list that all rows
-    read from), so an estimator over-allocates freely and never reads a length back to the host.
+    read from), so an estimator over-allocates freely and never reads a length back to the host. Only where an index is
+    one of several parts (`sparseprefill.patterns.parts`) may a list be empty; it too begins inside the storage.
 
     Example, 3 rows, causal, one sink block and the diagonal: columns [0, 0, 1, 0, 2], start [0, 1, 3], count [1, 2, 2].
     """
@@ -361,6 +362,8 @@ class BlockIndex:
         count = mask.sum(-1, dtype=torch.int32)
         if mask.device.type == "cpu":
             columns = mask.nonzero()[:, -1].to(torch.int32)
+            if bool((count == 0).any()):  # rows of a part: their lists too begin inside the storage
+                columns = torch.cat([columns, columns.new_zeros(1)])
             start = count.flatten().cumsum(0).view_as(count) - count
             return BlockIndex(grid, columns, start.to(torch.int64), count)
         blocks = mask.shape[-1]
@@ -466,8 +469,11 @@ class BlockIndex:
         mask = torch.zeros(*real.shape[:-1], self.grid.key_blocks + 1, dtype=torch.bool, device=ids.device)
         return mask.scatter_(-1, ids, True)[..., :-1]
 
-    def validate(self, inputs: AttentionInputs) -> None:
-        """Check every promise of this class (reads back to the host; for tests and debugging). Raises ValueError."""
+    def validate(self, inputs: AttentionInputs, *, empty_rows: bool = False) -> None:
+        """Check every promise of this class (reads back to the host; for tests and debugging). Raises ValueError.
+
+        `empty_rows`: rows may be empty, as in an index that is one of several parts.
+        """
         grid = self.grid
         reason = grid.fits(inputs)
         if reason:
@@ -477,11 +483,11 @@ class BlockIndex:
             raise ValueError(
                 f"start and count must be {shape}, got {tuple(self.start.shape)}, {tuple(self.count.shape)}"
             )
-        if (self.count < 1).any():
+        if (self.count < (0 if empty_rows else 1)).any():
             raise ValueError(f"{int((self.count < 1).sum())} rows have an empty list")
         if (self.count > grid.key_blocks).any() or (self.start < 0).any():
             raise ValueError("a list is longer than there are key blocks, or starts before the storage")
-        if (self.start + self.count > self.columns.numel()).any():
+        if (self.start + self.count.clamp(min=1) > self.columns.numel()).any():
             raise ValueError("a list ends beyond the storage")
         slot = torch.arange(grid.key_blocks, device=self.columns.device)
         real = slot < self.count[..., None]

@@ -54,6 +54,7 @@ from sparseprefill.huggingface_modules import (
 from sparseprefill.huggingface_weights import files_hash, weights_hash, weights_warnings
 from sparseprefill.kernels import choose_implementation
 from sparseprefill.patterns import Dense, LastRowsDense, ModelPatterns, Pattern, PerHead
+from sparseprefill.patterns.parts import parts_of
 from sparseprefill.patterns.per_head import of_heads
 from sparseprefill.prefill import (
     describe_pattern,
@@ -761,7 +762,7 @@ def _try_patterns(
         key = torch.zeros(1, shape.kv_heads, tokens, shape.head_dim, device=device)
         value = torch.zeros(1, shape.kv_heads, tokens, shape.value_dim, device=device)
         inputs = AttentionInputs(query, key, value, scale=1.0)
-        pattern.build_index(inputs, BlockGrid.of(inputs, settings.block_q, settings.block_k))
+        parts_of(pattern, inputs, BlockGrid.of(inputs, settings.block_q, settings.block_k))
 
 
 def _previous_implementation(model: PreTrainedModel, config: PreTrainedConfig) -> str:

@@ -20,7 +20,8 @@ from sparseprefill.huggingface_masks import MaskInfo
 from sparseprefill.huggingface_modules import LayerShape, kernel_for
 from sparseprefill.kernels import IMPLEMENTATIONS
 from sparseprefill.patterns import Dense, Pattern
-from sparseprefill.prefill import COST_MODELS, CostModel, Prefill, describe_pattern, expected_density, expected_overhead
+from sparseprefill.patterns.expected_density import expected_density
+from sparseprefill.prefill import COST_MODELS, CostModel, Prefill, describe_pattern, expected_overhead
 from sparseprefill.reports import LayerReport, ranges
 
 COUNTING = threading.Lock()  # a model may be called from several threads at once

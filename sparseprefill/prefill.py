@@ -8,126 +8,20 @@ import difflib
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid, BlockIndex
-from sparseprefill.coverage import Coverage, coverage
+from sparseprefill.coverage import Coverage
 from sparseprefill.guard import Guard, GuardedCall, guarded
-from sparseprefill.kernels import block_sparse_attention
 from sparseprefill.kernels.row_lse import row_lse
-from sparseprefill.patterns import (
-    AShape,
-    BlockSparse,
-    Dense,
-    LastRowsDense,
-    Pattern,
-    PerHead,
-    RandomBlocks,
-    Sale,
-    TriShape,
-    VerticalSlash,
-)
-from sparseprefill.patterns.sale import PUBLISHED as PUBLISHED_THRESHOLD
+from sparseprefill.patterns import Dense, LastRowsDense, Pattern, PerHead
+from sparseprefill.patterns.methods import METHODS, MethodRow
+from sparseprefill.patterns.parts import Part, attend, parts_coverage, parts_of, without_heads
 from sparseprefill.patterns.store import INSIDE, SALE_INSIDE, ModelPatterns, load_patterns
-from sparseprefill.patterns.vertical_slash import BAND, PUBLISHED, SINK
-
-
-def _minference(
-    profile: str | Path | None = None, budget: str | None = None, density: float | None = None, probe: int = 64
-) -> Pattern | ModelPatterns:
-    """Per-head patterns from a profile, else vertical-slash for every head."""
-    if profile is not None:
-        if budget is not None or density is not None or probe != 64:
-            raise ValueError("minference takes a profile, or else budget, density and probe: a profile brings its own")
-        return load_patterns(profile)
-    if budget is not None and density is not None:
-        raise ValueError("minference takes either a budget or a density")
-    if budget is None:
-        return VerticalSlash(density=0.2 if density is None else density, probe=probe)
-    if budget != "paper":
-        raise ValueError(f"minference knows budget='paper' (1000 verticals, 6096 slashes), got {budget!r}")
-    verticals, slashes = PUBLISHED
-    return VerticalSlash(verticals=verticals, slashes=slashes, probe=probe)
-
-
-def _vertical_slash(**options: Any) -> VerticalSlash:
-    if not {"verticals", "slashes", "density"} & options.keys():
-        options["density"] = 0.2
-    return VerticalSlash(**options)
-
-
-def _sale(profile: str | Path | None = None, **options: Any) -> Pattern | ModelPatterns:
-    """Thresholds of each head from a profile, else one for all heads."""
-    if profile is not None:
-        if options:
-            raise ValueError(f"sale takes a profile, or else {', '.join(options)}: a profile brings its own")
-        found = load_patterns(SALE_INSIDE if str(profile) == INSIDE else profile)
-        others = {type(each).__name__ for heads in found.layers for each in heads if not isinstance(each, Sale | Dense)}
-        if others:
-            raise ValueError(
-                f"the profile {profile} gives heads {', '.join(sorted(others))}, and method 'sale' takes one of Sale "
-                "and Dense alone: use it with method 'minference'"
-            )
-        return found
-    if options.keys().isdisjoint(("threshold", "keep")):
-        options["threshold"] = PUBLISHED_THRESHOLD
-    return Sale(**options)
-
-
-@dataclass(frozen=True, slots=True)
-class MethodRow:
-    """One line of the methods table."""
-
-    make: Callable[..., Pattern | ModelPatterns]  # called with the options
-    options: tuple[str, ...]  # their names
-    kind: str  # selector: looks at this prompt; static: does not
-    summary: str  # what it keeps
-    paper: str  # where it was published, or ""
-    looks_ahead: bool  # may the blocks of a row depend on later tokens?
-    chunked: str  # "identical": the index of a chunk is that part of the one-shot index;
-    # "own": it is the method applied to the chunk's own queries and all earlier keys
-
-
-def _fields(cls: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(cls))
-
-
-METHODS: dict[str, MethodRow] = {
-    "dense": MethodRow(Dense, (), "static", "every block", "", False, "identical"),
-    "a_shape": MethodRow(
-        AShape, _fields(AShape), "static", "first tokens and a local window", "arXiv:2309.17453", False, "identical"
-    ),
-    "tri_shape": MethodRow(
-        TriShape, _fields(TriShape), "static", "A-shape, last rows dense", "arXiv:2412.10319", True, "own"
-    ),
-    "vertical_slash": MethodRow(
-        _vertical_slash, _fields(VerticalSlash), "selector", "key columns and distances the last queries attend to",
-        "arXiv:2407.02490", True, "own",
-    ),
-    "block_sparse": MethodRow(
-        BlockSparse, _fields(BlockSparse), "selector", "blocks whose mean key fits the mean query",
-        "arXiv:2407.02490", False, "own",
-    ),
-    "random": MethodRow(
-        RandomBlocks, _fields(RandomBlocks), "static", "random blocks, sink and window: the control", "", False,
-        "identical",
-    ),
-    "minference": MethodRow(
-        _minference, ("profile", "budget", "density", "probe"), "selector",
-        "a pattern for each head from a profile, else vertical-slash", "arXiv:2407.02490", True, "own",
-    ),
-    "sale": MethodRow(
-        _sale, ("profile", *_fields(Sale)), "selector", "blocks with a pair whose 4-bit estimate passes a threshold",
-        "arXiv:2505.24179", True, "own",
-    ),
-}  # fmt: skip
-"""The methods by name, in the order in which they are listed; an explicit table, nothing registers itself."""
 
 
 def resolve_method(
@@ -138,18 +32,12 @@ def resolve_method(
     `last_rows_dense`: that many last queries of each call attend densely, whatever the method.
     Raises ValueError for an unknown name or option (with the nearest known one), TypeError for other objects.
     """
+    pattern: Any
     if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}.{_nearest(method, METHODS)} Methods: {', '.join(METHODS)}")
-        row = METHODS[method]
-        for name in options:
-            if name not in row.options:
-                known = ", ".join(row.options) or "none"
-                raise ValueError(
-                    f"method {method!r} has no option {name!r}.{_nearest(name, row.options)} Its options: {known}"
-                )
-        pattern = row.make(**options)
-    elif callable(getattr(method, "build_index", None)) or isinstance(method, ModelPatterns):
+        pattern = _by_name(method, options)
+    elif any(callable(getattr(method, verb, None)) for verb in ("build_index", "build_parts")) or isinstance(
+        method, ModelPatterns
+    ):
         if options:
             raise ValueError(f"options go with a method's name; {type(method).__name__} got {', '.join(options)}")
         pattern = method
@@ -160,7 +48,42 @@ def resolve_method(
         )
     if last_rows_dense and isinstance(pattern, ModelPatterns):
         return pattern.map(lambda each: LastRowsDense(each, last_rows_dense))
-    return LastRowsDense(pattern, last_rows_dense) if last_rows_dense else pattern  # type: ignore[arg-type]
+    return LastRowsDense(pattern, last_rows_dense) if last_rows_dense else pattern
+
+
+def _by_name(method: str, options: dict[str, Any]) -> Pattern | ModelPatterns:
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}.{_nearest(method, METHODS)} Methods: {', '.join(METHODS)}")
+    row = METHODS[method]
+    others = {name: value for name, value in options.items() if name not in row.options}
+    if row.wraps:  # what is not its own belongs to the method that it goes around
+        own = {name: value for name, value in options.items() if name not in others and name != "method"}
+        inner = resolve_method(options.get("method", row.inner), **others)
+        if isinstance(inner, ModelPatterns):
+            raise ValueError(f"{method} goes around one method, and a profile is a pattern for each head: name another")
+        return row.build(inner=inner, **own)
+    for name in others:
+        known = ", ".join(row.options) or "none"
+        raise ValueError(f"method {method!r} has no option {name!r}.{_nearest(name, row.options)} Its options: {known}")
+    if options.get("profile") is not None:
+        return _from_profile(method, row, options)
+    return row.build(**{name: value for name, value in options.items() if name != "profile"})
+
+
+def _from_profile(method: str, row: MethodRow, options: dict[str, Any]) -> ModelPatterns:
+    others = [name for name in options if name != "profile"]
+    if others:
+        raise ValueError(f"{method} takes a profile, or else {', '.join(others)}: a profile brings its own")
+    path = options["profile"]
+    found = load_patterns(SALE_INSIDE if method == "sale" and str(path) == INSIDE else path)
+    if row.profile:
+        strangers = {type(own).__name__ for heads in found.layers for own in heads if not isinstance(own, row.profile)}
+        if strangers:
+            raise ValueError(
+                f"the profile {path} gives heads {', '.join(sorted(strangers))}, and method {method!r} takes one of "
+                f"{' and '.join(each.__name__ for each in row.profile)} alone: use it with method 'minference'"
+            )
+    return found
 
 
 def _nearest(name: str, known: Any) -> str:
@@ -206,44 +129,6 @@ caution; the GPU's is an assumption.
 """
 
 
-SALE_DENSITY = 0.5
-"""What is reckoned with where a threshold decides what a prompt keeps, and no profile says what it came to."""
-
-
-def expected_density(pattern: Any, keys: int) -> float:
-    """What share of a one-shot prefill's pairs a pattern will keep, at most, before anything was looked at.
-
-    What a pattern keeps in any case counts, in blocks of 64: in a short prompt that is more than its budget. A user's
-    object may have `expected_density(keys) -> float`; one without is taken for 0.5.
-    """
-    if isinstance(pattern, PerHead):
-        return math.fsum(expected_density(each, keys) for each in pattern.patterns) / len(pattern.patterns)
-    if isinstance(pattern, LastRowsDense):
-        return min(1.0, expected_density(pattern.pattern, keys) + 2 * pattern.rows / keys)
-    match pattern:
-        case Dense():
-            return 1.0
-        case AShape(sink, window):
-            return _kept_share((sink if isinstance(window, int) else 0), window, keys)
-        case TriShape(sink, window, last):
-            return min(1.0, _kept_share((sink if isinstance(window, int) else 0), window, keys) + 2 * last / keys)
-        case BlockSparse(keep=keep, sink=sink, local=local) | RandomBlocks(keep=keep, sink=sink, local=local):
-            return max(_kept_share(0, keep, keys), _kept_share(0, _in_blocks(sink) + _in_blocks(local), keys))
-        case VerticalSlash(verticals=verticals, slashes=slashes, density=density):
-            forced = _kept_share(_in_blocks(SINK), _in_blocks(BAND) + 64, keys)  # a distance lies in two block slashes
-            if density is not None:
-                return max(density, forced)
-            assert verticals is not None
-            assert slashes is not None
-            return max(_kept_share(verticals, slashes, keys), forced)
-        case Sale(keep=keep, window=window, segment=segment, expected=expected):
-            # whole segments are tested, and what is left of the last one is window
-            forced = _kept_share(0, 64 + _in_blocks(window + segment), keys)
-            return max((expected or SALE_DENSITY) if keep is None else _kept_share(0, keep, keys), forced)
-    own = getattr(pattern, "expected_density", None)
-    return float(own(keys)) if callable(own) else 0.5
-
-
 def expected_overhead(pattern: Any, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
     """Time of finding the blocks over that of dense attention, where it grows with the pairs; 0 where it does not.
 
@@ -258,29 +143,22 @@ def expected_overhead(pattern: Any, device: torch.device, head_dim: int, block_q
     return float(own(device, head_dim, block_q, block_k)) if callable(own) else 0.0
 
 
-def _in_blocks(tokens: int) -> int:
-    return -(-tokens // 64) * 64
-
-
-def _kept_share(extra: int, budget: int | float, keys: int) -> float:
-    """Share of causal pairs when every query keeps a budget (and `extra` tokens)."""
-    if isinstance(budget, float):
-        return budget
-    kept = min(budget + extra, keys)
-    return (kept * keys - kept * (kept - 1) / 2) / (keys * (keys + 1) / 2)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefill:
     """One attention call and what was seen of it; tensors stay on their device until someone reads them."""
 
     result: AttentionOutput  # output and lse
-    index: BlockIndex  # the blocks that were computed
+    parts: tuple[Part, ...]  # the blocks that were computed; one part, but for patterns that move keys
     coverage: Coverage | None  # None unless observed, as all that follows
     sampled_mass: Tensor | None  # float64 [query_heads, 2]: sum of kept mass over sampled rows, and their number
     seconds: tuple[float, float] | None  # estimator, kernel; on the CPU, None on a GPU
     events: tuple[torch.cuda.Event, ...] | None  # before, between, after; on a GPU, None on the CPU
     guarded: GuardedCall | None = None  # None without a guard, and where the pattern computes everything
+
+    @property
+    def index(self) -> BlockIndex:
+        """The blocks of the keys as they lie."""
+        return self.parts[0].index
 
 
 def sparse_prefill(
@@ -335,29 +213,34 @@ def _prefill(
     began = time.perf_counter()
     if events:
         events[0].record()
-    index = pattern.build_index(inputs, BlockGrid.of(inputs, block_q, block_k))
+    parts = parts_of(pattern, inputs, BlockGrid.of(inputs, block_q, block_k))
     built = time.perf_counter()
     if events:
         events[1].record()
-    result = block_sparse_attention(inputs, index, impl)
+    result = attend(parts, impl)
     done = time.perf_counter()
     if events:
         events[2].record()
     call = None
     if guard is not None and not keeps_everything(pattern):
-        index, call = guarded(inputs, index, result, guard, draw=draw, impl=impl, timed=observe)
+        index, call = guarded(inputs, parts[0].index, result, guard, draw=draw, impl=impl, timed=observe)
+        others = (Part(part.inputs, without_heads(part.index, call.check.failed)) for part in parts[1:])
+        parts = (Part(inputs, index), *others)
     if not observe:
-        return Prefill(result, index, None, None, None, None, call)
+        return Prefill(result, parts, None, None, None, None, call)
     mass = kept_mass_sample(inputs, result.lse, sample_rows) if sample_rows else None
     seconds = None if on_gpu else (built - began, done - built)
-    return Prefill(result, index, coverage(inputs, index), mass, seconds, events, call)
+    return Prefill(result, parts, parts_coverage(parts), mass, seconds, events, call)
 
 
 def keeps_everything(pattern: Any) -> bool:
     """Whether a pattern is dense by its kind, so that there is nothing to guard."""
     if isinstance(pattern, PerHead):
         return all(map(keeps_everything, pattern.patterns))
-    return isinstance(pattern, Dense) or (isinstance(pattern, LastRowsDense) and keeps_everything(pattern.pattern))
+    if isinstance(pattern, LastRowsDense):
+        return keeps_everything(pattern.pattern)
+    own = getattr(pattern, "keeps_everything", None)  # a wrapper knows it
+    return bool(own()) if callable(own) else isinstance(pattern, Dense)
 
 
 def kept_mass_sample(inputs: AttentionInputs, lse: Tensor, rows: int) -> Tensor:
@@ -397,10 +280,15 @@ def methods_table() -> list[dict[str, str]]:
         {
             "method": name, "kind": row.kind, "what it keeps": row.summary, "options": ", ".join(row.options) or "-",
             "looks ahead": "yes" if row.looks_ahead else "no", "chunked prefill": row.chunked,
-            "paper": row.paper or "-",
+            "paper": row.paper or "-", "page": page(name),
         }
         for name, row in METHODS.items()
     ]  # fmt: skip
+
+
+def page(method: str) -> str:
+    """Where a method is explained, from the top of the project."""
+    return f"docs/methods/{method}.md"
 
 
 def parse_options(text: str) -> dict[str, Any]:

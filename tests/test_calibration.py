@@ -38,7 +38,8 @@ from sparseprefill.huggingface import patched_layers
 from sparseprefill.huggingface_masks import NAME
 from sparseprefill.huggingface_modules import STATE, LayerShape
 from sparseprefill.patterns import BlockSparse, RandomBlocks, VerticalSlash
-from sparseprefill.prefill import COST_MODELS, CostModel, expected_density
+from sparseprefill.patterns.expected_density import expected_density
+from sparseprefill.prefill import COST_MODELS, CostModel
 
 BLOCKS = {"block_q": 16, "block_k": 16}
 ASKED: dict[str, Any] = {"keep": 0.1, "sink": 0, "local": 0, **BLOCKS}  # of block_sparse

@@ -15,7 +15,7 @@ from sparseprefill.evals.loading import load_model
 from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.evals.needle_tasks import NeedlesAlong
 from sparseprefill.evals.runner import run_eval
-from sparseprefill.prefill import METHODS
+from sparseprefill.patterns.methods import METHODS
 
 
 def run(*arguments: str) -> str:

@@ -25,7 +25,9 @@ from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.evals.results import EvalResult
 from sparseprefill.huggingface import patch_model
 from sparseprefill.huggingface_layers import Settings
-from sparseprefill.prefill import COST_MODELS, METHODS, expected_density, resolve_method
+from sparseprefill.patterns.expected_density import expected_density
+from sparseprefill.patterns.methods import METHODS
+from sparseprefill.prefill import COST_MODELS, resolve_method
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("*.md")}

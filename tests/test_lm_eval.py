@@ -17,21 +17,14 @@ from lm_eval.models.huggingface import HFLM
 
 from sparseprefill.evals.lm_eval import MODEL_TYPE, model_class, register
 from sparseprefill.evals.loading import load_model, model_folder
+from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.huggingface import patch_model
 from sparseprefill.lm_eval import complete, main
-from sparseprefill.prefill import METHODS
+from sparseprefill.patterns.methods import METHODS
 from sparseprefill.prompts import needle_prompt
 
-# budgets with which each method leaves out much at these lengths
 WAYS: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "a_shape": {"sink": 64, "window": 128},
-    "tri_shape": {"sink": 64, "window": 128, "last": 64},
-    "vertical_slash": {"density": 0.7},
-    "block_sparse": {"keep": 0.3},
-    "random": {"keep": 0.3},
-    "minference": {"density": 0.7},
-    "sale": {"keep": 0.3},
+    **{name: MethodSpec.at_density(name, 0.3).options if row.share else {} for name, row in METHODS.items()},
     "a_shape, last rows dense": {"sink": 64, "window": 128, "last_rows_dense": 70},
     "block_sparse, everything kept": {"keep": 1.0},
 }
@@ -91,10 +84,6 @@ def test_the_model_type_is_registered_beside_the_harness_own() -> None:
     register()
     assert get_model(MODEL_TYPE) is model_class()
     assert get_model("hf") is HFLM
-
-
-def test_every_method_is_tried_here() -> None:
-    assert set(METHODS) == {name.partition(",")[0] for name in WAYS}
 
 
 @pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])

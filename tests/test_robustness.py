@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import math
 import os
 import re
 from collections.abc import Callable
@@ -20,23 +19,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from method_cases import CASES
 from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid, BlockIndex
 from sparseprefill.kernels import block_sparse_attention, why_not
 from sparseprefill.kernels.reference import reference_attention
 from sparseprefill.patterns import (
-    AShape,
-    BlockSparse,
-    Dense,
     LastRowsDense,
     PerHead,
     RandomBlocks,
-    Sale,
-    TriShape,
-    VerticalSlash,
 )
-from sparseprefill.prefill import METHODS, resolve_method
+from sparseprefill.patterns.methods import METHODS
+from sparseprefill.prefill import resolve_method
 from support import assert_within_budget
 
 LONG = int(os.environ.get("ROBUSTNESS_EXAMPLES", "60"))
@@ -168,52 +163,19 @@ def legal_index(case: Drawn, seed: int = 0) -> BlockIndex:
     return index
 
 
-BUDGETS = st.one_of(st.integers(1, 200), st.sampled_from((0.1, 0.25, 0.5, 0.9, 1.0)))
-
-
-def small_sale(budget: dict[str, Any], step: tuple[int, int], window: int, segment: int, **options: Any) -> Sale:
-    """Steps and windows that fit into a few hundred tokens; `window` and `segment` in steps beyond the least."""
-    query_block, key_block = step
-    least = -(-(query_block + key_block - math.gcd(query_block, key_block)) // key_block)
-    return Sale(
-        **budget, query_block=query_block, key_block=key_block, window=(least + window) * key_block,
-        segment=segment * key_block, **options,
-    )  # fmt: skip
-
-
-PATTERNS: dict[str, Any] = {
-    "dense": st.just(Dense()),
-    "a_shape": st.builds(AShape, sink=st.integers(0, 90), window=BUDGETS),
-    "tri_shape": st.builds(TriShape, sink=st.integers(0, 90), window=BUDGETS, last=st.integers(1, 60)),
-    "vertical_slash": st.one_of(
-        st.builds(VerticalSlash, density=st.sampled_from((0.2, 0.5, 0.8, 1.0)), probe=st.integers(1, 80)),
-        st.builds(VerticalSlash, verticals=st.integers(1, 90), slashes=st.integers(1, 90), probe=st.integers(1, 80)),
-    ),
-    "block_sparse": st.builds(BlockSparse, keep=BUDGETS, sink=st.integers(0, 70), local=st.integers(0, 70)),
-    "random": st.builds(
-        RandomBlocks, keep=BUDGETS, sink=st.integers(0, 70), local=st.integers(0, 70), seed=st.integers(0, 2**70)
-    ),
+PATTERNS: dict[str, Any] = {name: case.drawn for name, case in CASES.items() if case.drawn is not None} | {
     "minference": st.builds(
         functools.partial(resolve_method, "minference"), density=st.sampled_from((0.2, 0.5)), probe=st.integers(1, 80)
-    ),
-    "sale": st.builds(
-        small_sale,
-        st.one_of(
-            st.builds(dict, threshold=st.sampled_from((0.001, 0.3, 0.9, 0.999))), st.builds(dict, keep=BUDGETS)
-        ),
-        step=st.sampled_from(((16, 16), (32, 16), (16, 32), (24, 20))),
-        window=st.integers(0, 3),
-        segment=st.integers(1, 4),
-        bits=st.sampled_from((2, 4, 8, 16)),
-        group=st.sampled_from(("token", "tile")),
-    ),
-}  # fmt: skip
+    )
+}
 
 
 def built(pattern: Any, case: Drawn, inputs: AttentionInputs | None = None) -> BlockIndex:
     inputs = case.inputs if inputs is None else inputs
     block_q, block_k = case.blocks
-    if isinstance(pattern, VerticalSlash):
+    (case_of,) = [own for own in CASES.values() if own.drawn is not None and type(own.pattern) is type(pattern)]
+    block_q, block_k = (-(-size // case_of.steps) * case_of.steps for size in (block_q, block_k))
+    if case_of.square:
         block_k = block_q  # it refuses other tiles
     index: BlockIndex = pattern.build_index(inputs, BlockGrid.of(inputs, block_q, block_k))
     return index
@@ -492,27 +454,26 @@ def test_wrapped_and_mixed_patterns_many(data: Any) -> None:
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.looks_ahead])
 def test_a_witness_for_each_method_that_looks_ahead(method: str) -> None:
     """ "yes" in the table is needed: here a later token does change the blocks of an earlier row."""
-    options: dict[str, dict[str, Any]] = {
-        "tri_shape": {"sink": 16, "window": 32, "last": 40},
-        "vertical_slash": {"density": 0.5, "probe": 16},
-        "minference": {"density": 0.5, "probe": 16},
-        "sale": {"keep": 0.3, "bits": 2},
-    }
-    pattern = resolve_method(method, **options[method])
+    cases = ["vertical_slash"] if method == "minference" else [n for n in CASES if n.partition("-")[0] == method]
+    assert any(earlier_rows_change(CASES[name].pattern, by_length) for name in cases for by_length in (True, False))
+
+
+def earlier_rows_change(pattern: Any, by_length: bool) -> bool:
+    """A prompt that ends earlier, or one with other tokens behind some row: are the blocks up to that row others?"""
     fill = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 1, 2, 640, 8, generator=fill) * 2
     whole = AttentionInputs(query, key, key, 1.0)
-    before = pattern.build_index(whole, BlockGrid.of(whole, 16, 16)).to_mask()  # type: ignore[union-attr]
+    before = pattern.build_index(whole, BlockGrid.of(whole, 16, 16)).to_mask()
     edge = 608  # rows before it are compared
-    if method == "tri_shape":  # by length: the prompt ends there
+    if by_length:
         other = AttentionInputs(query[:, :, :edge], key[:, :, :edge], key[:, :, :edge], 1.0)
-    else:  # by value: only later tokens differ
+    else:
         query, key = query.clone(), key.clone()
         query[:, :, edge:], key[:, :, edge:] = query[:, :, edge:].flip(-1), -key[:, :, edge:]
         other = AttentionInputs(query, key, key, 1.0)
-    after = pattern.build_index(other, BlockGrid.of(other, 16, 16)).to_mask()  # type: ignore[union-attr]
+    after = pattern.build_index(other, BlockGrid.of(other, 16, 16)).to_mask()
     rows = edge // 16
-    assert not torch.equal(before[:, :, :rows, :rows], after[:, :, :rows, :rows])
+    return not torch.equal(before[:, :, :rows, :rows], after[:, :, :rows, :rows])
 
 
 # ---- determinism across a process

@@ -26,14 +26,8 @@ from sparseprefill.evals import overhead
 from sparseprefill.kernels import low_bit
 from sparseprefill.kernels.products import PRODUCTS, ProductShape, choose_product
 from sparseprefill.patterns import Dense, HeadScore, LastRowsDense, ModelPatterns, PerHead, Sale
-from sparseprefill.prefill import (
-    COST_MODELS,
-    SALE_DENSITY,
-    expected_density,
-    expected_overhead,
-    resolve_method,
-    sparse_prefill,
-)
+from sparseprefill.patterns.expected_density import UNKNOWN, expected_density
+from sparseprefill.prefill import COST_MODELS, expected_overhead, resolve_method, sparse_prefill
 from support import left_padding, make_inputs
 
 CPU = torch.device("cpu")
@@ -367,7 +361,7 @@ class TestCost:
         scores = ((HeadScore(0.9, 0.8, 0.4, 0.7), HeadScore(0.9, 0.8, 0.6, 0.9)),)
         profile = ModelPatterns(((Sale(threshold=0.1), Sale(threshold=0.1)),), tuning=scores)
         assert expected_density(profile.for_layer(0), 1 << 20) == pytest.approx(0.5)
-        assert expected_density(Sale(threshold=0.1), 1 << 20) == pytest.approx(SALE_DENSITY)
+        assert expected_density(Sale(threshold=0.1), 1 << 20) == pytest.approx(UNKNOWN)
         inputs = make_inputs(query_heads=2, kv_heads=1, queries=300, head_dim=8)
         told, untold = (
             pattern.build_index(inputs, grid_of(inputs)).to_mask()

@@ -1,0 +1,132 @@
+"""The table of methods: every method that has a name, one row each. Nothing registers itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparseprefill.patterns.a_shape import AShape
+from sparseprefill.patterns.block_sparse import BlockSparse
+from sparseprefill.patterns.dense import Dense
+from sparseprefill.patterns.last_rows import Pattern
+from sparseprefill.patterns.random_blocks import RandomBlocks
+from sparseprefill.patterns.sale import PUBLISHED as PUBLISHED_THRESHOLD
+from sparseprefill.patterns.sale import Sale
+from sparseprefill.patterns.tri_shape import TriShape
+from sparseprefill.patterns.vertical_slash import PUBLISHED, VerticalSlash
+
+KINDS = ("static", "selector", "wrapper", "kernel option")
+"""Static: does not look at the prompt; selector: does; wrapper: changes how another method runs; kernel option: what
+the kernel leaves out while it runs, of the blocks of another method.
+"""
+
+SHARES = (0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7)
+"""Values of a knob that is a share of the visible keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRow:
+    """One line of the methods table."""
+
+    pattern: type[Any]  # its dataclass; the fields are the method's options
+    kind: str  # one of KINDS
+    summary: str  # what it keeps
+    paper: str  # where it was published, or ""
+    looks_ahead: bool  # may the blocks of a row depend on later tokens?
+    chunked: str  # "identical": the index of a chunk is that part of the one-shot index;
+    # "own": it is the method applied to the chunk's own queries and all earlier keys
+    native: tuple[int, int] = (64, 64)  # queries and keys of a tile in its paper
+    share: str = ""  # the option that takes a density, "" where there is none
+    knob: str = ""  # the option that `sparseprefill compare` sweeps, "" for none
+    knobs: tuple[float, ...] = ()  # its values, those that keep least first
+    fixed: dict[str, Any] = field(default_factory=dict)  # options that go with `share` and `knob`
+    make: Callable[..., Pattern] | None = None  # called with the options; None: `pattern` itself
+    names: tuple[str, ...] = ()  # options of `make` where they are others than the fields of `pattern`
+    inner: str = "dense"  # name of the method that a wrapper goes around where `method=` names none
+    profile: tuple[type[Any], ...] | None = None  # `profile=` gives each head one of these; (): any pattern
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the options that go with the method's name."""
+        own = self.names or tuple(each.name for each in dataclasses.fields(self.pattern) if each.name != "inner")
+        more = ("method",) if self.wraps else ()
+        return (*(("profile",) if self.profile is not None else ()), *more, *own)
+
+    @property
+    def wraps(self) -> bool:
+        """Whether it goes around another method, whose options may stand beside its own."""
+        return any(each.name == "inner" for each in dataclasses.fields(self.pattern))
+
+    @property
+    def stored(self) -> bool:
+        """Whether profiles hold its pattern under this name: not what goes around others, nor a second name."""
+        return not self.wraps and not self.names
+
+    def build(self, **options: Any) -> Pattern:
+        """The pattern with these options."""
+        pattern: Pattern = (self.make or self.pattern)(**options)
+        return pattern
+
+    def at(self, value: float) -> Pattern:
+        """The pattern at one value of the knob."""
+        return self.build(**self.fixed, **{self.knob: value})
+
+
+def _minference(budget: str | None = None, density: float | None = None, probe: int = 64) -> VerticalSlash:
+    """Vertical-slash for every head, where there is no profile."""
+    if budget is not None and density is not None:
+        raise ValueError("minference takes either a budget or a density")
+    if budget is None:
+        return VerticalSlash(density=0.2 if density is None else density, probe=probe)
+    if budget != "paper":
+        raise ValueError(f"minference knows budget='paper' (1000 verticals, 6096 slashes), got {budget!r}")
+    verticals, slashes = PUBLISHED
+    return VerticalSlash(verticals=verticals, slashes=slashes, probe=probe)
+
+
+def _vertical_slash(**options: Any) -> VerticalSlash:
+    if not {"verticals", "slashes", "density"} & options.keys():
+        options["density"] = 0.2
+    return VerticalSlash(**options)
+
+
+def _sale(**options: Any) -> Sale:
+    if options.keys().isdisjoint(("threshold", "keep")):
+        options["threshold"] = PUBLISHED_THRESHOLD
+    return Sale(**options)
+
+
+METHODS: dict[str, MethodRow] = {
+    "dense": MethodRow(Dense, "static", "every block", "", False, "identical"),
+    "a_shape": MethodRow(
+        AShape, "static", "first tokens and a local window", "arXiv:2309.17453", False, "identical",
+        share="window", knob="window", knobs=SHARES, fixed={"sink": 64},
+    ),
+    "tri_shape": MethodRow(
+        TriShape, "static", "A-shape, last rows dense", "arXiv:2412.10319", True, "own",
+        share="window", knob="window", knobs=SHARES, fixed={"sink": 64},
+    ),
+    "vertical_slash": MethodRow(
+        VerticalSlash, "selector", "key columns and distances the last queries attend to", "arXiv:2407.02490", True,
+        "own", share="density", knob="density", knobs=SHARES, make=_vertical_slash,
+    ),
+    "block_sparse": MethodRow(
+        BlockSparse, "selector", "blocks whose mean key fits the mean query", "arXiv:2407.02490", False, "own",
+        share="keep", knob="keep", knobs=SHARES,
+    ),
+    "random": MethodRow(
+        RandomBlocks, "static", "random blocks, sink and window: the control", "", False, "identical",
+        share="keep", knob="keep", knobs=SHARES,
+    ),
+    "minference": MethodRow(
+        VerticalSlash, "selector", "a pattern for each head from a profile, else vertical-slash", "arXiv:2407.02490",
+        True, "own", share="density", make=_minference, names=("budget", "density", "probe"), profile=(),
+    ),
+    "sale": MethodRow(
+        Sale, "selector", "blocks with a pair whose 4-bit estimate passes a threshold", "arXiv:2505.24179", True,
+        "own", (64, 32), share="keep", knob="keep", knobs=SHARES, make=_sale, profile=(Sale, Dense),
+    ),
+}  # fmt: skip
+"""By name, in the order in which they are listed."""

@@ -1,0 +1,67 @@
+"""Attention in several parts: what a pattern that changes the keys asks for.
+
+Most patterns name blocks of the keys as they are, by `build_index`. One that lays keys in another order says so with
+`in_parts = True` and has the verb
+
+    build_parts(inputs, grid) -> tuple[Part, ...]
+
+instead: inputs and an index for each of some disjoint sets of keys, whose results are joined by logsumexp. The first
+part is of the keys as they are, and carries what an index says of the whole call (`unjudged`). Where there are several
+parts, rows of an index may be empty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid, BlockIndex
+from sparseprefill.coverage import Coverage, coverage
+from sparseprefill.kernels import block_sparse_attention
+from sparseprefill.kernels.join import join_outputs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Some of the keys, and which of their blocks each row attends to."""
+
+    inputs: AttentionInputs  # of the same queries; keys and values may lie in another order
+    index: BlockIndex  # on the grid of these inputs; all queries, keys of this part alone, rows may be empty
+
+
+def parts_of(pattern: Any, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Part, ...]:
+    """What a pattern computes: its parts, or its index over the keys as they are."""
+    if getattr(pattern, "in_parts", False):
+        parts: tuple[Part, ...] = pattern.build_parts(inputs, grid)
+        return parts
+    return (Part(inputs, pattern.build_index(inputs, grid)),)
+
+
+def attend(parts: Sequence[Part], impl: str = "auto", *, values: bool = True) -> AttentionOutput:
+    """Attention over all parts; `impl` and `values` as for `block_sparse_attention`. Sinks take their share once."""
+    if len(parts) == 1:
+        return block_sparse_attention(parts[0].inputs, parts[0].index, impl, values=values)
+    sinks = parts[0].inputs.sinks
+    own = [dataclasses.replace(part.inputs, sinks=None) for part in parts]
+    results = [
+        block_sparse_attention(inputs, part.index, impl, values=values) for inputs, part in zip(own, parts, strict=True)
+    ]
+    return join_outputs(results, sinks if values else None)
+
+
+def parts_coverage(parts: Sequence[Part]) -> Coverage:
+    """What all parts compute together; see `coverage`."""
+    counts = [coverage(part.inputs, part.index) for part in parts]
+    kept, tiles = (
+        sum((getattr(each, name) for each in counts[1:]), getattr(counts[0], name)) for name in ("kept", "tiles")
+    )
+    return dataclasses.replace(counts[0], kept=kept, tiles=tiles)
+
+
+def without_heads(index: BlockIndex, heads: Tensor) -> BlockIndex:
+    """The lists of these heads (bool [batch, query_heads]) made empty."""
+    return dataclasses.replace(index, count=index.count.masked_fill(heads[..., None], 0))

@@ -1,0 +1,343 @@
+"""What the tests need of each method: one row in `CASES`, and the slow definition of what it keeps.
+
+The slow definitions are written from the papers and import nothing from the methods: loops over one batch row and one
+head, plain Python and torch on whole matrices, in float64, tiles of BLOCK x BLOCK.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparseprefill.contracts import AttentionInputs
+from sparseprefill.patterns import (
+    AShape,
+    BlockSparse,
+    Dense,
+    RandomBlocks,
+    Sale,
+    TriShape,
+    VerticalSlash,
+)
+
+BLOCK = 16
+
+Slow = Callable[[AttentionInputs, int, int, range, Any], dict[int, set[int]]]
+"""(inputs, batch row, head, rows of the grid that hold a real query, pattern) -> the key blocks of each row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method small enough to drop blocks at a few hundred tokens, and what it is at full budget."""
+
+    pattern: Any
+    full: Any
+    looks_ahead: bool
+    chunked: str  # "identical" or "own", as in the methods table
+    slow: Slow | None  # None: what it keeps is drawn, or everything
+    drawn: Any = None  # how hypothesis draws such a pattern; one row a method has it
+    square: bool = False  # tiles of other shapes are refused
+    steps: int = 1  # tokens of a tile must be a multiple of it
+
+
+# ---- slow definitions: loops over one batch row and one head, plain Python and torch on whole matrices
+
+
+def slow_visible(inputs: AttentionInputs, b: int, m: int) -> list[int]:
+    """Key blocks in which row m of the grid of batch row b sees a key."""
+    anchor = slow_anchor(inputs, b)
+    return sorted({(j - anchor) // BLOCK for p in slow_row(inputs, b, m) for j in slow_keys(inputs, p) if j >= anchor})
+
+
+def slow_anchor(inputs: AttentionInputs, b: int) -> int:
+    return 0 if inputs.key_valid is None else int(inputs.key_valid[b].nonzero()[0])
+
+
+def slow_keys(inputs: AttentionInputs, p: int) -> range:
+    first = 0 if inputs.window is None else max(0, p - inputs.window + 1)
+    return range(first, min(p + 1, inputs.keys if inputs.key_length is None else inputs.key_length))
+
+
+def slow_row(inputs: AttentionInputs, b: int, m: int) -> list[int]:
+    """Slots asked in row m (a block number of the grid)."""
+    anchor = slow_anchor(inputs, b)
+    start, stop = inputs.query_start, inputs.query_start + inputs.queries
+    return [p for p in range(anchor + m * BLOCK, anchor + (m + 1) * BLOCK) if start <= p < stop]
+
+
+def slow_logits(inputs: AttentionInputs, b: int, h: int) -> Tensor:
+    """[queries, keys] in float64, masked."""
+    query, key = inputs.query[b, h].double(), inputs.key[b, h // inputs.group_size].double()
+    logits = query @ key.T * inputs.scale
+    if inputs.softcap is not None:
+        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
+    return logits.masked_fill(~inputs.visible_mask()[b], -torch.inf)
+
+
+def row_by_row(slow: Callable[[AttentionInputs, int, int, int, Any], set[int]]) -> Slow:
+    """A definition of one row as one of all rows."""
+    return lambda inputs, b, h, rows, pattern: {m: slow(inputs, b, h, m, pattern) for m in rows}
+
+
+def slow_a_shape(inputs: AttentionInputs, b: int, h: int, m: int, pattern: Any) -> set[int]:
+    anchor, kept = slow_anchor(inputs, b), set()
+    if isinstance(pattern.window, float):
+        wanted = max(1, -(-(m + 1) * round(pattern.window * 1000) // 1000))
+        sink = -(-pattern.sink // BLOCK)
+        kept = set(range(sink)) | set(range(m + 1 - max(1, wanted - sink), m + 1))
+        return kept & set(slow_visible(inputs, b, m))
+    whole_row = range(anchor + m * BLOCK, anchor + (m + 1) * BLOCK)  # of the grid, asked entirely or not
+    for p in whole_row:
+        kept |= {
+            (j - anchor) // BLOCK for j in range(anchor, p + 1) if j - anchor < pattern.sink or p - j < pattern.window
+        }
+    kept |= set(range(-(-pattern.sink // BLOCK)))
+    return kept & set(slow_visible(inputs, b, m))
+
+
+def slow_tri_shape(inputs: AttentionInputs, b: int, h: int, m: int, pattern: TriShape) -> set[int]:
+    if slow_last_rows(inputs, b, m, pattern.last):
+        return set(slow_visible(inputs, b, m))
+    return slow_a_shape(inputs, b, h, m, pattern)
+
+
+def slow_last_rows(inputs: AttentionInputs, b: int, m: int, last: int) -> bool:
+    real = list(range(inputs.query_start, inputs.query_start + inputs.queries))
+    if inputs.key_valid is not None:
+        real = [p for p in real if inputs.key_valid[b, p]]
+    return any(p > real[-1] - last for p in slow_row(inputs, b, m))
+
+
+def slow_block_sparse(inputs: AttentionInputs, b: int, h: int, m: int, pattern: BlockSparse) -> set[int]:
+    visible = slow_visible(inputs, b, m)
+    forced = slow_forced(m, pattern.sink, pattern.local) & set(visible)
+    scores = slow_pooled_scores(inputs, b, h, m)
+    count = max(slow_budget(pattern.keep, len(visible)), len(forced))
+    ranked = sorted(visible, key=lambda n: (n not in forced, -scores[n], n))
+    return set(ranked[:count])
+
+
+def slow_pooled_scores(inputs: AttentionInputs, b: int, h: int, m: int) -> dict[int, float]:
+    anchor = slow_anchor(inputs, b)
+
+    def real(slots: list[int]) -> list[int]:
+        return [p for p in slots if inputs.key_valid is None or inputs.key_valid[b, p]]
+
+    asked = [p - inputs.query_start for p in real(slow_row(inputs, b, m))]
+    query = inputs.query[b, h, asked].double().mean(0)
+    end = min(inputs.query_start + inputs.queries, inputs.filled)
+    scores = {}
+    for n in slow_visible(inputs, b, m):
+        slots = real(list(range(anchor + n * BLOCK, min(anchor + (n + 1) * BLOCK, end))))
+        key = inputs.key[b, h // inputs.group_size, slots].double().mean(0) if slots else torch.zeros_like(query)
+        scores[n] = float(query @ key * inputs.scale)
+    return scores
+
+
+def slow_forced(m: int, sink: int, local: int) -> set[int]:
+    return set(range(-(-sink // BLOCK))) | set(range(m + 1 - -(-local // BLOCK), m + 1))
+
+
+def slow_budget(budget: int | float, visible: int) -> int:
+    wanted = -(-budget // BLOCK) if isinstance(budget, int) else -(-visible * round(budget * 1000) // 1000)
+    return min(max(1, int(wanted)), visible)
+
+
+def slow_vertical_slash(inputs: AttentionInputs, b: int, h: int, pattern: VerticalSlash) -> tuple[list[int], list[int]]:
+    """Block columns and block slashes by falling mass, forced ones first."""
+    anchor = slow_anchor(inputs, b)
+    share = slow_logits(inputs, b, h).softmax(-1).nan_to_num(0.0)
+    slots = list(range(inputs.query_start, inputs.query_start + inputs.queries))
+    end = max(p for p in slots if inputs.key_valid is None or inputs.key_valid[b, p])
+    probe = [p for p in slots if end - pattern.probe < p <= end]
+    blocks = -(-inputs.last_key // BLOCK)
+    column, slash = [0.0] * blocks, [0.0] * blocks
+    for p in probe:
+        if inputs.key_valid is not None and not inputs.key_valid[b, p]:
+            continue
+        for j in range(anchor, p + 1):
+            mass = float(share[p - inputs.query_start, j])
+            column[(j - anchor) // BLOCK] += mass
+            d, r = divmod(p - j, BLOCK)  # a share of the distance lies in tiles (m, m - d), the rest in (m, m - d - 1)
+            slash[d] += mass * (1 - r / BLOCK)
+            if d + 1 < blocks:
+                slash[d + 1] += mass * r / BLOCK
+    forced_columns = {n for n in range(blocks) if n * BLOCK < 30}
+    forced_slashes = {d for d in range(blocks) if (d - 1) * BLOCK < 100}
+    return (
+        sorted(range(blocks), key=lambda n: (n not in forced_columns, -column[n] if n not in forced_columns else 0, n)),
+        sorted(range(blocks), key=lambda d: (d not in forced_slashes, -slash[d] if d not in forced_slashes else 0, d)),
+    )
+
+
+def slow_vertical_slash_rows(
+    inputs: AttentionInputs, b: int, h: int, rows: range, pattern: VerticalSlash
+) -> dict[int, set[int]]:
+    columns, slashes = slow_vertical_slash(inputs, b, h, pattern)
+    least = -(-30 // BLOCK), -(-100 // BLOCK) + 1
+
+    def kept(c: int, s: int) -> dict[int, set[int]]:
+        chosen_columns, chosen_slashes = set(columns[:c]), set(slashes[:s])
+        return {
+            m: {n for n in slow_visible(inputs, b, m) if n in chosen_columns or m - n in chosen_slashes} for m in rows
+        }
+
+    if pattern.density is None:
+        assert pattern.verticals is not None
+        assert pattern.slashes is not None
+        return kept(max(-(-pattern.verticals // BLOCK), least[0]), max(-(-pattern.slashes // BLOCK), least[1]))
+    allowed = sum(m + 1 for m in rows) * pattern.density
+    best = (0, 0)
+    for total in range(2 * len(columns) + 1):
+        c = (total * 1000 + 3548) // 7096
+        everything = set(columns[:c]), set(slashes[: total - c])
+        tiles = sum(1 for m in rows for n in range(m + 1) if n in everything[0] or m - n in everything[1])
+        if tiles <= allowed:
+            best = (c, total - c)
+    return kept(max(best[0], least[0]), max(best[1], least[1]))
+
+
+def slow_sale_rows(inputs: AttentionInputs, b: int, h: int, real: range, pattern: Sale) -> dict[int, set[int]]:
+    """The whole of SALE for one head: means, codes, windows, weights, and what each row keeps of them."""
+    anchor, keys = slow_anchor(inputs, b), min(inputs.last_key, inputs.keys)
+    valid = torch.ones(inputs.keys, dtype=torch.bool) if inputs.key_valid is None else inputs.key_valid[b]
+    query, key = inputs.query[b, h].double(), inputs.key[b, h // inputs.group_size, :keys].double()
+    here = valid[inputs.query_start : inputs.query_start + inputs.queries]
+    query_mean, key_mean = query[here].mean(0), key[valid[:keys]].mean(0)
+
+    def rounded(vectors: Tensor, groups: list[Any]) -> Tensor:
+        most, out = 2 ** (pattern.bits - 1) - 1, torch.zeros_like(vectors)
+        for group in set(groups):
+            members = [n for n, own in enumerate(groups) if own == group]
+            largest = max(float(vectors[members].abs().max()), 1e-300)
+            out[members] = (vectors[members] * most / largest).round() * largest / most
+        return out
+
+    by_token = pattern.group == "token"
+    slots = [inputs.query_start + i for i in range(inputs.queries)]
+    centred_query = (query - query_mean) * here[:, None]
+    centred_key = (key - key_mean) * valid[:keys, None]
+    query_codes = rounded(centred_query, [p if by_token else (p - anchor) // 16 for p in slots])
+    key_codes = rounded(centred_key, [j if by_token else max(0, j - anchor) // pattern.key_block for j in range(keys)])
+    estimate = (query_codes @ key_codes.T + centred_key @ query_mean + (query @ key_mean)[:, None]) * inputs.scale
+    if inputs.softcap is not None:
+        estimate = inputs.softcap * torch.tanh(estimate / inputs.softcap)
+    exact = slow_logits(inputs, b, h)
+    kept: dict[int, set[int]] = {}
+    for m in real:
+        visible, best = slow_visible(inputs, b, m), {}
+        forced: set[int] = set()
+        for p in slow_row(inputs, b, m):
+            blocks = -(-pattern.query_block * ((p - anchor) // pattern.query_block + 1) // pattern.key_block)
+            local = slow_window(blocks, pattern.segment // pattern.key_block, pattern.window // pattern.key_block)
+            window = anchor + (blocks - local) * pattern.key_block
+            near = [j for j in range(anchor, keys) if j - anchor < pattern.key_block or j >= window]
+            forced |= {n for n in visible if n * BLOCK < pattern.key_block or anchor + (n + 1) * BLOCK > window}
+            if not valid[p]:
+                continue
+            i = p - inputs.query_start
+            mass = torch.logsumexp(exact[i, near], 0)
+            for j in range(anchor + pattern.key_block, window):
+                if j < keys and exact[i, j] > -torch.inf:
+                    n = (j - anchor) // BLOCK
+                    best[n] = max(best.get(n, -torch.inf), float(estimate[i, j] - mass))
+        forced &= set(visible)
+        if pattern.keep is not None:
+            count = max(slow_budget(pattern.keep, len(visible)), len(forced))
+            ranked = sorted(visible, key=lambda n: (n not in forced, -best.get(n, -torch.inf), n))
+            kept[m] = set(ranked[:count])
+        else:
+            kept[m] = forced | {n for n, score in best.items() if score > math.log(pattern.threshold or 0)}
+    return kept
+
+
+def slow_window(blocks: int, segment: int, window: int) -> int:
+    """Blocks of the local window, step by step: whole segments after block 0 are tested while enough is left."""
+    tested = 0
+    while 1 + tested + segment <= blocks and blocks - (1 + tested + segment) >= window:
+        tested += segment
+    return blocks - 1 - tested
+
+
+BUDGETS = st.one_of(st.integers(1, 200), st.sampled_from((0.1, 0.25, 0.5, 0.9, 1.0)))
+
+
+def small_sale(budget: dict[str, Any], step: tuple[int, int], window: int, segment: int, **options: Any) -> Sale:
+    """Steps and windows that fit into a few hundred tokens; `window` and `segment` in steps beyond the least."""
+    query_block, key_block = step
+    least = -(-(query_block + key_block - math.gcd(query_block, key_block)) // key_block)
+    return Sale(
+        **budget, query_block=query_block, key_block=key_block, window=(least + window) * key_block,
+        segment=segment * key_block, **options,
+    )  # fmt: skip
+
+
+CASES: dict[str, Case] = {
+    "dense": Case(Dense(), Dense(), False, "identical", None, st.just(Dense())),
+    "a_shape": Case(
+        AShape(sink=20, window=50), AShape(sink=0, window=10**6), False, "identical", row_by_row(slow_a_shape),
+        st.builds(AShape, sink=st.integers(0, 90), window=BUDGETS),
+    ),
+    "a_shape-share": Case(
+        AShape(sink=16, window=0.3), AShape(sink=0, window=1.0), False, "identical", row_by_row(slow_a_shape)
+    ),
+    "tri_shape": Case(
+        TriShape(sink=20, window=50, last=20), TriShape(sink=0, window=10**6), True, "own", row_by_row(slow_tri_shape),
+        st.builds(TriShape, sink=st.integers(0, 90), window=BUDGETS, last=st.integers(1, 60)),
+    ),
+    "vertical_slash": Case(
+        VerticalSlash(verticals=40, slashes=120, probe=24), VerticalSlash(verticals=10**6, slashes=1), True, "own",
+        slow_vertical_slash_rows,
+        st.one_of(
+            st.builds(VerticalSlash, density=st.sampled_from((0.2, 0.5, 0.8, 1.0)), probe=st.integers(1, 80)),
+            st.builds(
+                VerticalSlash, verticals=st.integers(1, 90), slashes=st.integers(1, 90), probe=st.integers(1, 80)
+            ),
+        ),
+        square=True,
+    ),
+    "vertical_slash-density": Case(
+        VerticalSlash(density=0.85, probe=24), VerticalSlash(density=1.0), True, "own", slow_vertical_slash_rows,
+        square=True,
+    ),
+    "block_sparse": Case(
+        BlockSparse(keep=80, sink=16, local=32), BlockSparse(keep=10**6), False, "own", row_by_row(slow_block_sparse),
+        st.builds(BlockSparse, keep=BUDGETS, sink=st.integers(0, 70), local=st.integers(0, 70)),
+    ),
+    "block_sparse-share": Case(
+        BlockSparse(keep=0.3, sink=0, local=0), BlockSparse(keep=1.0), False, "own", row_by_row(slow_block_sparse)
+    ),
+    "sale": Case(
+        Sale(threshold=0.9, window=32, segment=32, query_block=32, key_block=16), Sale(keep=1.0), True, "own",
+        slow_sale_rows,
+        st.builds(
+            small_sale,
+            st.one_of(
+                st.builds(dict, threshold=st.sampled_from((0.001, 0.3, 0.9, 0.999))), st.builds(dict, keep=BUDGETS)
+            ),
+            step=st.sampled_from(((16, 16), (32, 16), (16, 32), (24, 20))), window=st.integers(0, 3),
+            segment=st.integers(1, 4), bits=st.sampled_from((2, 4, 8, 16)), group=st.sampled_from(("token", "tile")),
+        ),
+    ),
+    "sale-tile": Case(
+        Sale(threshold=0.9, bits=2, group="tile", window=32, segment=32, query_block=16, key_block=32), Sale(keep=1.0),
+        True, "own", slow_sale_rows,
+    ),
+    "sale-keep": Case(
+        Sale(keep=0.4, window=16, segment=16, query_block=16, key_block=16), Sale(keep=10**6), True, "own",
+        slow_sale_rows,
+    ),
+    "random": Case(
+        RandomBlocks(keep=0.3, sink=16, local=16), RandomBlocks(keep=1.0), False, "identical", None,
+        st.builds(
+            RandomBlocks, keep=BUDGETS, sink=st.integers(0, 70), local=st.integers(0, 70), seed=st.integers(0, 2**70)
+        ),
+    ),
+}  # fmt: skip
+"""By method, or by method and variant: name-variant."""
