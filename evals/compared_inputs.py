@@ -16,8 +16,7 @@ from sparseprefill.huggingface import patch_model
 from sparseprefill.huggingface_modules import model_window
 from sparseprefill.prompts import ProfilePrompt
 
-PLANTED = "planted: "
-"""How the groups of made-up heads begin."""
+_PLANTED = "planted: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,12 @@ def planted_inputs(tokens: int, seed: int = 0) -> Iterator[NamedInputs]:
     """Heads made up, each a group of its own, without and with outlier channels."""
     for outliers in (False, True):
         for head in planted_heads(tokens, seed=seed, outliers=outliers):
-            yield NamedInputs(head.name, f"{PLANTED}{head.name}", head.inputs, head.needle)
+            yield NamedInputs(head.name, f"{_PLANTED}{head.name}", head.inputs, head.needle)
+
+
+def of_models(groups: Iterable[str]) -> list[str]:
+    """Those groups that are no made-up heads."""
+    return [group for group in groups if not group.startswith(_PLANTED)]
 
 
 def moved(each: NamedInputs, device: torch.device | str) -> NamedInputs:

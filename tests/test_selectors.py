@@ -17,18 +17,14 @@ from sparseprefill.cli import main
 from sparseprefill.contracts import AttentionInputs, BlockGrid
 from sparseprefill.evals.compare import summarise
 from sparseprefill.evals.compared_inputs import NamedInputs, model_inputs, planted_inputs
+from sparseprefill.evals.curves import Curve
 from sparseprefill.evals.loading import load_model
+from sparseprefill.evals.measured_selectors import Selector
 from sparseprefill.evals.planted_heads import planted_heads
 from sparseprefill.evals.results import EvalResult
 from sparseprefill.evals.rounding_bound import BoundCount, count_bound, logit_errors
-from sparseprefill.evals.selectors import (
-    DENSITIES,
-    Curve,
-    Selector,
-    SelectorResult,
-    compare,
-    selectors,
-)
+from sparseprefill.evals.selector_result import DENSITIES, SelectorResult
+from sparseprefill.evals.selectors import compare, sale_selectors
 from sparseprefill.evals.selectors_figures import draw_selectors, write_selectors
 from sparseprefill.kernels.low_bit import LowBit, quantize, token_means
 from sparseprefill.kernels.reference import reference_attention
@@ -106,7 +102,7 @@ def test_a_curve_is_read_between_its_points() -> None:
 
 
 def test_a_knob_for_each_head_loses_nothing_to_one_for_all() -> None:
-    some = selectors(shares=(0.3, 0.5, 0.8), thresholds=(0.5, 0.05), widths=())
+    some = sale_selectors(shares=(0.3, 0.5, 0.8), thresholds=(0.5, 0.05), widths=())
     result = compare(planted_inputs(512, seed=2), some)
     for group in result.groups:
         for family in ("sale", "block_sparse", "vertical_slash"):
@@ -120,7 +116,7 @@ def test_a_knob_for_each_head_loses_nothing_to_one_for_all() -> None:
 
 @pytest.fixture(scope="module")
 def planted() -> SelectorResult:
-    some = selectors(shares=(0.2, 0.3, 0.5), thresholds=(0.9, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.005), widths=())
+    some = sale_selectors(shares=(0.2, 0.3, 0.5), thresholds=(0.9, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.005), widths=())
     return compare(planted_inputs(2048, seed=5), some, bound=0.02)
 
 
@@ -284,11 +280,11 @@ def test_a_model_is_looked_at_under_dense_attention() -> None:
         list(model_inputs(model, [ProfilePrompt("p", ids * 1000)]))
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command_within_sale(tmp_path: Path) -> None:
     out, png = tmp_path / "out.json", tmp_path / "out.png"
     done = CliRunner().invoke(
-        main, ["compare", "--lengths", "512", "--planted", "0", "--no-tiles", "--densities", "0.9", "--out", str(out),
-               "--png", str(png)],
+        main, ["compare", "--sale", "--lengths", "512", "--planted", "0", "--no-tiles", "--densities", "0.9", "--out",
+               str(out), "--png", str(png)],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     result = SelectorResult.load(out)
