@@ -1,17 +1,25 @@
 """Score a tile by the product of the mean query and the mean key of its blocks (MInference's block-sparse estimate).
 
 Jiang et al., "MInference 1.0", 2024, arXiv:2407.02490, section 3.2. The mean is over real tokens only: padding enters
-neither side, and a ragged last block is divided by its own length.
+neither side, whatever it holds, and a ragged last block is divided by its own length.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid
+from sparseprefill.kernels.low_bit import accurate
+
+_SLAB_NUMBERS = 1 << 24  # numbers of a tensor that are widened and averaged at one time
+
+Change = Callable[[Tensor], Tensor]
+"""Done to tokens [batch, heads, ranges, size, head_dim], widened, before their mean is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +31,11 @@ class MeanPooled:
 
     def scores(self, inputs: AttentionInputs, grid: BlockGrid, start: int, stop: int) -> Tensor:
         """[batch, query_heads, stop - start, key_blocks] for a slab of rows, in float32 (float64 for such inputs)."""
-        query = self._query_means(inputs, grid, start, stop).unflatten(1, (inputs.kv_heads, inputs.group_size))
-        key = self._key_means(inputs, grid)
+        query = query_block_means(inputs, grid, start, stop).unflatten(1, (inputs.kv_heads, inputs.group_size))
+        key = key_block_means(inputs, grid)
         scores = torch.einsum("bkgmd,bknd->bkgmn", query, key)
         if grid.block_q % grid.block_k:  # a row may end inside a block, and what follows there is its future
-            block, mean = self._means_up_to_the_end(inputs, grid, start, stop)
+            block, mean = means_up_to_the_end(inputs, grid, start, stop)
             own = torch.einsum("bkgmd,bkmd->bkgm", query, mean)[..., None]
             scores.scatter_(-1, block[:, None, None, :, None].expand_as(own), own)
         return scores.flatten(1, 2) * inputs.scale
@@ -36,43 +44,95 @@ class MeanPooled:
         """What it costs a head, in products of a query and a key: a mean reads each token once."""
         return grid.rows * grid.key_blocks + inputs.queries + inputs.last_key
 
-    def _means_up_to_the_end(
-        self, inputs: AttentionInputs, grid: BlockGrid, start: int, stop: int
-    ) -> tuple[Tensor, Tensor]:
-        """The key block in which each row ends, int64 [batch, rows], and the mean of its keys up to that end."""
-        end = grid.row_slots()[1][:, start:stop]
-        block = ((end - 1 - grid.anchor[:, None]).clamp(min=0) // grid.block_k).clamp(max=grid.key_blocks - 1)
-        begin = grid.anchor[:, None] + block * grid.block_k
-        end = end.clamp(max=inputs.last_key)
-        return block, _means(inputs.key, begin, end, inputs.key_valid, grid.block_k, whole=False)
 
-    def _query_means(self, inputs: AttentionInputs, grid: BlockGrid, start: int, stop: int) -> Tensor:
-        begin, end = (slots[:, start:stop] - inputs.query_start for slots in grid.row_slots())
-        real = None if inputs.key_valid is None else inputs.key_valid[:, inputs.query_start :]
-        return _means(inputs.query, begin, end, real, grid.block_q)
-
-    def _key_means(self, inputs: AttentionInputs, grid: BlockGrid) -> Tensor:
-        edge = grid.anchor[:, None] + torch.arange(grid.key_blocks + 1, device=inputs.device) * grid.block_k
-        edge = edge.clamp(max=inputs.last_key)
-        return _means(inputs.key, edge[:, :-1], edge[:, 1:], inputs.key_valid, grid.block_k)
+def query_block_means(
+    inputs: AttentionInputs, grid: BlockGrid, start: int, stop: int, change: Change | None = None
+) -> Tensor:
+    """[batch, query_heads, stop - start, head_dim]: means of the real queries of a slab of rows, 0 where none is."""
+    begin, end = (slots[:, start:stop] - inputs.query_start for slots in grid.row_slots())
+    real = None if inputs.key_valid is None else inputs.key_valid[:, inputs.query_start :]
+    whole = real is None and inputs.query_start % grid.block_q == 0 and inputs.queries % grid.block_q == 0
+    first = start * grid.block_q if whole else None
+    return range_means(inputs.query, begin, end, real, grid.block_q, first, change)
 
 
-def _means(tensor: Tensor, begin: Tensor, end: Tensor, real: Tensor | None, size: int, whole: bool = True) -> Tensor:
-    """Means of tensor [batch, heads, tokens, dim] over token ranges [begin, end) of at most `size`: [.., ranges, dim].
+def key_block_means(inputs: AttentionInputs, grid: BlockGrid, change: Change | None = None) -> Tensor:
+    """[batch, kv_heads, key_blocks, head_dim]: means of the real keys of each block, 0 where none is."""
+    edge = grid.anchor[:, None] + torch.arange(grid.key_blocks + 1, device=inputs.device) * grid.block_k
+    edge = edge.clamp(max=inputs.last_key)
+    first = 0 if inputs.key_valid is None and inputs.last_key == grid.key_blocks * grid.block_k else None
+    return range_means(inputs.key, edge[:, :-1], edge[:, 1:], inputs.key_valid, grid.block_k, first, change)
 
-    `real` bool [batch, at least tokens]: tokens that count. An empty range has mean 0. `whole`: the ranges follow each
-    other, so that they cover all tokens if there are as many.
+
+def means_up_to_the_end(
+    inputs: AttentionInputs, grid: BlockGrid, start: int, stop: int, change: Change | None = None
+) -> tuple[Tensor, Tensor]:
+    """The key block in which each row ends, int64 [batch, stop - start], and the mean of its keys up to that end.
+
+    Means are [batch, kv_heads, stop - start, head_dim].
+    """
+    end = grid.row_slots()[1][:, start:stop]
+    block = ((end - 1 - grid.anchor[:, None]).clamp(min=0) // grid.block_k).clamp(max=grid.key_blocks - 1)
+    begin = grid.anchor[:, None] + block * grid.block_k
+    end = end.clamp(max=inputs.last_key)
+    return block, range_means(inputs.key, begin, end, inputs.key_valid, grid.block_k, change=change)
+
+
+def real_key_blocks(inputs: AttentionInputs, grid: BlockGrid) -> Tensor:
+    """bool [batch, key_blocks]: blocks with a real key; where `key_valid` has holes there may be others."""
+    edge = grid.anchor[:, None] + torch.arange(grid.key_blocks + 1, device=inputs.device) * grid.block_k
+    return count_real(inputs, edge[:, :-1], edge[:, 1:]) > 0
+
+
+def count_real(inputs: AttentionInputs, begin: Tensor, end: Tensor) -> Tensor:
+    """int64, as begin and end [batch, ranges]: slots of [begin, end) that hold a real token so far."""
+    begin, end = begin.clamp(max=inputs.last_key), end.clamp(max=inputs.last_key)
+    if inputs.key_valid is None:
+        return (end - begin).clamp(min=0)
+    before = torch.nn.functional.pad(inputs.key_valid.to(torch.int64).cumsum(1), (1, 0))
+    return (before.gather(1, end) - before.gather(1, begin)).clamp(min=0)
+
+
+def range_means(
+    tensor: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    real: Tensor | None,
+    size: int,
+    first: int | None = None,
+    change: Change | None = None,
+) -> Tensor:
+    """Means over ranges of tokens, [batch, heads, ranges, dim], in float32 (float64 for such a tensor).
+
+    Args:
+        tensor: [batch, heads, tokens, dim].
+        begin: int64 [batch, ranges], where each range begins.
+        end: int64 [batch, ranges], one past its last token, at most `size` tokens on. An empty range has mean 0.
+        real: bool [batch, at least tokens], tokens that count; None: all. The others may hold anything, NaN too.
+        size: tokens of a range.
+        first: known where all ranges are of `size` real tokens, each after the other: where the first begins.
+        change: done to tokens before the mean.
     """
     batch, heads, tokens, dim = tensor.shape
-    place = begin[..., None] + torch.arange(size, device=tensor.device)  # [batch, ranges, size]
-    inside = place < end[..., None]
-    place = place.clamp(max=tokens - 1).flatten(1)
-    if real is not None:
-        inside = inside & real.gather(1, place).view_as(inside)
-    accurate = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    weight = inside / inside.sum(-1, keepdim=True).clamp(min=1)
-    if whole and real is None and tokens == begin.shape[1] * size and batch == 1:
-        blocks = tensor.unflatten(2, (-1, size))  # every range is whole: no gather
-    else:
-        blocks = tensor.gather(2, place[:, None, :, None].expand(batch, heads, -1, dim)).unflatten(2, (-1, size))
-    return torch.einsum("bhmsd,bms->bhmd", blocks.to(accurate), weight.to(accurate))
+    ranges = begin.shape[1]
+    together = max(1, _SLAB_NUMBERS // (batch * heads * size * dim))
+    parts = []
+    for start, stop in itertools.pairwise([*range(0, ranges, together), ranges]):
+        place = begin[:, start:stop, None] + torch.arange(size, device=tensor.device)  # [batch, ranges, size]
+        inside = place < end[:, start:stop, None]
+        place = place.clamp(max=tokens - 1).flatten(1)
+        if real is not None:
+            inside = inside & real.gather(1, place).view_as(inside)
+        weight = inside / inside.sum(-1, keepdim=True).clamp(min=1)
+        if first is None:
+            blocks = tensor.gather(2, place[:, None, :, None].expand(batch, heads, -1, dim))
+            blocks = blocks.unflatten(2, (-1, size)).to(accurate(tensor))
+        else:  # no gather
+            own = tensor[:, :, first + start * size : first + stop * size]
+            blocks = own.unflatten(2, (-1, size)).to(accurate(tensor))
+        if change is not None:
+            blocks = change(blocks)
+        if first is None:
+            blocks = blocks.masked_fill(~inside[:, None, :, :, None], 0)  # a weight of 0 does not undo a NaN
+        parts.append(torch.einsum("bhmsd,bms->bhmd", blocks, weight.to(blocks.dtype)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparseprefill.contracts import AttentionInputs
+from sparseprefill.contracts import AttentionInputs, BlockGrid
 from sparseprefill.estimators.selection import check_tokens
 
 
@@ -22,6 +22,14 @@ class ProbeMass:
 
     column: Tensor  # [batch, query_heads, keys] by key slot
     diagonal: Tensor  # [batch, query_heads, keys] by distance query slot - key slot
+
+    def block_columns(self, grid: BlockGrid) -> Tensor:
+        """[batch, query_heads, key_blocks]: the mass of each key block."""
+        size, blocks, keys = grid.block_k, grid.key_blocks, self.column.shape[-1]
+        slot = torch.arange(blocks * size, device=self.column.device) + grid.anchor[:, None]
+        inside = (slot < keys)[:, None]
+        slot = slot.clamp(max=keys - 1)[:, None].expand(*self.column.shape[:2], -1)
+        return (self.column.gather(2, slot) * inside).unflatten(2, (blocks, size)).sum(-1)
 
 
 @dataclass(frozen=True, slots=True)

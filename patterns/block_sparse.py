@@ -5,6 +5,7 @@ Jiang et al., "MInference 1.0", 2024, arXiv:2407.02490, section 3.2.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,11 @@ from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.mean_pooled import MeanPooled
-from sparseprefill.estimators.selection import Budget, TopK, check_budget, check_tokens, ranked
-from sparseprefill.patterns.expected_density import in_blocks, kept_share
+from sparseprefill.estimators.selection import Budget, TopK, TopMass, check_tokens, ranked
+from sparseprefill.patterns.expected_density import UNKNOWN, in_blocks, kept_share
+
+PUBLISHED = 6400
+"""MInference's own budget in tokens: 100 blocks of 64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,46 +26,76 @@ class BlockSparse:
     """Top `keep` of the visible blocks by mean-pooled score, after those of the sink and of the local window.
 
     The sink's and the window's blocks count in `keep`, and are kept even where `keep` is smaller. MInference forces
-    neither: `sink=0, local=0` is its rule (there, 100 blocks of 64). `keep` = 1.0 is dense.
+    neither: `sink=0, local=0` is its rule (there, 100 blocks of 64). With `mass` instead, each row keeps the fewest
+    blocks that hold this share of a softmax over its blocks, as PBS-Attn does. 1.0 is dense, of either. A row whose
+    scores are not finite has no softmax: it keeps all its blocks, and is counted in `BlockIndex.unjudged`.
 
-    MInference, arXiv:2407.02490, section 3.2. Raises ValueError or TypeError for budgets that are none.
+    MInference, arXiv:2407.02490, section 3.2. Raises ValueError or TypeError for budgets that are none, and for both.
     """
 
-    keep: Budget = 6400  # tokens, or a share of the visible keys
+    keep: Budget | None = None  # tokens, or a share of the visible keys; None without `mass`: 6400
     sink: int = 64  # first tokens kept always
     local: int = 128  # tokens before the end of a row kept always
+    mass: float | None = None  # instead of `keep`: share of a softmax over the blocks of a row, in (0, 1]
 
     def __post_init__(self) -> None:
-        check_budget("keep", self.keep)
+        if self.mass is not None:
+            if self.keep is not None:
+                raise ValueError(
+                    f"block-sparse takes keep or mass, got keep={self.keep!r:.80} and mass={self.mass!r:.80}"
+                )
+            TopMass(self.mass)
+        TopK(self.budget)
         check_tokens("sink", self.sink, least=0)
         check_tokens("local", self.local, least=0)
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         visible = grid.visible_block_mask(inputs)
         forced = forced_blocks(inputs, grid, self.sink, self.local)
-        estimator, rule = MeanPooled(), TopK(self.keep)
         parts = []
         for start, stop in grid.slabs(inputs.query_heads):
-            scores = estimator.scores(inputs, grid, start, stop)
-            kept = rule.select(scores, visible[:, start:stop], forced[:, start:stop], grid.block_k)
-            parts.append(BlockIndex.from_slots(grid, *kept))
+            scores = MeanPooled().scores(inputs, grid, start, stop)
+            own = visible[:, start:stop], forced[:, start:stop]
+            if self.mass is None:
+                parts.append(BlockIndex.from_slots(grid, *TopK(self.budget).select(scores, *own, grid.block_k)))
+            else:
+                parts.append(self._by_mass(scores, *own, inputs, grid, start))
         return BlockIndex.stack(parts)
+
+    @property
+    def budget(self) -> Budget:
+        """What a row keeps, where no mass decides it."""
+        return PUBLISHED if self.keep is None else self.keep
 
     @property
     def family(self) -> tuple[Any, ...]:
         """Budgets with the same sink and window rank blocks alike."""
-        return BlockSparse, self.sink, self.local
+        return BlockSparse, self.sink, self.local, self.mass is None
 
     def estimate(self, inputs: AttentionInputs, grid: BlockGrid) -> Tensor:
-        """The ranking of blocks, int64 [batch, query_heads, rows, key_blocks], which `choose` cuts at the budget."""
+        """What `choose` cuts, [batch, query_heads, rows, key_blocks]: a ranking of blocks; for a mass, their scores."""
         scores = MeanPooled().scores(inputs, grid, 0, grid.rows)
+        if self.mass is not None:
+            return scores
         return ranked(scores, grid.visible_block_mask(inputs), forced_blocks(inputs, grid, self.sink, self.local))
 
     def choose(self, estimate: Tensor, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         """`build_index` from an estimate of its family."""
         visible = grid.visible_block_mask(inputs)
         forced = forced_blocks(inputs, grid, self.sink, self.local)
-        return BlockIndex.from_slots(grid, *TopK(self.keep).cut(estimate, visible, forced, grid.block_k))
+        if self.mass is not None:
+            return self._by_mass(estimate, visible, forced, inputs, grid, 0)
+        return BlockIndex.from_slots(grid, *TopK(self.budget).cut(estimate, visible, forced, grid.block_k))
+
+    def _by_mass(
+        self, scores: Tensor, visible: Tensor, forced: Tensor, inputs: AttentionInputs, grid: BlockGrid, start: int
+    ) -> BlockIndex:
+        """A slab of rows from row `start` on."""
+        assert self.mass is not None
+        weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
+        index = BlockIndex.from_mask(grid, TopMass(self.mass).select(weights, visible, forced))
+        asked = grid.real_queries(inputs)[:, None, start : start + scores.shape[2]]
+        return dataclasses.replace(index, unjudged=(asked * weights.isnan().any(-1)).sum(-1))
 
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> int:
         """See `sparseprefill.patterns.nested`."""
@@ -69,7 +103,7 @@ class BlockSparse:
 
     def expected_density(self, keys: int) -> float:
         forced = kept_share(in_blocks(self.sink) + in_blocks(self.local), keys)
-        return max(kept_share(self.keep, keys), forced)
+        return max(UNKNOWN if self.mass is not None else kept_share(self.budget, keys), forced)
 
 
 def forced_blocks(inputs: AttentionInputs, grid: BlockGrid, sink: int, local: int) -> Tensor:
@@ -79,3 +113,11 @@ def forced_blocks(inputs: AttentionInputs, grid: BlockGrid, sink: int, local: in
     near = block >= (grid.frontier() - -(-local // grid.block_k))[..., None]
     forced = (block < -(-sink // grid.block_k)) | near
     return forced & (block >= low[..., None]) & (block < high[..., None])
+
+
+def own_blocks(inputs: AttentionInputs, grid: BlockGrid) -> Tensor:
+    """bool [batch, rows, key_blocks]: visible blocks in which the queries of each row stand themselves."""
+    block = torch.arange(grid.key_blocks, device=inputs.device)
+    begin, end = (slots - grid.anchor[:, None] for slots in grid.row_slots())
+    first, last = begin.clamp(min=0) // grid.block_k, -(-end // grid.block_k)
+    return (block >= first[..., None]) & (block < last[..., None]) & grid.visible_block_mask(inputs)

@@ -10,7 +10,10 @@ from typing import Any
 from sparseprefill.patterns.a_shape import AShape
 from sparseprefill.patterns.block_sparse import BlockSparse
 from sparseprefill.patterns.dense import Dense
+from sparseprefill.patterns.flashprefill import FlashPrefill
 from sparseprefill.patterns.last_rows import Pattern
+from sparseprefill.patterns.pbs import PUBLISHED as PUBLISHED_INNER
+from sparseprefill.patterns.pbs import Pbs
 from sparseprefill.patterns.random_blocks import RandomBlocks
 from sparseprefill.patterns.sale import PUBLISHED as PUBLISHED_THRESHOLD
 from sparseprefill.patterns.sale import Sale
@@ -44,15 +47,15 @@ class MethodRow:
     fixed: dict[str, Any] = field(default_factory=dict)  # options that go with `share` and `knob`
     make: Callable[..., Pattern] | None = None  # called with the options; None: `pattern` itself
     names: tuple[str, ...] = ()  # options of `make` where they are others than the fields of `pattern`
-    inner: str = "dense"  # name of the method that a wrapper goes around where `method=` names none
+    inner: str = "dense"  # name of the method that a wrapper goes around where `inner=` names none,
+    around: Callable[[dict[str, Any]], dict[str, Any]] = dict  # and that one's options, made of those given
     profile: tuple[type[Any], ...] | None = None  # `profile=` gives each head one of these; (): any pattern
 
     @property
     def options(self) -> tuple[str, ...]:
         """Names of the options that go with the method's name."""
-        own = self.names or tuple(each.name for each in dataclasses.fields(self.pattern) if each.name != "inner")
-        more = ("method",) if self.wraps else ()
-        return (*(("profile",) if self.profile is not None else ()), *more, *own)
+        own = self.names or tuple(each.name for each in dataclasses.fields(self.pattern))
+        return (*(("profile",) if self.profile is not None else ()), *own)
 
     @property
     def wraps(self) -> bool:
@@ -71,7 +74,10 @@ class MethodRow:
 
     def at(self, value: float) -> Pattern:
         """The pattern at one value of the knob."""
-        return self.build(**self.fixed, **{self.knob: value})
+        options = {**self.fixed, self.knob: value}
+        if self.wraps and self.knob not in self.options:  # a knob of what it goes around
+            return self.build(inner=METHODS[self.inner].build(**self.around(options)))
+        return self.build(**options)
 
 
 def _minference(budget: str | None = None, density: float | None = None, probe: int = 64) -> VerticalSlash:
@@ -90,6 +96,12 @@ def _vertical_slash(**options: Any) -> VerticalSlash:
     if not {"verticals", "slashes", "density"} & options.keys():
         options["density"] = 0.2
     return VerticalSlash(**options)
+
+
+def _mean_pooled(options: dict[str, Any]) -> dict[str, Any]:
+    """What pbs goes around: nothing is forced, as it keeps each row's own segment; a mass where there is no budget."""
+    made = {"sink": 0, "local": 0, **options}
+    return made if options.keys() & {"keep", "mass"} else {**made, "mass": PUBLISHED_INNER.mass}
 
 
 def _sale(**options: Any) -> Sale:
@@ -115,6 +127,14 @@ METHODS: dict[str, MethodRow] = {
     "block_sparse": MethodRow(
         BlockSparse, "selector", "blocks whose mean key fits the mean query", "arXiv:2407.02490", False, "own",
         share="keep", knob="keep", knobs=SHARES,
+    ),
+    "flashprefill": MethodRow(
+        FlashPrefill, "selector", "blocks whose mean key is nearly as strong as the strongest", "arXiv:2603.06199",
+        False, "own", (128, 128), share="keep", knob="alpha", knobs=(0.95, 0.8, 0.6, 0.4, 0.25, 0.15, 0.08, 0.03, 0.01),
+    ),
+    "pbs": MethodRow(
+        Pbs, "wrapper", "what another method finds among sorted keys, and each row's own segment", "arXiv:2510.21270",
+        True, "own", (128, 128), share="keep", knob="keep", knobs=SHARES, inner="block_sparse", around=_mean_pooled,
     ),
     "random": MethodRow(
         RandomBlocks, "static", "random blocks, sink and window: the control", "", False, "identical",

@@ -80,7 +80,7 @@ class VerticalSlash:
         block = torch.arange(grid.key_blocks, device=inputs.device)
         column = column.masked_fill(block * grid.block_k < SINK, torch.inf)
         slash = slash.masked_fill((block - 1) * grid.block_k < BAND, torch.inf)
-        return _ranks(column), _ranks(slash)
+        return ranks(column), ranks(slash)
 
     def choose(self, estimate: tuple[Tensor, Tensor], inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         """`build_index` from an estimate of its family."""
@@ -112,10 +112,7 @@ class VerticalSlash:
         """[batch, query_heads, key_blocks] twice: probe mass of each block column and of each block slash."""
         mass = Probe(self.probe).mass(inputs)
         size, blocks = grid.block_k, grid.key_blocks
-        slot = torch.arange(blocks * size, device=inputs.device) + grid.anchor[:, None]
-        inside = (slot < inputs.keys)[:, None]
-        slot = slot.clamp(max=inputs.keys - 1)[:, None].expand(*mass.column.shape[:2], -1)
-        column = (mass.column.gather(2, slot) * inside).unflatten(2, (blocks, size)).sum(-1)
+        column = mass.block_columns(grid)
         distance = functional.pad(mass.diagonal, (0, max(0, blocks * size - inputs.keys)))[..., : blocks * size]
         distance = distance.unflatten(2, (blocks, size))
         past = torch.arange(size, device=inputs.device).to(distance.dtype) / size  # r / block
@@ -123,8 +120,8 @@ class VerticalSlash:
         return column, own + functional.pad(next_one, (1, 0))[..., :-1]
 
 
-def _ranks(score: Tensor) -> Tensor:
-    """int64: 0 for the highest score of the last dimension, of equal ones for the lower place."""
+def ranks(score: Tensor) -> Tensor:
+    """int64 like score: 0 for the highest score of the last dimension, of equal ones for the lower place."""
     order = score.argsort(dim=-1, descending=True, stable=True)
     return torch.empty_like(order).scatter_(
         -1, order, torch.arange(score.shape[-1], device=score.device).expand_as(order)
@@ -173,13 +170,21 @@ def _fit(
 def _index(in_column: Tensor, in_slash: Tensor, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
     """Union of block columns and block slashes, rows in slabs."""
     visible = grid.visible_block_mask(inputs)
-    block = torch.arange(grid.key_blocks, device=inputs.device)
     parts = []
     for start, stop in grid.slabs(inputs.query_heads):
-        row = grid.first[:, None] + torch.arange(start, stop, device=inputs.device)
-        distance = row[..., None] - block  # [batch, rows, key_blocks]
-        flat = distance.clamp(min=0, max=grid.key_blocks - 1).flatten(1)[:, None].expand(*in_slash.shape[:2], -1)
-        on_slash = in_slash.gather(2, flat).unflatten(2, distance.shape[1:]) & (distance >= 0)[:, None]
-        mask = (on_slash | in_column[:, :, None]) & visible[:, None, start:stop]
+        mask = crossed_tiles(in_column, in_slash, grid, start, stop) & visible[:, None, start:stop]
         parts.append(BlockIndex.from_mask(grid, mask))
     return BlockIndex.stack(parts)
+
+
+def crossed_tiles(in_column: Tensor, in_slash: Tensor, grid: BlockGrid, start: int, stop: int) -> Tensor:
+    """bool [batch, query_heads, stop - start, key_blocks]: tiles of a slab of rows on a chosen column or slash.
+
+    Of square tiles; those of the future are not on a slash, but may be on a column. The choices are bool
+    [batch, query_heads, key_blocks], by key block and by distance.
+    """
+    row = grid.first[:, None] + torch.arange(start, stop, device=in_column.device)
+    distance = row[..., None] - torch.arange(grid.key_blocks, device=in_column.device)  # [batch, rows, key_blocks]
+    flat = distance.clamp(min=0, max=grid.key_blocks - 1).flatten(1)[:, None].expand(*in_slash.shape[:2], -1)
+    on_slash = in_slash.gather(2, flat).unflatten(2, distance.shape[1:]) & (distance >= 0)[:, None]
+    return on_slash | in_column[:, :, None]

@@ -228,6 +228,8 @@ class BlockGrid:
     key_blocks: int  # no list names a block at or above this
     query_start: int  # cache slot of query 0
     queries: int  # of the inputs this grid was made for
+    since: Tensor | None = None  # int64 [batch, rows]: a row's lists name no block below this; see `between`
+    until: Tensor | None = None  # int64 [batch, rows]: nor any at or above this
 
     @staticmethod
     def of(inputs: AttentionInputs, block_q: int, block_k: int) -> BlockGrid:
@@ -246,6 +248,13 @@ class BlockGrid:
         first = (start - anchor).clamp(min=0) // block_q
         key_blocks = max(1, -(-inputs.last_key // block_k))
         return BlockGrid(block_q, block_k, anchor, first, rows, key_blocks, start, queries)
+
+    def between(self, since: Tensor, until: Tensor) -> BlockGrid:
+        """The same tiles, but rows choose among the key blocks [since, until) alone, int64 [batch, rows].
+
+        A row that sees none of them gets one block all the same, as no list is empty: whoever asks drops it.
+        """
+        return dataclasses.replace(self, since=since, until=until)
 
     def fits(self, inputs: AttentionInputs) -> str | None:
         """Why an index on this grid cannot be used with these inputs, or None."""
@@ -269,6 +278,15 @@ class BlockGrid:
         end = self.query_start + self.queries
         start = edge.clamp(self.query_start, end)
         return start, torch.minimum((edge + self.block_q).clamp(max=end), torch.full_like(edge, end)).clamp(min=start)
+
+    def real_queries(self, inputs: AttentionInputs) -> Tensor:
+        """int64 [batch, rows]: how many queries of each row are no padding."""
+        start, stop = (slots - self.query_start for slots in self.row_slots())
+        if inputs.key_valid is None:
+            return stop - start
+        own = inputs.key_valid[:, self.query_start : self.query_start + self.queries]
+        before = torch.nn.functional.pad(own.to(torch.int64).cumsum(1), (1, 0))
+        return before.gather(1, stop) - before.gather(1, start)
 
     def frontier(self) -> Tensor:
         """int64 [batch, rows]: key blocks up to the end of each whole row, asked entirely or not; a chunk's edge does
@@ -305,6 +323,10 @@ class BlockGrid:
         high_block = -(-(high.gather(1, last) - self.anchor[:, None]) // self.block_k)
         low_block = torch.where(some, low_block, 0)
         high_block = torch.where(some, high_block, 1).clamp(max=self.key_blocks)
+        if self.since is not None and self.until is not None:
+            low_block = torch.maximum(low_block, self.since)
+            high_block = torch.minimum(high_block, self.until)
+            low_block = torch.where(high_block > low_block, low_block, 0)
         return low_block.clamp(max=self.key_blocks - 1), torch.maximum(high_block, low_block + 1)
 
     def visible_block_mask(self, inputs: AttentionInputs) -> Tensor:
@@ -421,11 +443,13 @@ class BlockIndex:
         if len(slabs) == 1:
             return slabs[0]
         offset = itertools.accumulate((slab.columns.numel() for slab in slabs), initial=0)
+        counted = [slab.unjudged for slab in slabs if slab.unjudged is not None]
         return BlockIndex(
             slabs[0].grid,
             torch.cat([slab.columns for slab in slabs]),
             torch.cat([slab.start + before for slab, before in zip(slabs, offset, strict=False)], 2),
             torch.cat([slab.count for slab in slabs], 2),
+            torch.stack(counted).sum(0) if counted else None,
         )
 
     @staticmethod

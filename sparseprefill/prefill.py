@@ -57,8 +57,10 @@ def _by_name(method: str, options: dict[str, Any]) -> Pattern | ModelPatterns:
     row = METHODS[method]
     others = {name: value for name, value in options.items() if name not in row.options}
     if row.wraps:  # what is not its own belongs to the method that it goes around
-        own = {name: value for name, value in options.items() if name not in others and name != "method"}
-        inner = resolve_method(options.get("method", row.inner), **others)
+        own = {name: value for name, value in options.items() if name not in others and name != "inner"}
+        if "inner" not in options:
+            others = row.around(others)
+        inner = resolve_method(options.get("inner", row.inner), **others)
         if isinstance(inner, ModelPatterns):
             raise ValueError(f"{method} goes around one method, and a profile is a pattern for each head: name another")
         return row.build(inner=inner, **own)
@@ -280,13 +282,13 @@ def methods_table() -> list[dict[str, str]]:
         {
             "method": name, "kind": row.kind, "what it keeps": row.summary, "options": ", ".join(row.options) or "-",
             "looks ahead": "yes" if row.looks_ahead else "no", "chunked prefill": row.chunked,
-            "paper": row.paper or "-", "page": page(name),
+            "paper": row.paper or "-", "page": method_page(name),
         }
         for name, row in METHODS.items()
     ]  # fmt: skip
 
 
-def page(method: str) -> str:
+def method_page(method: str) -> str:
     """Where a method is explained, from the top of the project."""
     return f"docs/methods/{method}.md"
 

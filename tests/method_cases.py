@@ -25,6 +25,7 @@ from sparseprefill.patterns import (
     TriShape,
     VerticalSlash,
 )
+from sparseprefill.patterns.flashprefill import FlashPrefill
 
 BLOCK = 16
 
@@ -147,6 +148,44 @@ def slow_forced(m: int, sink: int, local: int) -> set[int]:
 def slow_budget(budget: int | float, visible: int) -> int:
     wanted = -(-budget // BLOCK) if isinstance(budget, int) else -(-visible * round(budget * 1000) // 1000)
     return min(max(1, int(wanted)), visible)
+
+
+def slow_flashprefill(inputs: AttentionInputs, b: int, h: int, m: int, pattern: FlashPrefill) -> set[int]:
+    """As published: energies are sums of exp over rows, relative to the row block's peak and normalised."""
+    anchor, end = slow_anchor(inputs, b), min(inputs.query_start + inputs.queries, inputs.filled)
+    visible = slow_visible(inputs, b, m)
+    logits: dict[int, list[float]] = {}
+    for n in visible:
+        slots = range(anchor + n * BLOCK, min(anchor + (n + 1) * BLOCK, end))
+        real = [j for j in slots if inputs.key_valid is None or inputs.key_valid[b, j]]
+        mean = inputs.key[b, h // inputs.group_size, real].double().mean(0)
+        for p in slow_row(inputs, b, m):
+            asked = inputs.key_valid is None or bool(inputs.key_valid[b, p])
+            if asked and real and slots[-1] <= p and slots[-1] >= slow_keys(inputs, p)[0]:
+                z = float(inputs.query[b, h, p - inputs.query_start].double() @ mean * inputs.scale)
+                if inputs.softcap is not None:
+                    z = inputs.softcap * math.tanh(z / inputs.softcap)
+                logits.setdefault(n, []).append(z)
+    peak = max((z for own in logits.values() for z in own), default=0.0)
+    energy = {n: math.fsum(math.exp(z - peak) for z in own) for n, own in logits.items()}
+    total = math.fsum(energy.values()) + 1e-9
+    energy = {n: own / total for n, own in energy.items()}
+    forced = (slow_forced(m, pattern.sink, pattern.local) | slow_own(inputs, b, m)) & set(visible)
+    ranked = sorted(visible, key=lambda n: (-energy.get(n, -1.0), n))
+    if pattern.keep is not None:
+        count = max(slow_budget(pattern.keep, len(visible)), len(forced))
+        return set(sorted(ranked, key=lambda n: n not in forced)[:count])
+    sink = set() if pattern.sink_counts else set(range(-(-pattern.sink // BLOCK)))
+    largest = max((own for n, own in energy.items() if n not in sink), default=0.0)
+    least = set(ranked[: slow_budget(pattern.least, len(visible))]) if pattern.least else set()
+    alpha = 0.12 if pattern.alpha is None else pattern.alpha
+    strong = {n for n in visible if energy.get(n, 0.0) >= alpha * largest} if alpha == 0 or energy else set()
+    return forced | least | (strong if alpha == 0 else strong & energy.keys())
+
+
+def slow_own(inputs: AttentionInputs, b: int, m: int) -> set[int]:
+    """Blocks that the queries of a row stand in themselves."""
+    return {(p - slow_anchor(inputs, b)) // BLOCK for p in slow_row(inputs, b, m)}
 
 
 def slow_vertical_slash(inputs: AttentionInputs, b: int, h: int, pattern: VerticalSlash) -> tuple[list[int], list[int]]:
@@ -332,6 +371,21 @@ CASES: dict[str, Case] = {
     "sale-keep": Case(
         Sale(keep=0.4, window=16, segment=16, query_block=16, key_block=16), Sale(keep=10**6), True, "own",
         slow_sale_rows,
+    ),
+    "flashprefill": Case(
+        FlashPrefill(alpha=0.6, sink=16, local=16), FlashPrefill(alpha=0.0), False, "own",
+        row_by_row(slow_flashprefill),
+        st.builds(
+            FlashPrefill, alpha=st.sampled_from((0.0, 0.05, 0.5, 0.9, 1.5)), sink=st.integers(0, 70),
+            local=st.integers(0, 70), least=st.integers(0, 90), sink_counts=st.booleans(),
+        ),
+    ),
+    "flashprefill-keep": Case(
+        FlashPrefill(keep=0.3, sink=0, local=0), FlashPrefill(keep=1.0), False, "own", row_by_row(slow_flashprefill)
+    ),
+    "flashprefill-least": Case(
+        FlashPrefill(alpha=1.0, sink=16, local=0, least=30, sink_counts=False), FlashPrefill(alpha=0.0, sink=20), False,
+        "own", row_by_row(slow_flashprefill),
     ),
     "random": Case(
         RandomBlocks(keep=0.3, sink=16, local=16), RandomBlocks(keep=1.0), False, "identical", None,

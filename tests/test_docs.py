@@ -27,7 +27,7 @@ from sparseprefill.huggingface import patch_model
 from sparseprefill.huggingface_layers import Settings
 from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.methods import METHODS
-from sparseprefill.prefill import COST_MODELS, resolve_method
+from sparseprefill.prefill import COST_MODELS, method_page, methods_table, resolve_method
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("*.md")}
@@ -85,7 +85,9 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_every_page_is_listed_in_the_readme() -> None:
-    assert [name for name in PAGES if name != "README.md" and f"]({name})" not in PAGES["README.md"]] == []
+    """Pages of methods are listed by `sparseprefill methods`."""
+    listed = {"README.md", *(row["page"] for row in methods_table())}
+    assert [name for name in PAGES if name not in listed and f"]({name})" not in PAGES["README.md"]] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -169,15 +171,31 @@ def check_call(call: ast.Call) -> None:
         resolve_method(method.value, **options)
 
 
-def test_every_method_is_explained() -> None:
-    """One row in each table and a section of its own, with what METHODS says of it."""
-    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \| (yes|no) \| (\w+) \| [^|]* \| ([^|]*) \|$", WHICH, flags=re.MULTILINE)
-    assert [row[0] for row in rows] == list(METHODS)
-    for name, _, looks_ahead, chunked, options in rows:
-        row = METHODS[name]
-        assert (looks_ahead == "yes", chunked) == (row.looks_ahead, row.chunked), name
-        assert tuple(re.findall(r"`(\w+)`", options)) == row.options, name
-    assert re.findall(r"^### `(\w+)`$", WHICH, flags=re.MULTILINE) == list(METHODS)
+@pytest.mark.parametrize("row", methods_table(), ids=lambda row: str(row["method"]))
+def test_every_method_has_a_page(row: dict[str, str]) -> None:
+    """With what the table says of it, each of its options, and no others."""
+    text, method = PAGES[row["page"]], METHODS[row["method"]]
+    facts = re.findall(r"^\| ([a-z ]+) \| (yes|no) \| (\w+) \| (\d+) x (\d+) \| (.*) \|$", text, flags=re.MULTILINE)
+    assert len(facts) == 1
+    kind, ahead, chunked, block_q, block_k, paper = facts[0]
+    assert (kind, ahead, chunked) == (row["kind"], row["looks ahead"], row["chunked prefill"])
+    assert (int(block_q), int(block_k)) == method.native
+    number = row["paper"].removeprefix("arXiv:")
+    assert paper == ("none" if row["paper"] == "-" else f"[{number}](https://arxiv.org/abs/{number})")
+    section = text.partition("\n## Options\n")[2].partition("\n## ")[0]
+    named = [
+        name for cell in re.findall(r"^\| (`[^|]*`) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)
+    ]
+    assert sorted(named) == sorted(method.options)
+
+
+def test_the_table_in_the_readme_is_that_of_the_methods() -> None:
+    rows = re.findall(
+        r"^\| \[`(\w+)`\]\((.*?)\) \| ([a-z ]+) \| .* \| (yes|no) \| .*\|$", PAGES["README.md"], re.MULTILINE
+    )
+    assert rows
+    for name, link, kind, ahead in rows:
+        assert (link, kind, ahead == "yes") == (method_page(name), METHODS[name].kind, METHODS[name].looks_ahead), name
 
 
 def test_figures_on_which_method_are_those_of_the_results() -> None:

@@ -248,7 +248,8 @@ class TestSelectorContract:
         for name, case in CASES.items():
             row = METHODS[name.partition("-")[0]]
             assert (row.looks_ahead, row.chunked) == (case.looks_ahead, case.chunked), name
-        assert {name.partition("-")[0] for name in CASES} | {"minference"} == set(METHODS)
+        alone = {name for name, row in METHODS.items() if row.kind != "wrapper"}  # those have tests of their own
+        assert {name.partition("-")[0] for name in CASES} | {"minference"} == alone
         assert METHODS["minference"].looks_ahead
 
     @pytest.mark.parametrize("method", CASES)

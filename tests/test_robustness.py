@@ -407,7 +407,7 @@ def hold_selection_properties(method: str, pattern: Any, case: Drawn, cut: float
     assert torch.equal(after[settled], mask[settled]), "the blocks of a row depend on later tokens"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PATTERNS)
 def test_selection_properties(method: str) -> None:
     @examples(8)
     @given(st.data())
@@ -420,7 +420,7 @@ def test_selection_properties(method: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PATTERNS)
 def test_selection_properties_many(method: str) -> None:
     @examples(LONG)
     @given(st.data())
@@ -451,7 +451,7 @@ def test_wrapped_and_mixed_patterns_many(data: Any) -> None:
     assert_within_budget(result, case.inputs, index)
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.looks_ahead])
+@pytest.mark.parametrize("method", [name for name in PATTERNS if METHODS[name].looks_ahead])
 def test_a_witness_for_each_method_that_looks_ahead(method: str) -> None:
     """ "yes" in the table is needed: here a later token does change the blocks of an earlier row."""
     cases = ["vertical_slash"] if method == "minference" else [n for n in CASES if n.partition("-")[0] == method]
