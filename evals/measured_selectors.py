@@ -125,7 +125,8 @@ def output_error(result: AttentionOutput, dense: AttentionOutput) -> Tensor:
     if result.output is None or dense.output is None:
         raise ValueError("an error is that of outputs: compute attention with its values")
     own, exact = result.output[0].double(), dense.output[0].double()
-    return ((own - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))).cpu()
+    error: Tensor = (own - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))
+    return error.cpu()
 
 
 def _spread(some: LayerScores, places: Sequence[int], count: int) -> LayerScores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,8 +149,7 @@ class SelectorResult:
         parts += self._ranking(densities, works, markdown)
         if self.refused:
             parts.append("left out, because they cannot run on these tiles")
-            rows = [[each.family, _tile(each.tile), each.group, each.reason] for each in self.refused]
-            parts.append(table(["family", "tile", "group", "reason"], rows, markdown=markdown))
+            parts.append(_refused_table(self.refused, len(self.groups), markdown))
         if self.times:
             parts.append("times over that of torch's dense attention, on the first heads of each group")
             parts.append(_times_table(self.times, markdown))
@@ -278,6 +278,12 @@ def _standings_table(
         for each in standings(curves, at, measure, axis)
     ]  # fmt: skip
     return table(head, rows, markdown=markdown)
+
+
+def _refused_table(refused: Sequence[Refusal], groups: int, markdown: bool) -> str:
+    counts = Counter((each.family, each.tile, each.reason) for each in refused)
+    rows = [[family, _tile(tile), f"{count} / {groups}", why] for (family, tile, why), count in counts.items()]
+    return table(["family", "tile", "groups", "reason"], rows, markdown=markdown)
 
 
 def _times_table(times: Sequence[SelectorTime], markdown: bool) -> str:
