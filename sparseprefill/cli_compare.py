@@ -84,6 +84,7 @@ def compare(
             refuse_input(png, [out])
         asked = _Asked(captures=captures, densities=densities, **given)
         asked.check(knobs_at, works)
+        asked.check_inputs()
         found = asked.sale_result() if asked.sale else asked.result()
         click.echo(found.text(densities, works or WORKS, markdown=markdown))
         if knobs_at is not None:
@@ -154,25 +155,26 @@ class _Asked:
             if value is not None and not self.sale:
                 raise ValueError(f"--{name} is for --sale: add that, or leave it out")
 
+    def check_inputs(self) -> None:
+        """Refuse captures and made-up heads that cannot be, before minutes of measuring."""
+        from sparseprefill.evals.planted_heads import planted_heads
+
+        self._captures()
+        if self.planted:
+            planted_heads(self.planted)
+
     def result(self) -> Any:
         """Every method over its sweep."""
-        from itertools import chain
-
-        from sparseprefill.evals.compared_inputs import moved
         from sparseprefill.evals.selectors import compare, method_selectors, method_settings
 
         names = None if self.methods is None else [each.strip() for each in self.methods.split(",")]
         chosen = method_selectors(names)
         tile = self.tile or (64, 64)
         native = self.native is not False
-        files = self._captures()
         prompts = self._prompts()
-        device = self._device()
-        total = sum(map(len, files)) + len(prompts) * self._layers() + self._made_up()
-        inputs = chain(self._of_model(prompts), (moved(each, device) for file in files for each in file), self._heads())
-        with progress_bar(total, "compare") as bar:
+        with progress_bar(self._count(prompts), "compare") as bar:
             found = compare(
-                inputs, chosen, tiles=(tile,), native=native, quantile=self.quantile, every=self.every,
+                self._inputs(prompts), chosen, tiles=(tile,), native=native, quantile=self.quantile, every=self.every,
                 errors=self.measure == "error", per_head={}, time_at=self.densities if self.timed else (),
                 repeats=self.repeats or 5, progress=bar,
             )  # fmt: skip
@@ -183,27 +185,22 @@ class _Asked:
 
     def sale_result(self) -> Any:
         """SALE within itself: widths and tiles are told apart on the shortest prompts, captures and made-up heads."""
-        from itertools import chain
-
         from sparseprefill.estimators.selection import check_threshold
-        from sparseprefill.evals.compared_inputs import moved
         from sparseprefill.evals.selectors import TILES, compare, sale_selectors
 
         bound = 0.02 if self.bound is None else self.bound
         check_threshold(bound)
         shared: dict[str, Any] = {"quantile": self.quantile, "every": self.every, "bound": bound}
-        files = self._captures()
         prompts = self._prompts()
-        least = min(map(len, (each.token_ids for each in prompts)), default=0)
-        first = [each for each in prompts if len(each.token_ids) == least]
+        lengths, samples = self._lengths(), self.samples or 1
+        first = [each for n, each in enumerate(prompts) if lengths[n // samples] == min(lengths)]
         others = [each for each in prompts if each not in first]  # these would take many times as long
-        device, tiles = self._device(), TILES if self.tiles is not False else TILES[:1]
-        total = sum(map(len, files)) + len(prompts) * self._layers() + self._made_up()
-        inputs = chain(self._of_model(first), (moved(each, device) for file in files for each in file), self._heads())
-        with progress_bar(total, "compare") as bar:
-            found = compare(inputs, sale_selectors(), tiles=tiles, progress=bar, **shared)
+        tiles = TILES if self.tiles is not False else TILES[:1]
+        with progress_bar(self._count(prompts), "compare") as bar:
+            found = compare(self._inputs(first), sale_selectors(), tiles=tiles, progress=bar, **shared)
             if others:
-                found += compare(self._of_model(others), sale_selectors(widths=()), progress=bar, **shared)
+                rest = self._of_model(others)
+                found += compare(rest, sale_selectors(widths=()), progress=bar, **shared)
         return self._finished(found, {"bound": bound})
 
     def _finished(self, found: Any, more: dict[str, Any]) -> Any:
@@ -256,24 +253,28 @@ class _Asked:
 
         return model_inputs(self.loaded["model"], prompts) if prompts else iter(())
 
-    def _heads(self) -> Iterator[Any]:
-        from sparseprefill.evals.compared_inputs import planted_inputs
+    def _inputs(self, prompts: list[Any]) -> Iterator[Any]:
+        """All that methods meet: layers on these prompts, captures, made-up heads."""
+        from sparseprefill.evals.compared_inputs import moved, planted_inputs
 
-        return planted_inputs(self.planted, 1 if self.seed is None else self.seed) if self.planted else iter(())
+        yield from self._of_model(prompts)
+        device = self._device()
+        for each in self._captures():
+            yield from (moved(entry, device) for entry in each)
+        if self.planted:
+            heads = planted_inputs(self.planted, 1 if self.seed is None else self.seed)
+            yield from (moved(head, device) for head in heads)
 
-    def _layers(self) -> int:
+    def _count(self, prompts: list[Any]) -> int:
+        """How many of them there are, on all prompts."""
+        from sparseprefill.evals.planted_heads import KINDS
         from sparseprefill.huggingface_modules import text_config
 
-        model = self.loaded.get("model")
-        return 0 if model is None else int(text_config(model).num_hidden_layers)
-
-    def _made_up(self) -> int:
-        from sparseprefill.evals.planted_heads import KINDS
-
-        return 2 * len(KINDS) if self.planted else 0
+        layers = int(text_config(self.loaded["model"]).num_hidden_layers) if prompts else 0
+        return len(prompts) * layers + sum(map(len, self._captures())) + (2 * len(KINDS) if self.planted else 0)
 
     def _device(self) -> str:
-        """Where captures are looked at: with the model, or as it would be."""
+        """Where captures and made-up heads are looked at: with the model, or where it would be."""
         import torch
 
         model = self.loaded.get("model")
