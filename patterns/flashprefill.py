@@ -76,7 +76,8 @@ class FlashPrefill:
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         keys, rows = _Keys.of(inputs, grid), self._rows(inputs, grid)
-        return BlockIndex.stack([self._choose(keys.energy(*slab), *slab, *rows, grid) for slab in keys.slabs()])
+        slabs = ((keys.energy(start, stop), start, stop) for start, stop in keys.slabs())
+        return BlockIndex.stack([self._choose(*slab, *rows, grid) for slab in slabs])
 
     @property
     def family(self) -> tuple[Any, ...]:

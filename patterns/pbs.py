@@ -160,7 +160,8 @@ class Pbs:
             asked = inputs.key_valid.gather(1, slot)
         share = logits.masked_fill(~counted[:, None, None], -torch.inf).softmax(-1)
         share = share.unflatten(2, (inputs.group_size, rows)).masked_fill(~asked[:, None, None, :, None], 0)
-        return share.sum((2, 3)).nan_to_num(0.0).masked_fill(~counted[:, None], -torch.inf)
+        importance: Tensor = share.sum((2, 3)).nan_to_num(0.0)
+        return importance.masked_fill(~counted[:, None], -torch.inf)
 
 
 def _sorted(inputs: AttentionInputs, order: Tensor) -> AttentionInputs:

@@ -1,0 +1,101 @@
+"""Skip-softmax: tiles that cannot matter next to what a row has seen already are left out while the kernel runs.
+
+Yuan et al., "BLASST: Dynamic Blocked Attention Sparsity via Softmax Thresholding", 2025, arXiv:2512.12087. Nothing is
+chosen beforehand: the logits of every listed tile are computed, and where all of them lie far below the running maxima
+of their queries, the exponentials, the values and their product are skipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.estimators.mean_pooled import MeanPooled
+from sparseprefill.patterns.dense import Dense
+from sparseprefill.patterns.expected_density import expected_density
+
+ORDERS = ("score", "ascending")
+"""In which a row's blocks are visited: those whose mean key fits best first, or as they lie."""
+
+ALL = Dense()
+
+SKIPPED = 0.5
+"""Share of the listed tiles that the cost model takes for skipped; a skipped tile costs half of a computed one."""
+
+
+@dataclass(frozen=True, slots=True)
+class SkipSoftmax:
+    """The blocks of `inner`, of which the kernel skips tiles below a share `scale` / keys of what stands already.
+
+    A tile is skipped if for each query of the row that sees some of it, its largest weight is at most lambda times the
+    largest one so far. lambda = `scale` over the keys that a row can see, at most 1. Whatever is skipped, a query then
+    loses at most a share `scale` / (1 + `scale`) of its attention mass, at any length: rigorous for a small scale,
+    little for the ones in use. Visiting the blocks that fit best first lets the maxima stand early.
+
+    `scale` = 0 skips nothing: `inner`, bit for bit. It looks ahead no more than `inner` does. A skipped tile counts
+    half in the density, as its logits were computed.
+
+    BLASST, arXiv:2512.12087. Raises ValueError or TypeError for a scale that is none, and for an order that is unknown.
+    """
+
+    inner: Any = ALL  # anything with `build_index`
+    scale: float = 20.0  # of lambda, in keys
+    order: str = "score"  # one of ORDERS
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
+            raise TypeError(f"scale must be a number, got {self.scale!r:.80}")
+        if not 0.0 <= self.scale < math.inf:
+            raise ValueError(f"scale must be at least 0 and finite, got {self.scale!r:.80}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r:.80}")
+        if not callable(getattr(self.inner, "build_index", None)) or getattr(self.inner, "in_parts", False):
+            raise TypeError(
+                f"skip_softmax goes around a pattern with build_index(inputs, grid), got {type(self.inner).__name__}: "
+                "put it inside of what works in parts"
+            )
+
+    def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        index: BlockIndex = self.inner.build_index(inputs, grid)
+        if not self.scale:
+            return index
+        if self.order == "score":
+            index = index.visiting(MeanPooled().scores(inputs, grid, 0, grid.rows))
+        skip = (self.scale / self._keys(inputs, grid)).log().clamp(max=0.0)
+        return dataclasses.replace(index, skip=skip[:, None].expand(index.count.shape))
+
+    def keeps_everything(self) -> bool:
+        """Whether nothing is skipped of a pattern that is dense by its kind."""
+        return not self.scale and isinstance(self.inner, Dense)
+
+    def for_layer(self, layer: int) -> SkipSoftmax:
+        """What `inner` is in this layer."""
+        own = getattr(self.inner, "for_layer", None)
+        return dataclasses.replace(self, inner=own(layer)) if callable(own) else self
+
+    def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> float:
+        """See `sparseprefill.patterns.nested`."""
+        own = getattr(self.inner, "estimator_products", None)
+        inner = float(own(inputs, grid)) if callable(own) else 0.0
+        return inner + (MeanPooled().products(inputs, grid) if self.scale and self.order == "score" else 0)
+
+    def expected_density(self, keys: int) -> float:
+        return expected_density(self.inner, keys) * (1 - SKIPPED / 2 if self.scale else 1.0)
+
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
+        """As `inner`; on a CPU the logits are computed once more to decide, a half of what is listed."""
+        own = getattr(self.inner, "expected_overhead", None)
+        inner = float(own(device, head_dim, block_q, block_k)) if callable(own) else 0.0
+        return inner + (0.5 if device.type == "cpu" and self.scale else 0.0)
+
+    def _keys(self, inputs: AttentionInputs, grid: BlockGrid) -> Tensor:
+        """float32 [batch, rows]: keys that a query of a row can see at most, whether all of the row is asked or not."""
+        row = grid.first[:, None] + torch.arange(1, grid.rows + 1, device=inputs.device)
+        keys = row * grid.block_q
+        return (keys if inputs.window is None else keys.clamp(max=inputs.window)).clamp(min=1).float()
