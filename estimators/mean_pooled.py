@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid
 from sparseprefill.kernels.low_bit import accurate
@@ -81,16 +82,32 @@ def means_up_to_the_end(
 def real_key_blocks(inputs: AttentionInputs, grid: BlockGrid) -> Tensor:
     """bool [batch, key_blocks]: blocks with a real key; where `key_valid` has holes there may be others."""
     edge = grid.anchor[:, None] + torch.arange(grid.key_blocks + 1, device=inputs.device) * grid.block_k
+    edge = edge.clamp(max=inputs.last_key)
     return count_real(inputs, edge[:, :-1], edge[:, 1:]) > 0
 
 
 def count_real(inputs: AttentionInputs, begin: Tensor, end: Tensor) -> Tensor:
-    """int64, as begin and end [batch, ranges]: slots of [begin, end) that hold a real token so far."""
-    begin, end = begin.clamp(max=inputs.last_key), end.clamp(max=inputs.last_key)
+    """int64, as begin and end [batch, ranges]: how many of the slots [begin, end) hold a real token."""
     if inputs.key_valid is None:
         return (end - begin).clamp(min=0)
-    before = torch.nn.functional.pad(inputs.key_valid.to(torch.int64).cumsum(1), (1, 0))
+    before = functional.pad(inputs.key_valid.to(torch.int64).cumsum(1), (1, 0))
     return (before.gather(1, end) - before.gather(1, begin)).clamp(min=0)
+
+
+def pooled_logits(query: Tensor, key: Tensor, inputs: AttentionInputs) -> Tensor:
+    """Logits of means, scaled and soft-capped as the model's own: [batch, heads, rows, key_blocks].
+
+    From query [batch, heads, rows, head_dim] and key [batch, some kv_heads, key_blocks, head_dim], each of which serves
+    as many of the heads.
+    """
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    return scaled(torch.einsum("bkgmd,bknd->bkgmn", grouped, key).flatten(1, 2), inputs)
+
+
+def scaled(products: Tensor, inputs: AttentionInputs) -> Tensor:
+    """Logits from products of queries and keys: scaled and soft-capped."""
+    logits = products * inputs.scale
+    return logits if inputs.softcap is None else inputs.softcap * torch.tanh(logits / inputs.softcap)
 
 
 def range_means(

@@ -29,7 +29,8 @@ class ProbeMass:
         slot = torch.arange(blocks * size, device=self.column.device) + grid.anchor[:, None]
         inside = (slot < keys)[:, None]
         slot = slot.clamp(max=keys - 1)[:, None].expand(*self.column.shape[:2], -1)
-        return (self.column.gather(2, slot) * inside).unflatten(2, (blocks, size)).sum(-1)
+        by_block: Tensor = (self.column.gather(2, slot) * inside).unflatten(2, (blocks, size)).sum(-1)
+        return by_block
 
 
 @dataclass(frozen=True, slots=True)

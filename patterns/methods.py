@@ -11,12 +11,14 @@ from sparseprefill.patterns.a_shape import AShape
 from sparseprefill.patterns.block_sparse import BlockSparse
 from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.flashprefill import FlashPrefill
+from sparseprefill.patterns.flexprefill import FlexPrefill
 from sparseprefill.patterns.last_rows import Pattern
 from sparseprefill.patterns.pbs import PUBLISHED as PUBLISHED_INNER
 from sparseprefill.patterns.pbs import Pbs
 from sparseprefill.patterns.random_blocks import RandomBlocks
 from sparseprefill.patterns.sale import PUBLISHED as PUBLISHED_THRESHOLD
 from sparseprefill.patterns.sale import Sale
+from sparseprefill.patterns.spargeattn import SpargeAttn
 from sparseprefill.patterns.tri_shape import TriShape
 from sparseprefill.patterns.vertical_slash import PUBLISHED, VerticalSlash
 
@@ -131,6 +133,15 @@ METHODS: dict[str, MethodRow] = {
     "flashprefill": MethodRow(
         FlashPrefill, "selector", "blocks whose mean key is nearly as strong as the strongest", "arXiv:2603.06199",
         False, "own", (128, 128), share="keep", knob="alpha", knobs=(0.95, 0.8, 0.6, 0.4, 0.25, 0.15, 0.08, 0.03, 0.01),
+    ),
+    "flexprefill": MethodRow(
+        FlexPrefill, "selector", "columns and lines of the last block's attention, or the best tiles of a map",
+        "arXiv:2502.20766", True, "own", (128, 128), knob="gamma", fixed={"min_budget": 128},
+        knobs=(0.05, 0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 0.95),
+    ),
+    "spargeattn": MethodRow(
+        SpargeAttn, "selector", "the best block means, and blocks whose mean does not speak for them",
+        "arXiv:2502.18137", True, "own", (128, 64), share="topk", knob="topk", knobs=SHARES,
     ),
     "pbs": MethodRow(
         Pbs, "wrapper", "what another method finds among sorted keys, and each row's own segment", "arXiv:2510.21270",

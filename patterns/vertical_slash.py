@@ -186,5 +186,5 @@ def crossed_tiles(in_column: Tensor, in_slash: Tensor, grid: BlockGrid, start: i
     row = grid.first[:, None] + torch.arange(start, stop, device=in_column.device)
     distance = row[..., None] - torch.arange(grid.key_blocks, device=in_column.device)  # [batch, rows, key_blocks]
     flat = distance.clamp(min=0, max=grid.key_blocks - 1).flatten(1)[:, None].expand(*in_slash.shape[:2], -1)
-    on_slash = in_slash.gather(2, flat).unflatten(2, distance.shape[1:]) & (distance >= 0)[:, None]
-    return on_slash | in_column[:, :, None]
+    on_slash: Tensor = in_slash.gather(2, flat).unflatten(2, distance.shape[1:]) & (distance >= 0)[:, None]
+    return on_slash.logical_or_(in_column[:, :, None])

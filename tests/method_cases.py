@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from slow_flexprefill import slow_flexprefill
+from slow_spargeattn import slow_spargeattn
 from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs
@@ -26,6 +28,8 @@ from sparseprefill.patterns import (
     VerticalSlash,
 )
 from sparseprefill.patterns.flashprefill import FlashPrefill
+from sparseprefill.patterns.flexprefill import FlexPrefill
+from sparseprefill.patterns.spargeattn import SpargeAttn
 
 BLOCK = 16
 
@@ -84,6 +88,11 @@ def slow_logits(inputs: AttentionInputs, b: int, h: int) -> Tensor:
 def row_by_row(slow: Callable[[AttentionInputs, int, int, int, Any], set[int]]) -> Slow:
     """A definition of one row as one of all rows."""
     return lambda inputs, b, h, rows, pattern: {m: slow(inputs, b, h, m, pattern) for m in rows}
+
+
+def in_blocks(slow: Callable[..., dict[int, set[int]]]) -> Slow:
+    """A definition for tiles of any size."""
+    return lambda inputs, b, h, rows, pattern: slow(inputs, b, h, rows, pattern, BLOCK)
 
 
 def slow_a_shape(inputs: AttentionInputs, b: int, h: int, m: int, pattern: Any) -> set[int]:
@@ -386,6 +395,29 @@ CASES: dict[str, Case] = {
     "flashprefill-least": Case(
         FlashPrefill(alpha=1.0, sink=16, local=0, least=30, sink_counts=False), FlashPrefill(alpha=0.0, sink=20), False,
         "own", row_by_row(slow_flashprefill),
+    ),
+    "flexprefill": Case(
+        FlexPrefill(gamma=0.4, tau=1.0, min_budget=32), FlexPrefill(gamma=1.0, tau=1.0), True, "own",
+        in_blocks(slow_flexprefill),
+        st.builds(
+            FlexPrefill, gamma=st.sampled_from((0.1, 0.5, 0.9, 1.0)), tau=st.sampled_from((0.0, 0.1, 0.3, 1.0)),
+            min_budget=st.integers(1, 60), max_budget=st.sampled_from((None, 64, 200)),
+        ),
+        square=True,
+    ),
+    "flexprefill-lines": Case(
+        FlexPrefill(gamma=0.4, tau=0.0, min_budget=32), FlexPrefill(gamma=1.0, tau=0.0), True, "own",
+        in_blocks(slow_flexprefill), square=True,
+    ),
+    "spargeattn": Case(
+        SpargeAttn(similarity=0.045, topk=40), SpargeAttn(topk=1.0), True, "own", in_blocks(slow_spargeattn),
+        st.builds(
+            SpargeAttn, similarity=st.sampled_from((-0.1, 0.0, 0.05, 0.2, 1.0)), topk=BUDGETS, sink=st.integers(0, 70)
+        ),
+    ),
+    "spargeattn-cdf": Case(
+        SpargeAttn(similarity=0.06, cdf=0.5), SpargeAttn(similarity=0.06, cdf=1.0), True, "own",
+        in_blocks(slow_spargeattn),
     ),
     "random": Case(
         RandomBlocks(keep=0.3, sink=16, local=16), RandomBlocks(keep=1.0), False, "identical", None,

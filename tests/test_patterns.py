@@ -167,8 +167,12 @@ class TestSelectorContract:
 
     @pytest.mark.parametrize("method", CASES)
     def test_batch_rows_are_independent(self, method: str) -> None:
-        inputs = make_inputs(batch=3, queries=200, head_dim=8, key_valid=left_padding(200, [0, 75, 30]))
+        valid = left_padding(200, [0, 75, 30])
+        inputs = make_inputs(batch=3, queries=200, head_dim=8, key_valid=valid)
+        for tensor in (inputs.query, inputs.key, inputs.value):  # padding may hold anything
+            tensor.masked_fill_(~valid[:, None, :, None], torch.nan)
         index = index_of(CASES[method].pattern, inputs)
+        assert index.unjudged is None or not index.unjudged.any()
         for b, pad in enumerate((0, 75, 30)):
             row = dataclasses.replace(
                 inputs, **{n: getattr(inputs, n)[b : b + 1, :, pad:] for n in ("query", "key", "value")}, key_valid=None
@@ -176,6 +180,13 @@ class TestSelectorContract:
             alone = index_of(CASES[method].pattern, row)
             rows, blocks = alone.grid.rows, alone.grid.key_blocks
             assert torch.equal(index.to_mask()[b : b + 1, :, :rows, :blocks], alone.to_mask())
+
+    @pytest.mark.parametrize("method", CASES)
+    def test_what_lies_behind_the_filled_cache_does_not_matter(self, method: str) -> None:
+        inputs = make_inputs(queries=110, keys=320, query_start=50, key_length=160, head_dim=8)
+        before = index_of(CASES[method].pattern, inputs).to_mask()
+        inputs.key[:, :, 160:] = torch.nan
+        assert torch.equal(index_of(CASES[method].pattern, inputs).to_mask(), before)
 
     @pytest.mark.parametrize("method", [m for m in CASES if m != "random"])  # random draws by head on purpose
     def test_grouped_heads_read_the_right_keys(self, method: str) -> None:
