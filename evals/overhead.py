@@ -25,6 +25,7 @@ from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.kernels import block_sparse_attention
 from sparseprefill.kernels.products import ProductShape, choose_product
 from sparseprefill.patterns import ModelPatterns, Sale
+from sparseprefill.patterns.methods import METHODS
 from sparseprefill.prefill import resolve_method
 from sparseprefill.reports import number, table
 
@@ -90,6 +91,11 @@ def overhead_cells(
         patterns[spec.label] = resolve_method(spec.name, **spec.options)
         if isinstance(patterns[spec.label], ModelPatterns):
             raise ValueError(f"{text} is the profile of a model: name a method that needs none")
+        if METHODS[spec.name].wraps:
+            raise ValueError(
+                f"{text} goes around another method, which is what finds the blocks: name that one, or time the whole "
+                "with sparseprefill compare --time"
+            )
     cells = []
     for dtype in dtypes:
         for head_dim in head_dims:

@@ -18,6 +18,7 @@ from sparseprefill.estimators.flexprefill import BlockMaps, LastBlock, block_map
 from sparseprefill.estimators.mean_pooled import MeanPooled, count_real
 from sparseprefill.estimators.probe import Probe
 from sparseprefill.estimators.selection import check_share, check_tokens
+from sparseprefill.patterns.expected_density import UNKNOWN, kept_share
 from sparseprefill.patterns.vertical_slash import crossed_tiles, ranks
 
 Maps = Iterable[tuple[int, int, BlockMaps]]
@@ -95,7 +96,7 @@ class FlexPrefill:
         if keys <= max(2 * 64, least) or (self.gamma == 1.0 and not bounded):
             return 1.0
         expected = 1.0 if self.gamma == 1.0 else max(UNKNOWN, kept_share(2 * least, keys))
-        return min(expected(2 * most, keys)) if bounded else expected
+        return min(expected, kept_share(2 * most, keys)) if bounded else expected
 
     def _look(self, inputs: AttentionInputs, grid: BlockGrid) -> LastBlock:
         if grid.block_q != grid.block_k:
