@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.evals.compared_inputs import layer_inputs
 from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.guard import Guard, fails, sampled_rows
 from sparseprefill.huggingface import patch_model
@@ -204,7 +205,7 @@ def head_masses(
     layers: list[AttentionInputs] = []
     for index in range(prompts):
         ids = needle_prompt(encode, length, seed=seed, index=index).token_ids
-        layers += layer_inputs(model, torch.tensor([ids], device=model.device))
+        layers += layer_inputs(model, torch.tensor([ids], device=model.device)).values()
     draw = torch.Generator().manual_seed(seed)
     query, key = (torch.randn(1, heads, length, _DIM, generator=draw) for heads in (_HEADS, _KV_HEADS))
     layers.append(AttentionInputs(query, key, key, 4 * _DIM**-0.5))
@@ -214,21 +215,6 @@ def head_masses(
             found.append(mass[0].cpu())
             progress(1)
     return layers[0], torch.cat(found)
-
-
-def layer_inputs(model: PreTrainedModel, ids: Tensor) -> list[AttentionInputs]:
-    """What each layer of the dense model hands to attention."""
-    seen: list[AttentionInputs] = []
-
-    class Recorder:
-        def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
-            seen.append(inputs)
-            return BlockIndex.dense(inputs, grid)
-
-    with patch_model(model, Recorder(), min_length=0, observe=False), torch.no_grad():
-        seen.clear()  # a pattern is tried once when a model is patched
-        model(input_ids=ids, logits_to_keep=1)
-    return seen
 
 
 def false_alarms(

@@ -115,12 +115,31 @@ def _needle(query: Tensor, key: Tensor, block: int, draw: torch.Generator) -> in
     return slot
 
 
+def _sink(query: Tensor, key: Tensor, block: int, draw: torch.Generator) -> None:
+    """The first four keys, whatever is asked: most of the mass of nearly all queries; the topics have the rest."""
+    key[:4, 0] = 8.0
+    query[:, 0] = math.log(len(key)) + 1.0  # the logit of each
+
+
+def _moving(query: Tensor, key: Tensor, block: int, draw: torch.Generator) -> None:
+    """A block far back, another one for each stretch of two blocks of queries; what has none so far back is diffuse."""
+    stretch = 2 * block
+    codes = functional.normalize(torch.randn(-(-len(key) // block), _OWN, generator=draw), dim=-1)
+    asked = torch.zeros(len(query), _OWN)
+    for start in range(2 * stretch, len(query), stretch):  # there a stretch lies between the last target and its query
+        asked[start : start + stretch] = codes[int(torch.randint((start - stretch) // block, (1,), generator=draw))]
+    given = codes.repeat_interleave(block, 0)[: len(key)]
+    _plant(query, key, slice(0, _OWN), asked, given, math.log(len(key) / block) + 2.5)
+
+
 KINDS: dict[str, Callable[[Tensor, Tensor, int, torch.Generator], int | None]] = {
     "diffuse": _diffuse,
     "local": _local,
     "slash": _slash,
     "vertical": _vertical,
     "needle": _needle,
+    "sink": _sink,
+    "moving": _moving,
 }
 """What a head can attend to, by name; each is planted into a query and a key [tokens, HEAD_DIM], in place."""
 

@@ -1,46 +1,37 @@
-"""What methods keep of the attention at what density, each over a sweep of its knob: the comparison of selectors.
+"""What methods keep of the attention at what cost, each over a sweep of its knob: the comparison of selectors.
 
 Every selector meets the same queries and keys: those of a model's layers under dense attention, or heads made up. What
 is kept is the exact mass (see `sparseprefill.patterns.scores`), mean and low quantile over the queries. Methods are
-compared at equal density, read off the line between the two points of a sweep that lie around it.
+compared at equal density, or at equal work, read off the line between the two points of a sweep that lie around it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
-from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
-from sparseprefill.evals.guard import layer_inputs
-from sparseprefill.evals.planted_heads import planted_heads
+from sparseprefill.contracts import BlockGrid
+from sparseprefill.estimators.selection import check_share
+from sparseprefill.evals.compared_inputs import NamedInputs
+from sparseprefill.evals.curves import Curve, Refusal, SelectorTime
+from sparseprefill.evals.measured_selectors import Scored, Selector, Tile, accepted, measured, timed
 from sparseprefill.evals.rounding_bound import BoundCount, count_bound
-from sparseprefill.files import read_json
-from sparseprefill.huggingface_modules import model_window
+from sparseprefill.evals.selector_result import SelectorResult
 from sparseprefill.kernels.low_bit import EXACT
-from sparseprefill.patterns import AShape, BlockSparse, Pattern, RandomBlocks, Sale, VerticalSlash
-from sparseprefill.patterns.scores import check_quantile, score, summarise
-from sparseprefill.prompts import ProfilePrompt
-from sparseprefill.reports import number, table
-
-SCHEMA = "sparseprefill-selectors-1"
-"""Of a result; another one is refused."""
-
-DENSITIES = (0.05, 0.1, 0.2, 0.3)
-"""At which a table compares."""
+from sparseprefill.patterns import AShape, BlockSparse, Dense, Pattern, RandomBlocks, Sale, VerticalSlash
+from sparseprefill.patterns.methods import METHODS
+from sparseprefill.patterns.scores import check_quantile
+from sparseprefill.prefill import resolve_method
 
 SHARES = (0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7)
-"""Knobs of methods with a budget."""
+"""Knobs of SALE and its rivals with a budget."""
 
 THRESHOLDS = (0.98, 0.9, 0.7, 0.5, 0.3, 0.1, 0.03, 0.01, 0.004, 0.001)
-"""Knobs of methods with a threshold."""
+"""Knobs of SALE with a threshold."""
 
 WIDTHS = ((4, "tile"), (2, "token"), (2, "tile"), (8, "token"), (8, "tile"))
 """Bits, and what shares a scale, beside the default of 4 and a token."""
@@ -56,154 +47,38 @@ PER_HEAD = {
 """Families whose knobs are also chosen head by head, with hindsight: what a perfect profile of each would reach."""
 
 _POINTS = 24  # of such a curve
-_DIGITS = 4  # in a result
 
 
-@dataclass(frozen=True, slots=True)
-class Selector:
-    """One method at one setting of its knob."""
+def method_selectors(names: Sequence[str] | None = None) -> tuple[Selector, ...]:
+    """The sweeps of `METHODS`: each method that has a knob, and dense. `names`: of some of them alone.
 
-    family: str  # whose curve it is a point of
-    knob: float
-    pattern: Pattern
-    like: str | None = None  # family whose lists, at the same knob, these are compared with one by one
-    drawn: bool = True  # in the picture
-
-
-@dataclass(frozen=True, slots=True)
-class NamedInputs:
-    """Some heads to compare on."""
-
-    name: str  # of a prompt's layer, or of a made-up head
-    group: str  # over which means are taken
-    inputs: AttentionInputs  # of one prompt: batch 1, no padding
-    needle: int | None = None  # slot of a key that queries after it look for
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """A family on a group: means over its heads, one entry a knob."""
-
-    group: str
-    tile: tuple[int, int]  # queries and keys of a tile
-    family: str
-    knob: tuple[float, ...]  # of `PER_HEAD`: mass that a share of density must bring
-    density: tuple[float, ...]
-    mass: tuple[float, ...]  # kept, mean over queries
-    low_mass: tuple[float, ...]  # kept at least by all but the quantile of the queries
-    estimator: tuple[float, ...]  # work of finding the blocks, in the unit of tile_work
-    found: tuple[float, ...] | None = None  # share of the queries behind a needle whose list has it
-    agreement: tuple[float, ...] | None = None  # with the lists of the exact family: shared over all, by tiles
-    drawn: bool = True
-
-    def at(self, density: float, what: str = "mass") -> float | None:
-        """A figure at this density; None where the family cannot be so sparse. Dense closes each curve."""
-        values = getattr(self, what)
-        if values is None or density < min(self.density):
-            return None
-        order = sorted(range(len(self.density)), key=lambda n: (self.density[n], values[n]))
-        return float(np.interp(density, [*(self.density[n] for n in order), 1.0], [*(values[n] for n in order), 1.0]))
+    Raises ValueError for a name that is none, that is there twice, or has no knob.
+    """
+    known = [name for name, row in METHODS.items() if row.knob or row.pattern is Dense]
+    names = known if names is None else list(names)
+    for name in names:
+        if name not in known or names.count(name) > 1:
+            raise ValueError(f"no sweep of {name!r}, or it is named twice: choose from {', '.join(known)}")
+    if not names:
+        raise ValueError(f"there is nothing to compare: choose from {', '.join(known)}")
+    made = []
+    for name in names:
+        row = METHODS[name]
+        shared: dict[str, Any] = {"kind": row.kind, "native": row.native if row.knob else None}
+        for value in row.knobs if row.knob else (1.0,):
+            options = {**row.fixed, row.knob: value} if row.knob else {}
+            pattern: Any = resolve_method(name, **options)  # as a command line would have it
+            made.append(Selector(name, value, pattern, **shared))
+    return tuple(made)
 
 
-@dataclass(frozen=True, slots=True)
-class SelectorResult:
-    """What a comparison came to. `str()` gives tables, `to_dict()` what JSON can hold."""
-
-    curves: tuple[Curve, ...]
-    bounds: dict[str, BoundCount] = field(default_factory=dict)  # by group; see `compare`
-    settings: dict[str, Any] = field(default_factory=dict)  # what the figures depend on
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def __add__(self, other: SelectorResult) -> SelectorResult:
-        """Both, of groups that are not the same; settings and provenance of the first."""
-        return dataclasses.replace(self, curves=self.curves + other.curves, bounds={**self.bounds, **other.bounds})
-
-    def curve(self, group: str, family: str, tile: tuple[int, int] = TILES[0]) -> Curve:
-        """One of the curves. Raises KeyError where there is none."""
-        for each in self.curves:
-            if (each.group, each.family, each.tile) == (group, family, tile):
-                return each
-        raise KeyError(f"no curve of {family!r} on {group!r} in tiles of {tile}")
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(each.group for each in self.curves))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types only, numbers rounded."""
-        curves = [
-            {name: _rounded(value) for name, value in dataclasses.asdict(each).items() if value is not None}
-            for each in self.curves
-        ]
-        bounds = {group: dataclasses.asdict(each) for group, each in self.bounds.items()}
-        return {
-            "schema": SCHEMA, "settings": self.settings, "provenance": self.provenance, "bounds": bounds,
-            "curves": curves,
-        }  # fmt: skip
-
-    @staticmethod
-    def load(path: Any) -> SelectorResult:
-        """What `to_dict` wrote to a file. Raises ValueError for anything else, FileNotFoundError for no file."""
-        data = read_json(path, "comparison")
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            raise ValueError(f"the comparison {path} is not of schema {SCHEMA}: make it again, `sparseprefill compare`")
-        try:
-            curves = tuple(Curve(**_tuples(each)) for each in data["curves"])
-            bounds = {group: BoundCount(**each) for group, each in data["bounds"].items()}
-            return SelectorResult(curves, bounds, data["settings"], data["provenance"])
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"the comparison {path} is damaged ({error}): make it again") from error
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def text(self, densities: Sequence[float] = DENSITIES, *, markdown: bool = False) -> str:
-        """Tables: what each family keeps at these densities, and what its curve says beside."""
-        parts = []
-        for group in self.groups:
-            for tile in dict.fromkeys(each.tile for each in self.curves if each.group == group):
-                mine = [each for each in self.curves if (each.group, each.tile) == (group, tile)]
-                parts.append(
-                    f"{group}, tiles of {tile[0]} x {tile[1]}: kept mass at a density, and in the low quantile"
-                )
-                parts.append(_table(mine, densities, markdown))
-        if self.bounds:
-            parts.append("tiles between sink and window, and what rounding did to them at one threshold, in 4 bits")
-            names = [each.name for each in dataclasses.fields(BoundCount)]
-            rows = [[group, *map(str, dataclasses.astuple(each))] for group, each in self.bounds.items()]
-            parts.append(table(["group", *names], rows, markdown=markdown))
-        return "\n\n".join(parts)
+def method_settings(chosen: Sequence[Selector]) -> dict[str, dict[str, Any]]:
+    """Of each method that is swept: the option that is its knob, and the options that go with it."""
+    swept = [each.family for each in chosen if each.family in METHODS and METHODS[each.family].knob]
+    return {name: {"knob": METHODS[name].knob, "fixed": METHODS[name].fixed} for name in dict.fromkeys(swept)}
 
 
-def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
-
-
-def _table(curves: Sequence[Curve], densities: Sequence[float], markdown: bool) -> str:
-    extra = [
-        (name, words)
-        for name, words in (("agreement", "agreement"), ("found", "needle found"))
-        if any(getattr(each, name) is not None for each in curves)
-    ]
-    middle = densities[len(densities) // 2]
-    head = ["family", *(f"at {each:g}" for each in densities), *(f"low at {each:g}" for each in densities), "estimator"]
-    head += [f"{words} at {middle:g}" for _, words in extra]
-    rows = [
-        [each.family, *(number(each.at(density)) for density in densities),
-         *(number(each.at(density, "low_mass")) for density in densities), number(each.estimator[0], 4),
-         *(number(each.at(middle, name)) for name, _ in extra)]
-        for each in curves
-    ]  # fmt: skip
-    return table(head, rows, markdown=markdown)
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_rounded(each) for each in value]
-    return round(value, _DIGITS) if isinstance(value, float) else value
-
-
-def selectors(
+def sale_selectors(
     shares: Sequence[float] = SHARES,
     thresholds: Sequence[float] = THRESHOLDS,
     widths: Sequence[tuple[int, str]] = WIDTHS,
@@ -232,53 +107,33 @@ def selectors(
         "a_shape": lambda share: AShape(64, share),
         "random": RandomBlocks,
     }
-    made += [Selector(family, each, make(each)) for family, make in rivals.items() for each in shares]
+    made += [
+        Selector(family, each, make(each), kind=METHODS[family].kind)
+        for family, make in rivals.items() for each in shares
+    ]  # fmt: skip
     return tuple(made)
 
 
-def for_tiles(chosen: Sequence[Selector], tile: tuple[int, int]) -> list[Selector]:
+def for_tiles(chosen: Sequence[Selector], tile: Tile) -> list[Selector]:
     """Those that are drawn and stand on tiles that are not square: what is compared on other tiles than the first."""
     return [
         each for each in chosen if each.drawn and not isinstance(each.pattern, (VerticalSlash, AShape, RandomBlocks))
     ]
 
 
-def model_inputs(model: PreTrainedModel, prompts: Iterable[ProfilePrompt]) -> Iterator[NamedInputs]:
-    """The layers of a model on prompts, under dense attention throughout; those of one prompt are held together.
-
-    Layers that see a window or a part of the prompt alone are left out. Raises ValueError for prompts beyond the
-    model's window, and where no layer is left; what `patch_model` raises.
-    """
-    window = model_window(model)
-    for prompt in prompts:
-        tokens = len(prompt.token_ids)
-        if window is not None and tokens > window:
-            raise ValueError(
-                f"{prompt.name} has {tokens} tokens, and the model's window is {window}: take shorter prompts"
-            )
-        ids = torch.tensor([list(prompt.token_ids)], device=model.device)
-        whole = [each for each in layer_inputs(model, ids) if each.window is None and each.segment is None]
-        if not whole:
-            raise ValueError("no layer of this model sees a whole prompt, so there is nothing to compare")
-        for layer, inputs in enumerate(whole):
-            yield NamedInputs(f"{prompt.name} layer {layer}", f"model, {tokens} tokens", inputs)
-
-
-def planted_inputs(tokens: int, seed: int = 0) -> Iterator[NamedInputs]:
-    """Heads made up, each a group of its own, without and with outlier channels."""
-    for outliers in (False, True):
-        for head in planted_heads(tokens, seed=seed, outliers=outliers):
-            yield NamedInputs(head.name, f"planted: {head.name}", head.inputs, head.needle)
-
-
 def compare(
     inputs: Iterable[NamedInputs],
     chosen: Sequence[Selector],
     *,
-    tiles: Sequence[tuple[int, int]] = TILES[:1],
+    tiles: Sequence[Tile] = TILES[:1],
+    native: bool = False,
     quantile: float = 0.1,
     every: int = 1,
+    errors: bool = False,
     bound: float | None = None,
+    per_head: Mapping[str, Sequence[str]] = PER_HEAD,
+    time_at: Sequence[float] = (),
+    repeats: int = 5,
     progress: Callable[[int], Any] = lambda steps: None,
 ) -> SelectorResult:
     """Meet every selector with all inputs, a list of theirs at a time.
@@ -287,138 +142,109 @@ def compare(
         inputs: what to compare on; means are taken over the heads of a group, each counting the same.
         chosen: the selectors; a family that others are `like` stands before them.
         tiles: queries and keys of a tile. All selectors run on the first, `for_tiles` says which on the others.
+        native: each selector also on the tile of its paper.
         quantile: share of the queries that may keep less than `low_mass`.
         every: look at the mass of each n-th row of tiles only, for long prompts.
+        errors: also measure how far outputs are from those of dense attention.
         bound: a threshold at which SALE's tiles are held to exact scores and to the bound of the rounding error; None
             for none. See `sparseprefill.evals.rounding_bound`.
+        per_head: families whose knobs are also chosen head by head, by the name of what comes out.
+        time_at: densities near which each family is timed, on the first inputs of each group; none: nothing is.
+        repeats: timed calls; medians are taken.
         progress: called with 1 after each of the inputs.
+
+    Returns:
+        Curves, and `refused`: families that cannot be on some tile.
 
     Raises:
         ValueError: no inputs or no selectors, a family twice at one knob, and what `score` and the selectors raise.
     """
     check_quantile(quantile)
+    for density in time_at:
+        check_share("a density", density)
+    _check_families(chosen)
+    plan = _plan(chosen, tiles, native)
+    takes_part: dict[tuple[str, Tile], list[Selector]] = {}
+    found: dict[tuple[str, Tile], list[Scored]] = {}
+    refused: list[Refusal] = []
+    times: list[SelectorTime] = []
+    bounds: dict[str, BoundCount] = {}
+    for given in inputs:
+        for tile, some in plan.items():
+            key = (given.group, tile)
+            first = key not in takes_part
+            if first:
+                takes_part[key], reasons = accepted(given, some, tile)
+                refused += reasons
+            if not takes_part[key]:
+                continue
+            scored = measured(given, takes_part[key], tile, quantile=quantile, every=every, errors=errors)
+            found.setdefault(key, []).append(scored)
+            if first and time_at:
+                times += timed(given, scored, tile, time_at, repeats)
+        if bound is not None:
+            counted = count_bound(given.inputs, Sale(threshold=bound), BlockGrid.of(given.inputs, *tiles[0]))
+            bounds[given.group] = bounds[given.group] + counted if given.group in bounds else counted
+        progress(1)
+    if not takes_part:
+        raise ValueError("there is nothing to compare on: give at least one prompt or made-up head")
+    if not found:
+        said = "; ".join(f"{each.family}: {each.reason}" for each in refused)
+        raise ValueError(f"no method can run on these tiles ({said}): name another tile")
+    curves = [
+        curve for key, some in found.items() for curve in (*_curves(*key, some), *_allocated(*key, some, per_head))
+    ]
+    return SelectorResult(tuple(curves), bounds, times=tuple(times), refused=tuple(refused))
+
+
+def _check_families(chosen: Sequence[Selector]) -> None:
     if len({(each.family, each.knob) for each in chosen}) < len(chosen) or not chosen:
         raise ValueError("selectors need families and knobs of their own, and there must be one")
     families = list(dict.fromkeys(each.family for each in chosen))
     for each in chosen:
         if each.like is not None and each.like not in families[: families.index(each.family)]:
             raise ValueError(f"{each.family} is compared with {each.like}, which must stand before it")
-    found: dict[tuple[str, tuple[int, int]], list[_Scored]] = {}
-    bounds: dict[str, BoundCount] = {}
-    for given in inputs:
-        for place, tile in enumerate(tiles):
-            some = chosen if place == 0 else for_tiles(chosen, tile)
-            if some:
-                found.setdefault((given.group, tile), []).append(_scored(given, some, tile, quantile, every))
-        if bound is not None:
-            counted = count_bound(given.inputs, Sale(threshold=bound), BlockGrid.of(given.inputs, *tiles[0]))
-            bounds[given.group] = bounds[given.group] + counted if given.group in bounds else counted
-        progress(1)
-    if not found:
-        raise ValueError("there is nothing to compare on: give at least one prompt or made-up head")
-    curves = [curve for key, some in found.items() for curve in (*_curves(*key, some), *_allocated(*key, some))]
-    return SelectorResult(tuple(curves), bounds)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Scored:
-    """Selectors on one of the inputs; float64 [heads, selectors], or [selectors], NaN where there is nothing."""
-
-    chosen: Sequence[Selector]
-    density: Tensor
-    mass: Tensor
-    low_mass: Tensor
-    estimator: Tensor
-    found: Tensor
-    agreement: Tensor
+def _plan(chosen: Sequence[Selector], tiles: Sequence[Tile], native: bool) -> dict[Tile, list[Selector]]:
+    """Which selectors run on which tile."""
+    plan = {tiles[0]: list(chosen)} | {tile: for_tiles(chosen, tile) for tile in tiles[1:]}
+    for each in chosen if native else ():
+        if each.native is not None and each not in plan.setdefault(each.native, []):
+            plan[each.native].append(each)
+    return {tile: some for tile, some in plan.items() if some}
 
 
-def _scored(
-    each: NamedInputs, chosen: Sequence[Selector], tile: tuple[int, int], quantile: float, every: int
-) -> _Scored:  # fmt: skip
-    watch = _Watch(chosen, each.needle)
-    watched: list[Any] = [_Watched(selector.pattern, n, watch) for n, selector in enumerate(chosen)]
-    counts = score(each.inputs, watched, block=tile[0], block_k=tile[1], every=every)
-    means = summarise([counts], quantile)
-    shared, either = watch.shared.double(), watch.either.double()
-    return _Scored(
-        chosen, means.density, means.mass, means.low_mass, counts.estimator,
-        watch.found / watch.asked, shared / either,
-    )  # fmt: skip
-
-
-class _Watch:
-    """What is counted of lists while they are made: whether they hold a needle, and what they share with others."""
-
-    def __init__(self, chosen: Sequence[Selector], needle: int | None) -> None:
-        self.needle = needle
-        places = {(each.family, each.knob): n for n, each in enumerate(chosen)}
-        self.like = [None if each.like is None else places.get((each.like, each.knob)) for each in chosen]
-        self.kept: dict[int, BlockIndex] = {}
-        self.shared, self.either = (torch.zeros(len(chosen), dtype=torch.int64) for _ in range(2))
-        self.found, self.asked = (torch.zeros(len(chosen), dtype=torch.float64) for _ in range(2))
-
-    def note(self, place: int, inputs: AttentionInputs, index: BlockIndex) -> None:
-        """An index was made. The families that others are like come first."""
-        if place in self.like:
-            self.kept[place] = index
-        like = self.like[place]
-        if like is not None:
-            own, other = index.to_mask(), self.kept[like].to_mask()
-            self.shared[place] += (own & other).sum().cpu()
-            self.either[place] += (own | other).sum().cpu()
-        if self.needle is not None:
-            grid = index.grid
-            own = index.to_mask()[..., self.needle // grid.block_k]
-            behind = grid.row_slots()[0] > self.needle + 4 * max(grid.block_q, grid.block_k)  # beyond local windows
-            self.found[place] += (own & behind[:, None]).sum().cpu()
-            self.asked[place] += int(behind.sum()) * inputs.query_heads
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Watched:
-    """A pattern whose indexes are looked at when they are made; all else is the pattern's own."""
-
-    pattern: Any
-    place: int
-    watch: _Watch
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.pattern, name)
-
-    def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
-        index: BlockIndex = self.pattern.build_index(inputs, grid)
-        self.watch.note(self.place, inputs, index)
-        return index
-
-    def choose(self, estimate: Any, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
-        index: BlockIndex = self.pattern.choose(estimate, inputs, grid)
-        self.watch.note(self.place, inputs, index)
-        return index
-
-
-def _curves(group: str, tile: tuple[int, int], some: Sequence[_Scored]) -> Iterator[Curve]:
+def _curves(group: str, tile: Tile, some: Sequence[Scored]) -> Iterator[Curve]:
     chosen = some[0].chosen
 
     def means(name: str) -> list[float]:
         values: list[float] = torch.cat([getattr(each, name).view(-1, len(chosen)) for each in some]).mean(0).tolist()
         return values
 
-    columns = {name: means(name) for name in ("density", "mass", "low_mass", "estimator", "found", "agreement")}
+    names = ("density", "mass", "low_mass", "estimator", "found", "agreement", "work", "error")
+    columns = {name: means(name) for name in names}
     for family in dict.fromkeys(each.family for each in chosen):
         places = [n for n, each in enumerate(chosen) if each.family == family]
         got = {name: tuple(values[n] for n in places) for name, values in columns.items()}
+        own = chosen[places[0]]
         yield Curve(
             group, tile, family, tuple(chosen[n].knob for n in places), got["density"], got["mass"], got["low_mass"],
-            got["estimator"], _unless_nan(got["found"]), _unless_nan(got["agreement"]), chosen[places[0]].drawn,
+            got["estimator"], _unless_nan(got["found"]), _unless_nan(got["agreement"]), own.drawn, got["work"],
+            _unless_nan(got["error"]), own.kind, own.native == tile,
         )  # fmt: skip
 
 
-def _allocated(group: str, tile: tuple[int, int], some: Sequence[_Scored]) -> Iterator[Curve]:
-    """As `_curves`, each head with a knob of its own, or dense: the most mass at a price of density, at many prices."""
+def _allocated(
+    group: str, tile: Tile, some: Sequence[Scored], per_head: Mapping[str, Sequence[str]]
+) -> Iterator[Curve]:  # fmt: skip
+    """As `_curves`, each head with a knob of its own, or dense: the most mass at a price of density, at many prices.
+
+    These have no work: what was chosen with hindsight is not ranked.
+    """
     chosen = some[0].chosen
     names = ("density", "mass", "low_mass", "estimator")
-    for label, families in PER_HEAD.items():
+    for label, families in per_head.items():
         places = [n for n, each in enumerate(chosen) if each.family in families]
         if not places:
             continue

@@ -1,4 +1,4 @@
-"""The picture of a comparison of selectors: kept mass against density, a panel a group."""
+"""The picture of a comparison of methods: what they keep against density, and against all work, a column a group."""
 
 from __future__ import annotations
 
@@ -6,69 +6,148 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparseprefill.evals.compared_inputs import of_models
+from sparseprefill.evals.curves import AXES, Curve
 from sparseprefill.evals.profile_figures import TYPE_COLOURS
-from sparseprefill.evals.report_figures import INK, colour, figure_style, marker, to_png
+from sparseprefill.evals.report_figures import INK, figure_style, to_png
 from sparseprefill.evals.report_words import short
-from sparseprefill.evals.selectors import SelectorResult
+from sparseprefill.evals.selector_result import SelectorResult
 from sparseprefill.files import check_folder, write_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
-_CONTROL = "random"
-_OWN_COLOURS = {"sale": "#CC79A7", "sale, short window": "#D55E00", "sale by threshold": "#8C6BB1"}
+_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
+_ABREAST = 3  # groups
+_FAMILY_COLOURS = {
+    **TYPE_COLOURS, "dense": INK, "sale": "#CC79A7", "sale, short window": "#D55E00", "sale by threshold": "#8C6BB1",
+}  # fmt: skip
+_COLOURS = (
+    "#D62728", "#1F77B4", "#8FB339", "#17BECF", "#7F4F24", "#9467BD", "#FF7F0E", "#E377C2", "#274C77", "#E5989B",
+    "#2D6A4F", "#B5179E",
+)  # fmt: skip
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "8", "H", "x")
+_LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (4, 1.5, 1, 1.5)))
+_LABELS = {"density": "density (less to the left)", "work": "tile work and finding the blocks (less to the left)"}
 
 
 def draw_selectors(result: SelectorResult, groups: Sequence[str] | None = None) -> Figure:
-    """A panel for each group (None: all), a curve for each family that is drawn, on the first tiles.
+    """A column for each group (None: all), on the common tile: a panel by density, and one by work where it is known.
 
-    Random blocks are dashed, curves with a knob for each head dotted. Raises ValueError for groups that the result has
-    not.
+    A curve for each family that is drawn, each with a colour, a mark and a line of its own; controls are dotted in
+    thin lines, curves with a knob for each head are dotted without marks. A grey band is the Pareto front of all
+    settings, rings are the settings on it. Raises ValueError for groups that the result has not.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     wanted = list(result.groups if groups is None else groups)
     strangers = [each for each in wanted if each not in result.groups]
     if strangers or not wanted:
         raise ValueError(f"there is no group {strangers}: choose from {', '.join(result.groups)}")
-    tile = result.curves[0].tile
-    across = min(3, len(wanted))
-    down = -(-len(wanted) // across)
+    drawn = {group: [each for each in result.on(group, result.tile) if each.drawn] for group in wanted}
+    styles = _styles([each for curves in drawn.values() for each in curves])
+    axes_of = [each for each in AXES if each == "density" or any(c.work for curves in drawn.values() for c in curves)]
+    across = min(_ABREAST, len(wanted))
+    bands = [wanted[n : n + across] for n in range(0, len(wanted), across)]
+    down = len(bands) * len(axes_of)
+    legend = -(-(len(styles) + 1) // _legend_columns(across))
     with figure_style(INK):
-        figure = Figure(figsize=(0.4 + 3.4 * across, 0.7 + 2.9 * down), layout="constrained", dpi=150)
-        panels = figure.subplots(down, across, squeeze=False).flatten()
-        for axes, group in zip(panels, wanted, strict=False):
-            mine = [each for each in result.curves if (each.group, each.tile) == (group, tile) and each.drawn]
-            families = list(dict.fromkeys(_uniform(each.family) for each in mine))
-            for curve in mine:
-                order = sorted(range(len(curve.density)), key=lambda n: curve.density[n])
-                name = _uniform(curve.family)
-                number = families.index(name)
-                tint = _OWN_COLOURS.get(name, TYPE_COLOURS.get(name, colour(number)))
-                style: dict[str, Any] = {"ls": ":", "lw": 1.6}
-                if name == curve.family:
-                    style = {"ls": "--" if name == _CONTROL else "-", "lw": 1.2, "marker": marker(number), "ms": 3.5}
-                axes.plot([curve.density[n] for n in order], [curve.mass[n] for n in order], color=tint,
-                          label=short(curve.family, 30), **style)  # fmt: skip
-            axes.set_title(short(group, 50))
-            axes.set_xlabel("density (less to the left)")
-            axes.set_xscale("log")
-            axes.set_xticks(_TICKS)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_xlim(0.8 * min(min(each.density) for each in mine), 1.1)
-            axes.set_ylim(None, 1.02)
-            axes.grid(color=INK, alpha=0.1, lw=0.6)
-        for axes in panels[len(wanted) :]:
+        size = (0.4 + 3.4 * across, 0.4 + 0.22 * legend + 2.8 * down)
+        figure = Figure(figsize=size, layout="constrained", dpi=150)
+        panels = figure.subplots(down, across, squeeze=False)
+        for axes in panels.flatten():
             axes.set_visible(False)
-        figure.supylabel("kept mass", fontsize=8.5)
-        handles, labels = panels[0].get_legend_handles_labels()
+        for band, some in enumerate(bands):
+            for row, axis in enumerate(axes_of):
+                for column, group in enumerate(some):
+                    axes = panels[band * len(axes_of) + row, column]
+                    axes.set_visible(True)
+                    _panel(axes, drawn[group], axis, result.measure, styles)
+                    if row == 0:
+                        axes.set_title(short(group, 50))
+        figure.supylabel({"mass": "kept mass", "error": "error of the output"}[result.measure], fontsize=8.5)
+        handles: dict[str, Any] = {}
+        for axes in panels.flatten():
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
         figure.legend(
-            handles, labels, loc="outside lower center", frameon=False, fontsize=8, ncols=3 if across < 3 else 5
-        )
+            handles.values(), handles.keys(), loc="outside lower center", frameon=False, fontsize=8,
+            ncols=_legend_columns(across),
+        )  # fmt: skip
     return figure
+
+
+def _legend_columns(across: int) -> int:
+    return 2 + across
+
+
+def _styles(curves: Sequence[Curve]) -> dict[str, dict[str, Any]]:
+    """How each family is drawn, in the order in which they come; the same in all panels."""
+    styles: dict[str, dict[str, Any]] = {}
+    taken = 0
+    for family, control in dict.fromkeys((each.family, each.control) for each in curves):
+        if family != _uniform(family):
+            continue  # drawn as the family whose knob it is
+        number = len(styles)
+        tint = _FAMILY_COLOURS.get(family)
+        if tint is None:
+            tint, taken = _COLOURS[taken % len(_COLOURS)], taken + 1
+        line = {"ls": (0, (1, 2)), "lw": 1.0} if control else {"ls": _LINES[number // 5 % len(_LINES)], "lw": 1.2}
+        styles[family] = {"color": tint, "marker": _MARKERS[number % len(_MARKERS)], "ms": 3.8, **line}
+    for family in dict.fromkeys(each.family for each in curves):
+        name = _uniform(family)
+        if family != name:
+            tint = styles[name]["color"] if name in styles else _COLOURS[0]
+            styles[family] = {"color": tint, "ls": ":", "lw": 1.6}
+    return styles
+
+
+def _panel(axes: Axes, curves: Sequence[Curve], axis: str, measure: str, styles: dict[str, dict[str, Any]]) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    mine = [each for each in curves if getattr(each, axis) is not None]
+    front = pareto_front(mine, measure, axis)
+    if len(front) > 1:
+        axes.plot(*zip(*front, strict=True), color=INK, alpha=0.13, lw=6, solid_capstyle="round", zorder=1,
+                  label="Pareto front")  # fmt: skip
+    for curve in mine:
+        places, values = getattr(curve, axis), getattr(curve, measure)
+        order = sorted(range(len(places)), key=lambda n: places[n])
+        axes.plot([places[n] for n in order], [values[n] for n in order], label=short(curve.family, 30),
+                  **styles[curve.family])  # fmt: skip
+    axes.plot(*zip(*front, strict=True), ls="none", marker="o", ms=8, mfc="none", mec=INK, mew=0.7, zorder=4)
+    axes.set_xlabel(_LABELS[axis])
+    axes.set_xscale("log")
+    low = min(min(getattr(each, axis)) for each in mine)
+    high = max(1.0, *(max(getattr(each, axis)) for each in mine))
+    axes.set_xticks([tick for tick in _TICKS if 0.8 * low <= tick <= 1.1 * high])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlim(0.8 * low, 1.1 * high)
+    axes.set_ylim(*((None, 1.02) if measure == "mass" else (-0.02, None)))
+    axes.grid(color=INK, alpha=0.1, lw=0.6)
+
+
+def pareto_front(curves: Sequence[Curve], measure: str = "mass", axis: str = "density") -> list[tuple[float, float]]:
+    """(density or work, measure) of the settings that no cheaper one is as good as, cheapest first.
+
+    Curves with a knob for each head, chosen with hindsight, have no part in it.
+    """
+    sign = -1.0 if measure == "mass" else 1.0
+    points = sorted(
+        (place, sign * value)
+        for each in curves
+        if each.family == _uniform(each.family)
+        for place, value in zip(getattr(each, axis), getattr(each, measure), strict=True)
+    )
+    front: list[tuple[float, float]] = []
+    best = float("inf")
+    for place, value in points:
+        if value < best:
+            front.append((place, sign * value))
+            best = value
+    return front
 
 
 def _uniform(family: str) -> str:
@@ -77,8 +156,11 @@ def _uniform(family: str) -> str:
 
 
 def write_selectors(result: SelectorResult, path: Path, groups: Sequence[str] | None = None) -> None:
-    """`draw_selectors` as a PNG file. Raises ValueError for another ending, and what `check_folder` raises."""
+    """`draw_selectors` as a PNG file; None: the groups of models, or all where there is none.
+
+    Raises ValueError for another ending, and what `check_folder` raises.
+    """
     if path.suffix.lower() != ".png":
         raise ValueError(f"the picture is a PNG file: name one that ends in .png, not {path.name}")
     check_folder(path)
-    write_bytes(path, to_png(draw_selectors(result, groups)))
+    write_bytes(path, to_png(draw_selectors(result, groups or of_models(result.groups) or None)))

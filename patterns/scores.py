@@ -68,11 +68,11 @@ def dense_tiles(tokens: int, block: int, every: int = 1) -> int:
     """
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
-    return sum(row + 1 for row in _rows(-(-tokens // block), every))
+    return sum(row + 1 for row in scored_rows(-(-tokens // block), every))
 
 
-def _rows(rows: int, every: int) -> range:
-    """Each `every`-th row of tiles, the last one always."""
+def scored_rows(rows: int, every: int) -> range:
+    """Which rows of tiles are looked at: each `every`-th, the last one always."""
     return range((rows - 1) % every, rows, every)
 
 
@@ -170,7 +170,7 @@ def _score_heads(
     edges = lost_edges().to(device=device, dtype=torch.float32)
     number = torch.arange(heads * count, device=device).view(heads, 1, 1, count) * BINS
     cells = _Cells.of(heads, count, grid, device) if picture else None
-    looked_at = set(_rows(grid.rows, every))
+    looked_at = set(scored_rows(grid.rows, every))
     together = _slab_rows(heads, grid.block_q, inputs.last_key)
     for start in range(0, grid.rows, together):
         slab = torch.arange(start, min(start + together, grid.rows), device=device)

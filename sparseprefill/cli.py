@@ -11,6 +11,7 @@ import click
 
 from sparseprefill import __version__
 from sparseprefill.cli_build import build_cpu
+from sparseprefill.cli_capture import capture
 from sparseprefill.cli_compare import compare
 from sparseprefill.cli_evals import DEMO, along, fidelity, longbench, needle, report, ruler, specs
 from sparseprefill.cli_options import Numbers, clear_errors, progress_bar
@@ -40,7 +41,7 @@ def methods(as_json: bool, markdown: bool) -> None:
 
 _CALIBRATION = "What `bench --calibrate` wrote; default: where it writes by default, if that is there."
 
-for each in (needle, ruler, longbench, fidelity, compare, report, profile, build_cpu):
+for each in (needle, ruler, longbench, fidelity, capture, compare, report, profile, build_cpu):
     main.add_command(each)
 
 

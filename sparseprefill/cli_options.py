@@ -37,6 +37,61 @@ class Numbers(AnyType):
         return numbers
 
 
+class Places(AnyType):
+    """`0,2,5-7`: numbers of layers or heads."""
+
+    name = "N[,N-M...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A tuple of integers from 0 on, each once, in the order given."""
+        if not isinstance(value, str):
+            return value
+        found: list[int] = []
+        for part in value.split(","):
+            first, dash, last = part.strip().partition("-")
+            ends = (first, last if dash else first)
+            if not all(end.isdecimal() and len(end) <= 5 for end in ends):
+                self.fail(f"{value!r} is not a list of numbers like 0,2,5-7", param, ctx)
+            found += range(int(ends[0]), int(ends[1]) + 1)
+        if not found or len(set(found)) < len(found):
+            self.fail(f"{value!r} names none, or one twice", param, ctx)
+        return tuple(found)
+
+
+class Shares(AnyType):
+    """`0.05,0.1`: shares of the work of dense attention."""
+
+    name = "X[,X...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A tuple of numbers in (0, 1]."""
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers like 0.05,0.1", param, ctx)
+        if not all(0 < number <= 1 for number in numbers):
+            self.fail(f"{value!r} must be shares in (0, 1], a density or a work", param, ctx)
+        return numbers
+
+
+class Tile(AnyType):
+    """`128x64`: queries and keys of a tile; `64` is 64x64."""
+
+    name = "QxK"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Two positive integers."""
+        if not isinstance(value, str):
+            return value
+        queries, times, keys = value.lower().partition("x")
+        sides = (queries, keys if times else queries)
+        if not all(side.isdecimal() and len(side) <= 5 and int(side) for side in sides):
+            self.fail(f"{value!r} is not a tile like 64x64", param, ctx)
+        return tuple(map(int, sides))
+
+
 class Depths(AnyType):
     """`10`, as many depths, or `0,25,50`, percentages."""
 

@@ -393,7 +393,7 @@ def test_limits_in_security_are_those_of_the_code() -> None:
     rows = re.findall(
         r"^\| [^|]+ \| (\d+)( MiB)? \| `(\w+)` in `([\w/]+)\.py` \|$", PAGES["SECURITY.md"], flags=re.MULTILINE
     )
-    assert len(rows) == 5
+    assert len(rows) == 6
     for value, unit, name, home in rows:
         module = home.replace("/", ".")
         limits = importlib.import_module(module if module.startswith("sparseprefill.") else f"sparseprefill.{module}")

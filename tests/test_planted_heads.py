@@ -7,7 +7,8 @@ import torch
 
 from sparseprefill.contracts import BlockGrid
 from sparseprefill.evals.planted_heads import HEAD_DIM, KINDS, OUTLIER_CHANNELS, PlantedHead, planted_heads
-from sparseprefill.patterns import BlockSparse, Sale
+from sparseprefill.kernels.reference import reference_attention
+from sparseprefill.patterns import BlockSparse, Sale, VerticalSlash
 
 TOKENS = 1536
 
@@ -42,7 +43,51 @@ def test_each_kind_attends_as_it_says(heads: dict[str, PlantedHead]) -> None:
     assert needle is not None
     assert weight["needle"][:, needle].min() > 0.3
     assert weight["needle"][:, needle].mean() > 0.6
-    assert [each.needle for name, each in heads.items() if name != "needle"] == [None] * 4
+    assert [each.needle for name, each in heads.items() if name != "needle"] == [None] * 6
+
+
+def test_a_sink_takes_most_of_every_query_and_leaves_the_rest_spread(heads: dict[str, PlantedHead]) -> None:
+    weight = weights(heads["sink"])
+    assert (weight[:, :4].sum(-1) > 0.5).double().mean() > 0.95
+    assert 0.7 < weight[TOKENS // 2 :, :4].sum(-1).mean() < 0.95
+    rest = weight[TOKENS // 2 :, 4:]
+    assert (rest.amax(-1) / rest.sum(-1)).mean() < 0.1, "what the sink leaves is as spread as a diffuse head"
+
+
+def test_a_moving_target_is_one_block_a_stretch_and_another_in_the_next(heads: dict[str, PlantedHead]) -> None:
+    """Mass by stretches of queries and blocks of keys: each stretch has a block of its own, far before it."""
+    weight = weights(heads["moving"])
+    by_block = weight.unflatten(0, (-1, 128)).unflatten(2, (-1, 64)).sum(-1)  # [stretches, queries, blocks]
+    targets = []
+    for number, stretch in list(enumerate(by_block))[2:]:
+        target = int(stretch.mean(0).argmax())
+        assert target < 2 * number - 2, "at least a stretch lies between"
+        assert (stretch.argmax(-1) == target).double().mean() > 0.9
+        targets.append(target)
+    late = by_block[len(by_block) // 2 :]
+    assert late.amax(-1).mean() > 0.5
+    assert len(set(targets)) > len(targets) // 2
+    columns = weight[TOKENS // 2 :].sum(0)
+    assert columns.topk(TOKENS // 100).values.sum() / columns.sum() < 0.25, "no few keys serve all queries"
+
+
+def test_where_the_last_queries_look_says_nothing_of_a_moving_target(heads: dict[str, PlantedHead]) -> None:
+    """What the mean of a block shows each row of tiles, the last rows do not show the others."""
+    inputs = heads["moving"].inputs
+    kept = {}
+    for name, pattern in {"mean": BlockSparse(0.25), "last": VerticalSlash(density=0.25)}.items():
+        index = pattern.build_index(inputs, BlockGrid.of(inputs, 64, 64))
+        lse = [reference_attention(inputs, each).lse[0, 0, TOKENS // 2 : -128] for each in (index, None)]
+        kept[name] = float((lse[0] - lse[1]).exp().mean())
+    assert kept["mean"] > 0.7
+    assert kept["last"] < 0.5
+
+
+def test_kinds_that_were_added_leave_the_others_as_they_were() -> None:
+    """Each draws from a generator of its own number: recorded results of the first five stay true."""
+    assert list(KINDS)[:5] == ["diffuse", "local", "slash", "vertical", "needle"]
+    sums = [float(each.inputs.key.double().sum() + each.inputs.query.double().sum()) for each in planted_heads(512)]
+    assert sums[:5] == pytest.approx([1573.759, 16629.913, -89.932, 4134.804, 4109.306], abs=0.01)
 
 
 def test_the_needles_block_has_nothing_else_to_it(heads: dict[str, PlantedHead]) -> None:

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseprefill import patch_model
 from sparseprefill.cli import main
-from sparseprefill.contracts import AttentionInputs, BlockGrid
+from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid, BlockIndex
+from sparseprefill.evals import measured_selectors
+from sparseprefill.evals.captures import load_capture, save_capture
 from sparseprefill.evals.compare import summarise
+from sparseprefill.evals.compared_inputs import NamedInputs, model_inputs, planted_inputs
+from sparseprefill.evals.curves import Curve
 from sparseprefill.evals.loading import load_model
+from sparseprefill.evals.measured_selectors import Selector, output_error
+from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.evals.planted_heads import planted_heads
 from sparseprefill.evals.results import EvalResult
 from sparseprefill.evals.rounding_bound import BoundCount, count_bound, logit_errors
-from sparseprefill.evals.selectors import (
-    DENSITIES,
-    Curve,
-    NamedInputs,
-    Selector,
-    SelectorResult,
-    compare,
-    model_inputs,
-    planted_inputs,
-    selectors,
-)
+from sparseprefill.evals.selector_result import DENSITIES, SelectorResult
+from sparseprefill.evals.selectors import compare, method_selectors, method_settings, sale_selectors
 from sparseprefill.evals.selectors_figures import draw_selectors, write_selectors
 from sparseprefill.kernels.low_bit import LowBit, quantize, token_means
 from sparseprefill.kernels.reference import reference_attention
-from sparseprefill.patterns import BlockSparse, Dense, Pattern, Sale
+from sparseprefill.patterns import AShape, BlockSparse, Dense, Pattern, Sale
+from sparseprefill.patterns.methods import METHODS
+from sparseprefill.patterns.parts import Part
+from sparseprefill.prefill import resolve_method
 from sparseprefill.prompts import ProfilePrompt
 from sparseprefill.reports import number
 from support import make_inputs
@@ -108,7 +112,7 @@ def test_a_curve_is_read_between_its_points() -> None:
 
 
 def test_a_knob_for_each_head_loses_nothing_to_one_for_all() -> None:
-    some = selectors(shares=(0.3, 0.5, 0.8), thresholds=(0.5, 0.05), widths=())
+    some = sale_selectors(shares=(0.3, 0.5, 0.8), thresholds=(0.5, 0.05), widths=())
     result = compare(planted_inputs(512, seed=2), some)
     for group in result.groups:
         for family in ("sale", "block_sparse", "vertical_slash"):
@@ -117,12 +121,209 @@ def test_a_knob_for_each_head_loses_nothing_to_one_for_all() -> None:
                 assert mass >= (uniform.at(density) or 0) - 1e-6
 
 
+def test_an_old_curve_is_read_at_no_work() -> None:
+    own = curve((0.4, 0.1), (0.8, 0.2))
+    assert own.at(0.2, axis="work") is None
+    assert own.at(0.2, "error") is None
+
+
+def test_work_and_error_are_read_between_points_too() -> None:
+    own = dataclasses.replace(curve((0.1, 0.4), (0.2, 0.8)), estimator=(0.1, 0.2), work=(0.2, 0.6), error=(0.9, 0.5))
+    assert own.at(0.1, axis="work") is None
+    assert own.at(0.4, axis="work") == pytest.approx(0.5)
+    assert own.at(0.9, axis="work") == pytest.approx(0.9), "all tiles, and the work of finding them, close it"
+    assert own.at(1.2, axis="work") == pytest.approx(1)
+    assert own.at(0.25, "error") == pytest.approx(0.7)
+    assert own.at(1.0, "error") == 0
+
+
+def test_a_knob_is_found_for_a_density() -> None:
+    own = dataclasses.replace(curve((0.1, 0.5, 0.2), (0.2, 0.8, 0.5)), knob=(0.02, 0.4, 0.06))
+    result = SelectorResult((own,))
+    assert result.knob_at("g", "f", 0.1) == 0.02
+    assert result.knob_at("g", "f", 0.15) == pytest.approx(0.04)
+    assert result.knob_at("g", "f", 0.35) == pytest.approx(0.23)
+    assert result.knob_at("g", "f", 0.5, (64, 64)) == 0.4
+    for density in (0.09, 0.51):
+        with pytest.raises(ValueError, match=r"f has densities of 0\.1 to 0\.5 on 'g', and 0\.\d+ is not"):
+            result.knob_at("g", "f", density)
+    whole = dataclasses.replace(own, knob=(16, 256, 32))
+    assert whole.knob_at(0.35) == 144
+    assert isinstance(whole.knob_at(0.36), int)
+    small = dataclasses.replace(own, knob=(0.9, 1e-6, 1e-4))
+    assert small.knob_at(0.49) == pytest.approx(1e-6 + (1e-4 - 1e-6) / 30, rel=1e-3)
+
+
+# Patterns that lists of blocks do not tell all of
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves:
+    """The even blocks of a pattern's lists as one part, and the odd ones as another; all else is the pattern's own."""
+
+    pattern: Pattern
+    in_parts: ClassVar[bool] = True
+
+    def build_parts(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Part, ...]:
+        mask = self.pattern.build_index(inputs, grid).to_mask()
+        even = torch.arange(grid.key_blocks) % 2 == 0
+        return tuple(Part(inputs, BlockIndex.from_mask(grid, mask & own)) for own in (even, ~even))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pattern, name)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_parts_come_to_what_one_list_comes_to(every: int) -> None:
+    """Kept mass, its low quantile, density and work, of the same blocks by the other way."""
+    inputs = make_inputs(query_heads=4, kv_heads=2, queries=200, seed=6, softcap=8.0)
+    pattern = BlockSparse(0.4, sink=16, local=16)
+    some = [Selector("one list", 1, pattern), Selector("parts", 1, Halves(pattern)), Selector("dense", 1, Dense())]
+    given = NamedInputs("a", "g", inputs, needle=9)
+    one, parts, dense = compare([given], some, tiles=[(16, 16)], every=every, errors=True).curves
+    for name in ("mass", "density", "work", "error"):
+        assert getattr(parts, name)[0] == pytest.approx(getattr(one, name)[0], abs=1e-5), name
+    assert parts.low_mass[0] == pytest.approx(one.low_mass[0], abs=0.03)  # a rounding may take it over a bin's edge
+    assert 0.2 < one.density[0] < 0.7
+    assert one.found is not None
+    assert parts.found is None, "no list names the tile of the needle"
+    assert dense.error == (pytest.approx(0, abs=1e-6),)
+
+
+def test_what_a_kernel_skips_counts_one_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(query_heads=2, kv_heads=1, queries=128, seed=7)
+    whole = compare([NamedInputs("a", "g", inputs)], [Selector("f", 1, Halves(Dense()))], tiles=[(16, 16)]).curves[0]
+    assert (whole.density, whole.work) == ((1.0,), (1.0,))
+    real = measured_selectors.attend
+
+    def skipping(parts: Any, **options: Any) -> Any:
+        found = real(parts, **options)
+        return SimpleNamespace(output=found.output, lse=found.lse - math.log(2), skipped=torch.tensor([[800, 2400]]))
+
+    monkeypatch.setattr(measured_selectors, "attend", skipping)
+    some = compare([NamedInputs("a", "g", inputs)], [Selector("f", 1, Halves(Dense()))], tiles=[(16, 16)]).curves[0]
+    pairs = 128 * 129 / 2
+    assert some.density[0] == pytest.approx(1 - (800 + 2400) / 2 / (2 * pairs))
+    assert some.work[0] == pytest.approx(some.density[0])
+    assert some.mass[0] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_errors_are_those_of_the_definition() -> None:
+    inputs = make_inputs(
+        query_heads=4, kv_heads=2, queries=150, value_dim=24, seed=8, sinks=torch.tensor([1.0, 0, 2, 3])
+    )
+    pattern = BlockSparse(0.3, sink=16, local=16)
+    given = [NamedInputs("a", "g", inputs)]
+    (found,) = compare(given, [Selector("f", 1, pattern)], tiles=[(16, 32)], errors=True).curves
+    index = pattern.build_index(inputs, BlockGrid.of(inputs, 16, 32))
+    own, exact = (reference_attention(inputs, each).output[0] for each in (index, None))
+    errors = [float((own[h] - exact[h]).pow(2).sum().sqrt() / exact[h].pow(2).sum().sqrt()) for h in range(4)]
+    assert found.error == (pytest.approx(sum(errors) / 4, rel=1e-5),)
+    assert compare(given, [Selector("f", 1, pattern)]).curves[0].error is None
+    with pytest.raises(ValueError, match="values"):
+        output_error(AttentionOutput(None, torch.zeros(1, 4, 150)), AttentionOutput(None, torch.zeros(1, 4, 150)))
+
+
+def test_work_is_tiles_and_finding_them() -> None:
+    inputs = make_inputs(queries=160, seed=9)
+    some = [Selector("block_sparse", 1, BlockSparse(0.3, sink=16, local=16)), Selector("a_shape", 1, AShape(16, 32))]
+    found = compare([NamedInputs("", "g", inputs)], some, tiles=[(16, 16)], per_head={}).curves
+    for own, chosen in zip(found, some, strict=True):
+        index = chosen.pattern.build_index(inputs, BlockGrid.of(inputs, 16, 16))
+        tiles = int(index.count.sum()) / (4 * 55)
+        assert own.work[0] == pytest.approx(tiles + own.estimator[0])
+    assert own.estimator == (0.0,)
+
+
+# Tiles, times, and the table of methods
+
+
+def test_what_a_tile_is_refused_by_is_named_and_left_out() -> None:
+    inputs = NamedInputs("", "g", make_inputs(queries=160))
+    chosen = method_selectors(["vertical_slash", "block_sparse"])
+    result = compare([inputs, inputs], chosen, tiles=[(32, 16)], per_head={})
+    assert [each.family for each in result.curves] == ["block_sparse"]
+    (refused,) = result.refused
+    assert (refused.family, refused.tile, refused.group) == ("vertical_slash", (32, 16), "g")
+    assert "square" in refused.reason
+    assert "vertical_slash  32 x 16  1 / 1   vertical-slash needs square tiles" in result.text()
+    with pytest.raises(ValueError, match=r"no method can run on these tiles \(vertical_slash: .*another tile"):
+        compare([inputs], chosen[:9], tiles=[(32, 16)])
+
+
+def test_each_method_also_meets_on_its_native_tile() -> None:
+    some = [
+        Selector("own", 1, BlockSparse(0.3, sink=16, local=16), native=(16, 32)),
+        Selector("same", 1, BlockSparse(0.5, sink=16, local=16), native=(16, 16)),
+        Selector("dense", 1, Dense(), kind="static"),
+    ]
+    result = compare([NamedInputs("", "g", make_inputs(queries=160))], some, tiles=[(16, 16)], native=True)
+    assert {(each.family, each.tile, each.native) for each in result.curves} == {
+        ("own", (16, 16), False), ("own", (16, 32), True), ("same", (16, 16), True), ("dense", (16, 16), False),
+    }  # fmt: skip
+    assert {(each.family, each.tile) for each in result.on("g")} == {
+        ("own", (16, 32)), ("same", (16, 16)), ("dense", (16, 16))
+    }  # fmt: skip
+    assert "each method on its native tile" in result.text()
+    alone = compare([NamedInputs("", "g", make_inputs(queries=160))], some, tiles=[(16, 16)])
+    assert len(alone.curves) == 3
+    assert "native" not in alone.text()
+
+
+def test_times_are_those_of_the_settings_nearest_to_the_densities() -> None:
+    some = [Selector("f", share, BlockSparse(share, sink=16, local=16)) for share in (0.2, 0.4, 0.9)]
+    some += [Selector("parts", 1, Halves(BlockSparse(0.3, sink=16, local=16))), Selector("dense", 1, Dense())]
+    inputs = NamedInputs("", "g", make_inputs(queries=256))
+    result = compare([inputs, inputs], some, tiles=[(16, 16)], time_at=(0.85, 0.42), repeats=1)
+    assert [(each.family, each.knob) for each in result.times] == [("f", 0.4), ("f", 0.9), ("parts", 1)]
+    for each in result.times:
+        assert min(each.find, each.attend, each.dense, each.kernel) > 0
+        assert each.total == each.find + each.attend
+    assert "find / dense" in result.text()
+    with pytest.raises(ValueError, match="density"):
+        compare([inputs], some, time_at=(1.5,))
+
+
+def test_every_method_with_a_knob_is_swept() -> None:
+    chosen = method_selectors()
+    swept = {name for name, row in METHODS.items() if row.knob}
+    assert {each.family for each in chosen} == swept | {"dense"}
+    for name in swept:
+        row = METHODS[name]
+        mine = [each for each in chosen if each.family == name]
+        assert tuple(each.knob for each in mine) == row.knobs
+        assert {(each.kind, each.native) for each in mine} == {(row.kind, row.native)}
+        assert all(each.pattern == row.at(each.knob) for each in mine)
+    assert method_settings(chosen)["a_shape"] == {"knob": "window", "fixed": {"sink": 64}}
+    assert [each.family for each in method_selectors(["dense"])] == ["dense"]
+    for names in (["no_such"], ["sale", "sale"], ["minference"], []):
+        with pytest.raises(ValueError, match="choose from dense, a_shape"):
+            method_selectors(names)
+
+
+def test_methods_set_to_a_density_are_parsed_as_they_are_printed() -> None:
+    chosen = method_selectors(["a_shape", "block_sparse", "random"])
+    found = compare([NamedInputs("", "g", make_inputs(query_heads=2, queries=1024))], chosen, per_head={})
+    result = dataclasses.replace(found, settings={"methods": method_settings(chosen)})
+    specs = result.specs_at("g", 0.4)
+    assert list(specs) == ["a_shape", "block_sparse", "random"]
+    for name, spec in specs.items():
+        assert isinstance(spec, MethodSpec)
+        again = MethodSpec.parse(spec.label)
+        assert again == spec
+        pattern = resolve_method(again.name, **again.options)
+        (own,) = compare([NamedInputs("", "g", make_inputs(query_heads=2, queries=1024))], [Selector(name, 1, pattern)],
+                         per_head={}).curves  # fmt: skip
+        assert own.density[0] == pytest.approx(0.4, abs=0.03)
+    assert isinstance(result.specs_at("g", 0.01)["random"], str)
+
+
 # What must be shown of SALE
 
 
 @pytest.fixture(scope="module")
 def planted() -> SelectorResult:
-    some = selectors(shares=(0.2, 0.3, 0.5), thresholds=(0.9, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.005), widths=())
+    some = sale_selectors(shares=(0.2, 0.3, 0.5), thresholds=(0.9, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.005), widths=())
     return compare(planted_inputs(2048, seed=5), some, bound=0.02)
 
 
@@ -286,11 +487,11 @@ def test_a_model_is_looked_at_under_dense_attention() -> None:
         list(model_inputs(model, [ProfilePrompt("p", ids * 1000)]))
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command_within_sale(tmp_path: Path) -> None:
     out, png = tmp_path / "out.json", tmp_path / "out.png"
     done = CliRunner().invoke(
-        main, ["compare", "--lengths", "512", "--planted", "0", "--no-tiles", "--densities", "0.9", "--out", str(out),
-               "--png", str(png)],
+        main, ["compare", "--sale", "--lengths", "512", "--planted", "0", "--no-tiles", "--densities", "0.9", "--out",
+               str(out), "--png", str(png)],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     result = SelectorResult.load(out)
@@ -304,21 +505,102 @@ def test_the_command(tmp_path: Path) -> None:
     assert float(shown[1]) == pytest.approx(result.curve("model, 512 tokens", "block_sparse").at(0.9) or 0, abs=1e-3)
 
 
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, ["compare", *map(str, words)])
+
+
+def test_the_command_on_made_up_heads(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    done = run("--only-planted", "--planted", 512, "--methods", "dense,block_sparse,random", "--densities", "0.6,0.75",
+               "--works", "0.6,0.8", "--tile", "32x32", "--out", out)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    result = SelectorResult.load(out)
+    assert len(result.groups) == 14
+    assert (result.tile, result.measure) == ((32, 32), "mass")
+    assert {each.tile for each in result.curves} == {(32, 32), (64, 64)}
+    assert result.settings["methods"]["block_sparse"] == {"knob": "keep", "fixed": {}}
+    assert (result.settings["planted"], result.settings["measure"]) == (512, "mass")
+    for title in (
+        "planted: moving, tiles of 32 x 32: kept mass at a density",
+        "planted: moving, each method on its native tile",
+        "ranks at densities of 0.6, 0.75, tiles of 32 x 32",
+        "ranking at equal density (0.6, 0.75), tiles of 32 x 32, all groups",
+        "ranking at equal work, finding the blocks included (0.6, 0.8), tiles of 32 x 32, all groups",
+        "ranking at equal density (0.6, 0.75), each method on its native tile, all groups",
+    ):
+        assert title in done.output
+    assert "random +" in done.output
+    assert "the groups of models" not in done.output
+
+
+def test_the_command_on_a_capture(tmp_path: Path) -> None:
+    heads = [make_inputs(query_heads=2, kv_heads=1, queries=600, seed=seed) for seed in (1, 2)]
+    pack, out = tmp_path / "pack.safetensors", tmp_path / "out.json"
+    save_capture([NamedInputs(f"layer {n}", "tiny, 600 tokens", each) for n, each in enumerate(heads)], pack,
+                 model={"model": {"name": "tiny"}}, prompts={"source": "made up"})  # fmt: skip
+    done = run("--capture", pack, "--planted", 0, "--methods", "block_sparse,vertical_slash,random", "--no-native",
+               "--densities", "0.5", "--works", "0.6", "--knobs-at", "0.5", "--time", "--repeats", 1, "--measure",
+               "error", "--out", out, "--png", tmp_path / "out.png", "--markdown")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    result = SelectorResult.load(out)
+    assert (result.groups, result.measure) == (("tiny, 600 tokens",), "error")
+    own = compare([NamedInputs("", "g", each) for each in heads], method_selectors(["block_sparse"])).curves[0]
+    assert result.curve("tiny, 600 tokens", "block_sparse").mass == pytest.approx(own.mass, abs=1e-4)
+    assert result.settings["captures"] == [
+        {"file": "pack.safetensors", "model": {"name": "tiny"}, "prompts": {"source": "made up"}}
+    ]
+    assert "model" not in result.provenance
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    lines = re.findall(r"^--method (\S+)$", done.output, flags=re.MULTILINE)
+    specs = result.specs_at("tiny, 600 tokens", 0.5).values()
+    assert lines == [spec.label for spec in specs if isinstance(spec, MethodSpec)]
+    assert lines, "one at least reaches that density"
+    assert re.search(r"^\| tiny, 600 tokens \| block_sparse ", done.output, flags=re.MULTILINE)
+    assert "| mean error of the output |" in done.output
+    assert {each.family for each in result.times} == {"block_sparse", "vertical_slash", "random"}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--only-planted", "--planted", "0"], "made-up heads alone"),
+        (["--only-planted", "inside"], "made-up heads alone"),
+        (["--only-planted", "--lengths", "512"], "--lengths is of prompts"),
+        (["--only-planted", "--planted", "100"], "at least 512 tokens"),
         (["--densities", "1.5"], "density"),
-        (["--bound", "2"], "threshold"),
+        (["--densities", "x"], "0.05,0.1"),
+        (["--knobs-at", "0"], "density"),
+        (["--tile", "64x"], "64x64"),
+        (["--tile", "0x64"], "64x64"),
+        (["--methods", "no_such"], "choose from dense"),
+        (["--methods", "vertical_slash", "--tile", "64x32", "--only-planted", "--no-native"], "name another tile"),
+        (["--repeats", "3"], "--repeats is for --time"),
+        (["--bound", "0.1"], "--bound is for --sale"),
+        (["--no-tiles"], "--tiles is for --sale"),
+        (["--sale", "--bound", "2"], "threshold"),
+        (["--sale", "--methods", "sale"], "leave --methods out"),
+        (["--sale", "--time"], "leave --time out"),
+        (["--sale", "--works", "0.5"], "leave --works out"),
+        (["--capture", "no_such.safetensors"], "no capture at"),
+        (["--capture", __file__], "no safetensors file"),
         (["--out", "no_such_folder/x.json"], "no folder"),
-        (["--prompts", "builtin:no_such"], "no_such"),
+        (["--lengths", "512", "--prompts", "builtin:no_such"], "no_such"),
     ],
 )
 def test_the_command_refuses(options: list[str], said: str) -> None:
-    done = CliRunner().invoke(main, ["compare", "--lengths", "512", *options])
-    assert done.exit_code == 1
+    done = run(*options)
+    assert done.exit_code in (1, 2)
     assert said in done.output
     assert "Traceback" not in done.output
+
+
+def test_a_capture_is_not_written_over(tmp_path: Path) -> None:
+    pack = tmp_path / "pack.safetensors"
+    save_capture([NamedInputs("x", "g", make_inputs(queries=64))], pack)
+    done = run("--capture", pack, "--out", pack)
+    assert done.exit_code == 1
+    assert "named twice" in done.output
+    assert len(load_capture(pack)) == 1
 
 
 # The figures in the repository
