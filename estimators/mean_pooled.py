@@ -70,9 +70,9 @@ def _means(tensor: Tensor, begin: Tensor, end: Tensor, real: Tensor | None, size
     if real is not None:
         inside = inside & real.gather(1, place).view_as(inside)
     accurate = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    weight = inside / inside.sum(-1, keepdim=True).clamp(min=1)
+    weight = inside.to(accurate) / inside.sum(-1, keepdim=True).clamp(min=1)
     if whole and real is None and tokens == begin.shape[1] * size and batch == 1:
         blocks = tensor.unflatten(2, (-1, size))  # every range is whole: no gather
     else:
         blocks = tensor.gather(2, place[:, None, :, None].expand(batch, heads, -1, dim)).unflatten(2, (-1, size))
-    return torch.einsum("bhmsd,bms->bhmd", blocks.to(accurate), weight.to(accurate))
+    return torch.einsum("bhmsd,bms->bhmd", blocks.to(accurate), weight)
