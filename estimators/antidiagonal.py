@@ -182,7 +182,7 @@ class PreparedGroups:
         query = query.unflatten(1, (inputs.kv_heads, inputs.group_size)).flatten(2, 3)
         query *= inputs.scale / self.stride
         width, on_cpu = grid.block_k // self.stride, inputs.device.type == "cpu"
-        lse = query.new_empty(inputs.batch, inputs.query_heads, low.shape[1], last - first)
+        lse: Tensor = query.new_empty(inputs.batch, inputs.query_heads, low.shape[1], last - first)
         per_block = inputs.batch * inputs.query_heads * low.shape[1] * width
         together = max(1, _ENTRIES["cpu" if on_cpu else "cuda"] // per_block)
         for block in range(first, last, together):

@@ -90,7 +90,8 @@ class PhaseMeans:
         apart = (log - mean).masked_fill(~real, 0)
         deviation = (apart.square().sum((2, 3), keepdim=True) / count).sqrt()
         above = (apart / (deviation + _LEAST)).relu()
-        return self.value_bonus * above.sum(-1) / real.sum(-1).clamp(min=1)
+        bonus: Tensor = self.value_bonus * above.sum(-1) / real.sum(-1).clamp(min=1)
+        return bonus
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,8 +119,7 @@ class PreparedPhases:
         query = grouped_queries(inputs, slot, asked, self.stride).unflatten(2, (stop - start, -1))
         count = asked.unflatten(2, (-1, self.stride)).sum(2).flip(-1)  # [batch, rows, stride], last phase first
         query = _mean(query.sum(3), count, inputs.head_dim).unflatten(1, (inputs.kv_heads, inputs.group_size))
-        scores = query.flatten(2, 3) @ self.key.mT
-        scores = scores.unflatten(2, (inputs.group_size, -1))
+        scores: Tensor = (query.flatten(2, 3) @ self.key.mT).unflatten(2, (inputs.group_size, -1))
         if grid.block_q % grid.block_k:  # a row may end inside a block, and what follows there is its future
             block, key = self._key_means_up_to_the_end(start, stop)
             own = torch.einsum("bkgmd,bkmd->bkgm", query, key)[..., None]
@@ -156,4 +156,5 @@ def _key_means(key: Tensor, slot: Tensor, inside: Tensor, stride: int) -> Tensor
 
 def _mean(total: Tensor, count: Tensor, dim: int) -> Tensor:
     """Sums [batch, heads, blocks, stride * dim] over counts [batch, blocks, stride]; 0 where there is nothing."""
-    return (total.unflatten(3, (-1, dim)) / count.clamp(min=1)[:, None, ..., None]).flatten(3)
+    mean: Tensor = total.unflatten(3, (-1, dim)) / count.clamp(min=1)[:, None, ..., None]
+    return mean.flatten(3)

@@ -62,4 +62,5 @@ def grouped_tokens(tensor: Tensor, place: Tensor, inside: Tensor, stride: int) -
     rows = [own.index_select(1, where) for own, where in zip(tensor, place, strict=True)]
     found = (rows[0][None] if len(rows) == 1 else torch.stack(rows)).to(accurate(tensor))
     found = found.masked_fill_(~inside[:, None, :, None], 0)  # padding may hold anything, NaN too
-    return found.unflatten(2, (-1, stride)).flatten(3)
+    groups: Tensor = found.unflatten(2, (-1, stride)).flatten(3)
+    return groups
