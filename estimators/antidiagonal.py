@@ -211,13 +211,10 @@ def _seen(inputs: AttentionInputs, grid: BlockGrid, stride: int) -> tuple[Tensor
     low, high = (bound.gather(1, place) for bound in inputs.visible_range())
     low = low.masked_fill(~real, inputs.keys).unflatten(1, (-1, stride)).amin(-1)
     high = high.masked_fill(~real, 0).unflatten(1, (-1, stride)).amax(-1)
-    if inputs.key_valid is not None:  # to the next valid key, and to the one before
+    if inputs.key_valid is not None:  # to the next valid key: one before it may stand in the same group, out of sight
         key = torch.arange(inputs.keys, device=inputs.device)
         after = key.masked_fill(~inputs.key_valid, inputs.keys).flip(1).cummin(1).values.flip(1)
-        before = key.masked_fill(~inputs.key_valid, -1).cummax(1).values
-        ends = low < high
-        low = torch.where(ends, after.gather(1, low.clamp(max=inputs.keys - 1)), low)
-        high = torch.where(ends, before.gather(1, (high - 1).clamp(min=0)) + 1, high)
+        low = torch.where(low < high, after.gather(1, low.clamp(max=inputs.keys - 1)), low)
     some = low < high
     anchor = grid.anchor[:, None]
     low = torch.where(some, (low - anchor).clamp(min=0) // stride, 0)

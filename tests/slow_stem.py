@@ -88,11 +88,11 @@ def slow_stem(
             kept[m] = set(visible)
             continue
         begin, start = m * block_q, most * block_k
-        way = (begin - start) / (last - start) if begin > start else 0.0
+        way = min(1.0, (begin - start) / max(1, last - start)) if begin > start else 0.0
         budget = max(1, math.floor(most * (1 - (1 - pattern.decay) * way) + 1e-9))
         frontier = -(-(m + 1) * block_q // block_k)
         forced = set(range(-(-pattern.sink // block_k))) | set(range(frontier - -(-pattern.local // block_k), frontier))
         forced |= set(range(m * block_q // block_k, frontier))
         chosen = sorted(visible, key=lambda n: (-scores[n], n))[:budget]
-        kept[m] = (forced & set(visible)) | set(chosen) or {visible[-1]}
+        kept[m] = (forced & set(visible) or {visible[-1]}) | set(chosen)  # a cache may end before the row does
     return kept

@@ -34,8 +34,13 @@ INPUTS: dict[str, dict[str, Any]] = {
     "softcap": {"queries": 150, "softcap": 1.5},
     "window": {"queries": 200, "window": 61},
     "packed": {"queries": 200, "segment": torch.tensor([[0] * 90 + [1] * 110])},
+    # in a group of 4 the window begins behind the last valid key
+    "holes-window": {
+        "batch": 2, "queries": 90, "keys": 200, "key_valid": with_holes(left_padding(200, [3, 75])), "window": 62,
+    },
     "static-cache": {"queries": 100, "keys": 300, "query_start": 50, "key_length": 150},
-}
+    "cut-cache": {"queries": 100, "keys": 300, "query_start": 50, "key_length": 90},
+}  # fmt: skip
 TILES = [(16, 16), (32, 16), (16, 32), (48, 20)]
 ON_TILES = [
     *((name, TILES[0]) for name in INPUTS),

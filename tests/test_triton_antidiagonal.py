@@ -102,10 +102,13 @@ def test_masses_are_those_of_torch(name: str) -> None:
 )  # fmt: skip
 def test_the_tile_does_not_matter(tiling: AntidiagonalTiling, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_antidiagonal, "antidiagonal_tiling", lambda *_: tiling)
-    assert_same_mass(inputs_of({"queries": 150, "query_heads": 4, "head_dim": 24}), 4, (16, 16))
+    for window in (None, 5):  # which ends in the last key group of a tile
+        inputs = inputs_of({"queries": 150, "query_heads": 4, "head_dim": 24, "window": window})
+        assert_same_mass(inputs, 4, (16, 16))
 
 
-def test_padding_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [torch.inf, -3e38])  # the other one overflows
+def test_padding_is_not_read(value: float) -> None:
     """What is no token may be NaN; what is one and not finite costs its own rows alone."""
     valid = with_holes(left_padding(120, [3, 40])[:, :120]).to(DEVICE)
     inputs = inputs_of({"batch": 2, "queries": 60, "keys": 120, "key_valid": valid})
@@ -115,7 +118,9 @@ def test_padding_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     clean, same = (prepared(each, 4, (16, 16), "triton").scores(0, 4) for each in (inputs, dirty))
     assert torch.equal(clean, same)
-    dirty.key[0, 0, 105, 2] = torch.inf  # of batch row 0, grid row 6 from slot 3 on
+    # of batch row 0, grid row 6 from slot 3 on
+    dirty.key[0, 0, 105] = value
+    dirty = dataclasses.replace(dirty, query=dirty.query.abs() + 10)
     got, want = (XAttention(0.5, stride=4, impl=each) for each in ("triton", "torch"))
     grid = BlockGrid.of(dirty, 16, 16)
     index, other = got.build_index(dirty, grid), want.build_index(dirty, grid)

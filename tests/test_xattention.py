@@ -60,6 +60,29 @@ def test_equals_the_slow_definition_on_rectangles(sizes: tuple[int, int], name: 
     assert_equals_slow(PATTERNS["threshold"], slow_xattention, name, *sizes)
 
 
+@pytest.mark.parametrize("name", INPUTS)
+def test_groups_see_a_key_that_one_of_their_queries_may_see(name: str) -> None:
+    """A valid one, between the first that the first of them sees and the last that the last one does."""
+    inputs = make_inputs(query_heads=1, kv_heads=1, head_dim=8, **INPUTS[name])
+    groups = Antidiagonal(4).prepare(inputs, BlockGrid.of(inputs, 16, 16))
+    seen = inputs.visible_mask()
+    for b in range(inputs.batch):
+        valid = torch.ones(inputs.keys, dtype=torch.bool) if inputs.key_valid is None else inputs.key_valid[b]
+        anchor, first = int(groups.grid.anchor[b]), int(groups.grid.first[b]) * 4
+        for p in range(groups.low.shape[1]):
+            slots = range(anchor + (first + p) * 4, anchor + (first + p + 1) * 4)
+            asked = [i - inputs.query_start for i in slots if i < inputs.keys and valid[i]]
+            asked = [i for i in asked if 0 <= i < inputs.queries]
+            keys = seen[b, asked].any(0).nonzero()[:, 0].tolist()
+            wanted = {
+                (j - anchor) // 4 for j in range(keys[0], keys[-1] + 1) if valid[j] and j < inputs.last_key
+            } if keys else set()  # fmt: skip
+            got = set(range(int(groups.low[b, p]), int(groups.high[b, p])))
+            if groups.occupied is not None:
+                got &= set(groups.occupied[b].nonzero()[:, 0].tolist())
+            assert got == wanted, f"batch row {b}, group {first + p}"
+
+
 @pytest.mark.parametrize(("name", "sizes"), ON_TILES, ids=str)
 def test_lists_are_legal_and_the_full_budget_is_dense(name: str, sizes: tuple[int, int]) -> None:
     assert_legal(XAttention(0.8, stride=4), XAttention(1.0, stride=4), name, *sizes)
@@ -103,6 +126,16 @@ def test_what_is_not_finite_harms_no_row_before_it(sizes: tuple[int, int]) -> No
         assert torch.equal(index.to_mask()[:, :2, row + 1 :], clean[:, :2, row + 1 :])
         assert index.unjudged is not None
         assert index.unjudged.tolist() == [[0, 0, 240 - edge, 240 - edge]]
+
+
+def test_a_score_that_overflows_is_not_judged() -> None:
+    """It would be minus infinity, and weigh nothing, though both sides are finite."""
+    inputs = make_inputs(queries=100, head_dim=8)
+    inputs = dataclasses.replace(inputs, query=inputs.query.abs() + 10)
+    inputs.key[:, 0, 50] = -3e38
+    index = index_of(XAttention(0.5, stride=4), inputs)
+    assert index.unjudged is not None
+    assert index.unjudged.tolist() == [[52, 52, 0, 0]], "rows from slot 48 on"
 
 
 def test_padding_is_not_counted_as_unjudged() -> None:
