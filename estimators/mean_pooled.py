@@ -140,7 +140,7 @@ def range_means(
         place = place.clamp(max=tokens - 1).flatten(1)
         if real is not None:
             inside = inside & real.gather(1, place).view_as(inside)
-        weight = inside / inside.sum(-1, keepdim=True).clamp(min=1)
+        weight = inside.to(accurate(tensor)) / inside.sum(-1, keepdim=True).clamp(min=1)
         if first is None:
             blocks = tensor.gather(2, place[:, None, :, None].expand(batch, heads, -1, dim))
             blocks = blocks.unflatten(2, (-1, size)).to(accurate(tensor))

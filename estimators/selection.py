@@ -99,40 +99,6 @@ class TopK:
         return ids, kept[:, None].expand(order.shape[:3])
 
 
-@dataclass(frozen=True, slots=True)
-class TopMass:
-    """Keep the heaviest blocks, forced ones first, until they hold a share `mass` of the row's weight.
-
-    The block that reaches the share is kept too; of equal weights the lower id comes first. `mass` = 1.0 keeps all
-    visible blocks, whatever their rounded sums are: dense attention. XAttention, arXiv:2503.16428, and PBS-Attn,
-    arXiv:2510.21270. Raises ValueError or TypeError for a mass outside of (0, 1].
-    """
-
-    mass: float
-
-    def __post_init__(self) -> None:
-        check_share("mass", self.mass)
-
-    def select(self, weights: Tensor, visible: Tensor, forced: Tensor | None) -> Tensor:
-        """bool [batch, heads, rows, key_blocks]: what is kept; of a row whose weights are not finite, everything.
-
-        Args:
-            weights: [batch, heads, rows, key_blocks], not negative; they need not sum to 1.
-            visible: bool [batch, rows, key_blocks], at least one a row.
-            forced: bool like `visible` or None; kept always, and first.
-        """
-        if self.mass == 1.0:
-            return visible[:, None].expand(weights.shape)
-        order = ranked(weights, visible, forced)
-        own = weights.masked_fill(~visible[:, None], 0.0).gather(-1, order)
-        total = own.sum(-1, keepdim=True)
-        enough = own.cumsum(-1) - own >= self.mass * total
-        kept = torch.zeros_like(enough).scatter_(-1, order, ~enough) & visible[:, None]
-        if forced is not None:
-            kept |= (forced & visible)[:, None]
-        return torch.where(total.isfinite(), kept, visible[:, None])
-
-
 def ranked(scores: Tensor, visible: Tensor, forced: Tensor | None) -> Tensor:
     """int64 [batch, heads, rows, key_blocks]: forced blocks, then visible ones by falling score, then the others."""
     best_first = scores.masked_fill(~visible[:, None], -torch.inf)

@@ -25,6 +25,11 @@ from triton.compiler import ASTSource
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.kernels.low_bit import EstimatedLogits, LowBit
+from sparseprefill.kernels.triton_antidiagonal import (
+    antidiagonal_arguments,
+    antidiagonal_kernel,
+    antidiagonal_tiling,
+)
 from sparseprefill.kernels.triton_forward import (
     choose_tiling,
     forward_kernel,
@@ -193,6 +198,37 @@ def compile_quantize(
     # what a reduction may need: the numbers of a tile
     estimate = 2 * together * code_tile(head_dim) * 4
     return _compiled(quantize_kernel, arguments, tile, architecture, estimate, enable_fp_fusion=False)
+
+
+def compile_antidiagonal(
+    architecture: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    stride: int = 8,
+    block_k: int = 64,
+    padded: bool = False,
+    **fields: Any,
+) -> CompiledKernel:
+    """As `compile_kernel`, for the kernel that scores antidiagonals; the tile counts groups of `stride` tokens."""
+    if interpreted():
+        raise RuntimeError("nothing can be compiled under TRITON_INTERPRET=1")
+    occupied = None
+    if padded:
+        fields["key_valid"] = torch.ones(1, _TOKENS, dtype=torch.bool)
+        occupied = torch.ones(1, _TOKENS // stride, dtype=torch.bool)
+    inputs, index = _model_like(head_dim, head_dim, dtype, block_k, block_k, fields)
+    limit = SHARED_LIMITS[architecture]
+    tiling = antidiagonal_tiling(block_k, stride, inputs.group_size, head_dim, dtype, limit)
+    if tiling is None:
+        raise ValueError(f"no tiling fits {head_dim=}, {stride=}, {dtype} into {limit} bytes")
+    bound = torch.zeros(1, _TOKENS // stride, dtype=torch.int32)
+    arguments = antidiagonal_arguments(
+        inputs, torch.empty(1, 8, _TOKENS // stride, index.grid.key_blocks), tiling, stride=stride, block_k=block_k,
+        anchor=index.grid.anchor, first_group=index.grid.first, low=bound, high=bound, occupied=occupied,
+    )  # fmt: skip
+    tile = Tile(head_dim, 0, _name(dtype), tiling.groups * tiling.heads, tiling.keys, tiling.warps, tiling.stages)
+    return _compiled(antidiagonal_kernel, arguments, tile, architecture, tiling.shared_bytes(dtype))
 
 
 def _codes(heads: int, tokens: int, head_dim: int, bits: int) -> LowBit:

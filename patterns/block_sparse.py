@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.estimators.covered_mass import CoveredMass
 from sparseprefill.estimators.mean_pooled import MeanPooled
-from sparseprefill.estimators.selection import Budget, TopK, TopMass, check_tokens, ranked
+from sparseprefill.estimators.selection import Budget, TopK, check_share, check_tokens, ranked
 from sparseprefill.patterns.expected_density import UNKNOWN, in_blocks, kept_share
 
 PUBLISHED = 6400
@@ -44,7 +45,7 @@ class BlockSparse:
                 raise ValueError(
                     f"block-sparse takes keep or mass, got keep={self.keep!r:.80} and mass={self.mass!r:.80}"
                 )
-            TopMass(self.mass)
+            check_share("mass", self.mass)
         TopK(self.budget)
         check_tokens("sink", self.sink, least=0)
         check_tokens("local", self.local, least=0)
@@ -93,9 +94,11 @@ class BlockSparse:
         """A slab of rows from row `start` on."""
         assert self.mass is not None
         weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
-        index = BlockIndex.from_mask(grid, TopMass(self.mass).select(weights, visible, forced))
+        lost = weights.isnan().any(-1)
+        kept = CoveredMass((self.mass,)).select(weights, visible, forced & visible)
+        index = BlockIndex.from_mask(grid, torch.where(lost[..., None], visible[:, None], kept))
         asked = grid.real_queries(inputs)[:, None, start : start + scores.shape[2]]
-        return dataclasses.replace(index, unjudged=(asked * weights.isnan().any(-1)).sum(-1))
+        return dataclasses.replace(index, unjudged=(asked * lost).sum(-1))
 
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> int:
         """See `sparseprefill.patterns.nested`."""
@@ -113,11 +116,3 @@ def forced_blocks(inputs: AttentionInputs, grid: BlockGrid, sink: int, local: in
     near = block >= (grid.frontier() - -(-local // grid.block_k))[..., None]
     forced = (block < -(-sink // grid.block_k)) | near
     return forced & (block >= low[..., None]) & (block < high[..., None])
-
-
-def own_blocks(inputs: AttentionInputs, grid: BlockGrid) -> Tensor:
-    """bool [batch, rows, key_blocks]: visible blocks in which the queries of each row stand themselves."""
-    block = torch.arange(grid.key_blocks, device=inputs.device)
-    begin, end = (slots - grid.anchor[:, None] for slots in grid.row_slots())
-    first, last = begin.clamp(min=0) // grid.block_k, -(-end // grid.block_k)
-    return (block >= first[..., None]) & (block < last[..., None]) & grid.visible_block_mask(inputs)

@@ -18,8 +18,9 @@ from torch import Tensor
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.mean_pooled import key_block_means, real_key_blocks
 from sparseprefill.estimators.selection import Budget, TopK, check_tokens
-from sparseprefill.patterns.block_sparse import forced_blocks, own_blocks
+from sparseprefill.patterns.block_sparse import forced_blocks
 from sparseprefill.patterns.expected_density import UNKNOWN, in_blocks, kept_share
+from sparseprefill.patterns.own_blocks import with_own_blocks
 
 PUBLISHED = 0.12
 """The alpha of the paper's code for Qwen3-30B-A3B; 0.18 for Llama-3.1-8B, 0.08 for Qwen2.5."""
@@ -108,7 +109,7 @@ class FlashPrefill:
 
     def _rows(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Tensor, Tensor, Tensor]:
         """Of all rows: visible blocks, those kept always, and how many queries are no padding."""
-        forced = forced_blocks(inputs, grid, self.sink, self.local) | own_blocks(inputs, grid)
+        forced = with_own_blocks(forced_blocks(inputs, grid, self.sink, self.local), inputs, grid)
         return grid.visible_block_mask(inputs), forced, grid.real_queries(inputs)
 
     def _choose(

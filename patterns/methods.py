@@ -19,8 +19,10 @@ from sparseprefill.patterns.random_blocks import RandomBlocks
 from sparseprefill.patterns.sale import PUBLISHED as PUBLISHED_THRESHOLD
 from sparseprefill.patterns.sale import Sale
 from sparseprefill.patterns.spargeattn import SpargeAttn
+from sparseprefill.patterns.stem import Stem
 from sparseprefill.patterns.tri_shape import TriShape
 from sparseprefill.patterns.vertical_slash import PUBLISHED, VerticalSlash
+from sparseprefill.patterns.xattention import XAttention
 
 KINDS = ("static", "selector", "wrapper", "kernel option")
 """Static: does not look at the prompt; selector: does; wrapper: changes how another method runs; kernel option: what
@@ -132,7 +134,17 @@ METHODS: dict[str, MethodRow] = {
     ),
     "flashprefill": MethodRow(
         FlashPrefill, "selector", "blocks whose mean key is nearly as strong as the strongest", "arXiv:2603.06199",
-        False, "own", (128, 128), share="keep", knob="alpha", knobs=(0.95, 0.8, 0.6, 0.4, 0.25, 0.15, 0.08, 0.03, 0.01),
+        False, "own", (128, 128), share="keep", knob="alpha", knobs=(0.98, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.03),
+        fixed={"sink": 64, "local": 128},
+    ),
+    "xattention": MethodRow(
+        XAttention, "selector", "blocks of most mass, as estimated along antidiagonals", "arXiv:2503.16428", False,
+        "own", (128, 128), share="keep", knob="threshold", knobs=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    ),
+    "stem": MethodRow(
+        Stem, "selector", "a budget that falls along the prompt, by antidiagonals and long values", "arXiv:2603.06274",
+        True, "own", (128, 128), knob="keep", knobs=(0.01, 0.02, 0.04, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5),
+        fixed={"decay": 0.7, "sink": 64, "local": 128},
     ),
     "flexprefill": MethodRow(
         FlexPrefill, "selector", "columns and lines of the last block's attention, or the best tiles of a map",

@@ -15,6 +15,8 @@ import torch
 from hypothesis import strategies as st
 from slow_flexprefill import slow_flexprefill
 from slow_spargeattn import slow_spargeattn
+from slow_stem import slow_stem
+from slow_xattention import slow_xattention
 from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs
@@ -30,6 +32,8 @@ from sparseprefill.patterns import (
 from sparseprefill.patterns.flashprefill import FlashPrefill
 from sparseprefill.patterns.flexprefill import FlexPrefill
 from sparseprefill.patterns.spargeattn import SpargeAttn
+from sparseprefill.patterns.stem import Stem
+from sparseprefill.patterns.xattention import XAttention
 
 BLOCK = 16
 
@@ -93,6 +97,11 @@ def row_by_row(slow: Callable[[AttentionInputs, int, int, int, Any], set[int]]) 
 def in_blocks(slow: Callable[..., dict[int, set[int]]]) -> Slow:
     """A definition for tiles of any size."""
     return lambda inputs, b, h, rows, pattern: slow(inputs, b, h, rows, pattern, BLOCK)
+
+
+def on_tiles(slow: Callable[..., dict[int, set[int]]]) -> Slow:
+    """A definition for tiles of any size, queries and keys told apart."""
+    return lambda inputs, b, h, rows, pattern: slow(inputs, b, h, rows, pattern, BLOCK, BLOCK)
 
 
 def slow_a_shape(inputs: AttentionInputs, b: int, h: int, m: int, pattern: Any) -> set[int]:
@@ -395,6 +404,25 @@ CASES: dict[str, Case] = {
     "flashprefill-least": Case(
         FlashPrefill(alpha=1.0, sink=16, local=0, least=30, sink_counts=False), FlashPrefill(alpha=0.0, sink=20), False,
         "own", row_by_row(slow_flashprefill),
+    ),
+    "xattention": Case(
+        XAttention(threshold=0.5, stride=4), XAttention(threshold=1.0, stride=4), False, "own",
+        on_tiles(slow_xattention),
+        st.builds(XAttention, threshold=st.sampled_from((0.0, 0.3, 0.7, 0.95, 1.0)), stride=st.just(4)),
+        steps=4,
+    ),
+    "xattention-keep": Case(
+        XAttention(keep=0.3, stride=8), XAttention(keep=1.0, stride=8), False, "own", on_tiles(slow_xattention),
+        steps=8,
+    ),
+    "stem": Case(
+        Stem(keep=80, decay=0.5, stride=4, sink=16, local=16), Stem(keep=1.0, stride=4), True, "own",
+        on_tiles(slow_stem),
+        st.builds(
+            Stem, keep=BUDGETS, decay=st.sampled_from((0.3, 0.7, 1.0)), stride=st.just(4), sink=st.integers(0, 70),
+            local=st.integers(0, 70), value_bonus=st.sampled_from((0.0, 0.2, 2.0)),
+        ),
+        steps=4,
     ),
     "flexprefill": Case(
         FlexPrefill(gamma=0.4, tau=1.0, min_budget=32), FlexPrefill(gamma=1.0, tau=1.0), True, "own",

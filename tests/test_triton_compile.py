@@ -16,12 +16,16 @@ if sys.platform != "linux":
 # in a process of its own: this one may have Triton's interpreter switched on, under which nothing compiles
 SCRIPT = """
 import dataclasses, json, sys, torch
-from sparseprefill.kernels.triton_inspect import compile_block_max, compile_kernel, compile_quantize, compile_rows
+from sparseprefill.kernels.triton_inspect import (
+    compile_antidiagonal, compile_block_max, compile_kernel, compile_quantize, compile_rows
+)
 def compiled(architecture, head_dim, dtype, options):
     if dtype.startswith("int"):
         return compile_block_max(architecture, head_dim, int(dtype[3:]), **options)
     if "group_size" in options:
         return compile_quantize(architecture, head_dim, dtype=getattr(torch, dtype), **options)
+    if "stride" in options:
+        return compile_antidiagonal(architecture, head_dim, getattr(torch, dtype), **options)
     build = compile_rows if options.pop("rows", False) else compile_kernel
     return build(architecture, head_dim, dtype=getattr(torch, dtype), **options)
 kernels = [compiled(*each) for each in json.load(sys.stdin)]
@@ -36,6 +40,7 @@ QUICK: list[Spec] = [
     (90, 128, "float32", {}),
     (90, 128, "bfloat16", {"rows": True, "padded": True}),
     (90, 128, "int4", {}),
+    (90, 128, "bfloat16", {"stride": 8}),
 ]
 FULL: list[Spec] = [
     (80, 128, "int4", {}),
@@ -56,6 +61,17 @@ FULL: list[Spec] = [
     *((architecture, head_dim, "int4", {}) for architecture in (80, 90, 100) for head_dim in (64, 80, 256)),
     *((architecture, 128, "bfloat16", {"group_size": size}) for architecture in (80, 90, 100) for size in (1, 32)),
     (90, 256, "float32", {"group_size": 200}),
+    *((architecture, 128, "bfloat16", {"stride": size}) for architecture in (80, 90, 100) for size in (4, 8, 16)),
+    *((architecture, 128, "bfloat16", {"stride": 8, "block_k": 128}) for architecture in (80, 90, 100)),
+    *((architecture, 128, "bfloat16", {"stride": 16, "block_k": 16}) for architecture in (80, 90, 100)),
+    *(
+        (architecture, head_dim, "float16", {"stride": 8})
+        for architecture in (80, 90, 100)
+        for head_dim in (64, 80, 256)
+    ),
+    *((architecture, 128, "float16", {"stride": 8, "padded": True}) for architecture in (80, 90, 100)),
+    *((architecture, 128, "float16", {"stride": 8, "softcap": 30.0}) for architecture in (80, 90, 100)),
+    *((architecture, 128, "float32", {"stride": 8}) for architecture in (80, 90, 100)),
 ]
 
 
