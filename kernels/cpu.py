@@ -17,11 +17,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockIndex
+from sparseprefill.coverage import tile_pairs
+from sparseprefill.kernels.tile_skip import tiles_to_compute
 
 # gathered keys and values of one piece of a row, and of one batched call: on the cells of `sparseprefill bench` half or
 # twice as much made no difference; a quarter, or rows in one piece, were slower
 _PIECE_BYTES = 1 << 20
 _CALL_BYTES = 4 << 20
+_PEAKS = 1 << 22  # row maxima of tiles that are held at one time, where tiles may be skipped
 
 
 def why_not_cpu(inputs: AttentionInputs, index: BlockIndex | None) -> str | None:
@@ -49,6 +52,9 @@ def cpu_attention(
     """
     if only is not None and into is not None:
         return _some_heads(inputs, index, values, only, into)
+    if index.skip is not None:
+        kept, skipped = _without_skipped(inputs, index, index.skip)
+        return dataclasses.replace(cpu_attention(inputs, kept, values=values), skipped=skipped)
     if values and inputs.sinks is None and _is_plain_dense(inputs, index):
         return _dense(inputs)
     tiles = _Tiles.of(inputs, index, values)
@@ -90,12 +96,73 @@ def _some_heads(
             segment=None if inputs.segment is None else inputs.segment[row],
         ).select_heads(heads)  # fmt: skip
         own = dataclasses.replace(grid, anchor=grid.anchor[row], first=grid.first[row])
-        lists = BlockIndex(own, index.columns, index.start[row, heads], index.count[row, heads])
+        lists = BlockIndex(
+            own, index.columns, index.start[row, heads], index.count[row, heads], visit=index.visit,
+            skip=None if index.skip is None else index.skip[row, heads],
+        )  # fmt: skip
         part = cpu_attention(alone, lists, values=values)
         into.lse[b, heads] = part.lse[0]
+        if into.skipped is not None:
+            into.skipped[b, heads] = 0 if part.skipped is None else part.skipped[0]
         if into.output is not None and part.output is not None:
             into.output[b, heads] = part.output[0]
     return into
+
+
+def _without_skipped(inputs: AttentionInputs, index: BlockIndex, skip: Tensor) -> tuple[BlockIndex, Tensor]:
+    """The lists without what is skipped, some of them empty; int64 [batch, query_heads] visible pairs in that.
+
+    No value is read. Some lists at a time, so that memory does not grow with them.
+    """
+    grid = index.grid
+    batch, heads, rows = index.count.shape
+    skipped = torch.zeros(batch, heads, dtype=torch.int64)
+    threshold, first, count = skip.flatten(), index.start.flatten(), index.count.flatten().to(torch.int64)
+    begin, end = grid.row_slots()
+    judged = ((end > begin)[:, None] & (skip > -torch.inf)).flatten().nonzero()[:, 0]
+    if not len(judged):
+        return dataclasses.replace(index, visit=None, skip=None), skipped
+    kept = torch.cat([index.to_mask(start, stop) for start, stop in grid.slabs(heads)], 2)
+    visit = index.columns if index.visit is None else index.visit
+    tiles, full, space = _Tiles.of(inputs, index, values=False), _full_tiles(inputs, index), _Workspace()
+    judged = judged[count[judged].argsort(stable=True)]  # lists of a length go together
+    tile_bytes = tiles.key[0].numel() * 4
+    together = min(_PEAKS // (grid.block_q * int(count[judged].max())), _CALL_BYTES // tile_bytes)
+    for flat in judged.split(max(1, together)):
+        b, h, r = flat // (heads * rows), flat // rows % heads, flat % rows
+        place = torch.arange(int(count[flat].max()))
+        real = place < count[flat, None]
+        block = visit[first[flat, None] + place.minimum(count[flat, None] - 1)].to(torch.int64)
+        ids = (b * inputs.kv_heads + h // inputs.group_size)[:, None] * grid.key_blocks + block
+        edge = real & ~full[b[:, None], r[:, None], block]
+        slot = tiles.slot[b, r]
+        counts = (slot >= inputs.query_start) & (slot < inputs.query_start + inputs.queries)
+        if inputs.key_valid is not None:
+            counts &= inputs.key_valid[b[:, None], slot.clamp(max=inputs.keys - 1)]
+        drop = real & ~tiles_to_compute(_peaks(inputs, tiles, flat, ids, edge, space), counts, threshold[flat])
+        n, place = drop.nonzero(as_tuple=True)
+        kept[b[n], h[n], r[n], block[n, place]] = False
+    for start, stop in grid.slabs(heads):
+        dropped = index.to_mask(start, stop) & ~kept[:, :, start:stop]
+        skipped += (dropped * tile_pairs(inputs, grid, start, stop)[:, None]).sum((2, 3))
+    return BlockIndex.from_mask(grid, kept), skipped
+
+
+def _peaks(
+    inputs: AttentionInputs, tiles: _Tiles, flat: Tensor, ids: Tensor, edge: Tensor, space: _Workspace
+) -> Tensor:
+    """float32 [rows, tiles, block_q]: each query's largest visible logit in each tile; `edge` ones need a mask."""
+    query, block_k = tiles.query.index_select(0, flat).float(), tiles.key.shape[1]
+    together = max(1, _CALL_BYTES // (len(flat) * tiles.key[0].numel() * 4))
+    parts = []
+    for part, masked in zip(ids.split(together, 1), edge.split(together, 1), strict=True):
+        logits = _logits(query, part, tiles, inputs, space).unflatten(2, (-1, block_k)).transpose(1, 2)
+        peaks = logits.amax(3)
+        n, place = masked.nonzero(as_tuple=True)
+        mask = _edge_mask(flat[n], part[n, place, None], tiles, inputs)
+        peaks[n, place] = logits[n, place].masked_fill_(~mask, -torch.inf).amax(2)
+        parts.append(peaks)
+    return torch.cat(parts, 1)
 
 
 @dataclass(slots=True)
@@ -306,9 +373,7 @@ def _masked(
     values: bool = True,
 ) -> tuple[Tensor | None, Tensor]:
     """Tiles with a mask [rows, block_q, tiles * block_k], or soft-capped, or without values; float32 inside."""
-    logits = torch.bmm(query.float(), space.gather("key", tiles.key, ids).float().mT) * inputs.scale
-    if inputs.softcap is not None:
-        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
+    logits = _logits(query.float(), ids, tiles, inputs, space)
     if mask is not None:
         logits = logits.masked_fill_(~mask, -torch.inf)
     if not values:
@@ -318,6 +383,14 @@ def _masked(
     mass = share.sum(-1, keepdim=True)
     output = torch.bmm(share, space.gather("value", tiles.value, ids).float()) / mass.clamp(min=1e-30)
     return output, (mass.log() + peak)[..., 0]
+
+
+def _logits(query: Tensor, ids: Tensor, tiles: _Tiles, inputs: AttentionInputs, space: _Workspace) -> Tensor:
+    """float32 [rows, block_q, tiles * block_k], scaled and soft-capped, nothing masked."""
+    logits = torch.bmm(query, space.gather("key", tiles.key, ids).float().mT) * inputs.scale
+    if inputs.softcap is not None:
+        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
+    return logits
 
 
 def _edge_mask(flat: Tensor, ids: Tensor, tiles: _Tiles, inputs: AttentionInputs) -> Tensor:

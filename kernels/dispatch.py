@@ -31,10 +31,12 @@ def _reference(
 ) -> AttentionOutput:
     full = reference_attention(inputs, index)
     if only is None or into is None:
-        return full if values else AttentionOutput(None, full.lse)
+        return full if values else AttentionOutput(None, full.lse, full.skipped)
     into.lse.copy_(torch.where(only[..., None], full.lse, into.lse))
     if values and into.output is not None and full.output is not None:
         into.output.copy_(torch.where(only[..., None, None], full.output, into.output))
+    if into.skipped is not None:
+        into.skipped.copy_(into.skipped.where(~only, 0 if full.skipped is None else full.skipped))
     return into
 
 
@@ -107,6 +109,10 @@ def block_sparse_attention(
 ) -> AttentionOutput:
     """Attention of each query over the visible keys in the blocks listed for its row.
 
+    Where the index has `skip`, tiles are left out while they are visited, as `BlockIndex` says, and the result counts
+    their pairs. The reference and the CPU decide for whole tiles of the grid. A Triton program decides for each tile
+    that it computes, smaller ones where blocks are large (`choose_tiling`); the same lambda bounds what it drops.
+
     Args:
         inputs: see `AttentionInputs`.
         index: see `BlockIndex`; must stand on the grid of these inputs.
@@ -114,7 +120,8 @@ def block_sparse_attention(
         values: False computes lse alone and reads no values.
         only: bool [batch, query_heads] on the device of the inputs: these heads alone are computed and written over
             those in `into`, whose other heads keep their bits. Nothing is read back from a GPU.
-        into: an earlier result of the same implementation for these inputs; goes with `only`.
+        into: an earlier result of the same implementation for these inputs; goes with `only`. One that counts skipped
+            pairs where this index has `skip`.
 
     Returns:
         `AttentionOutput`: output in the dtype of the inputs (float64 from the reference) and lse in float32; `into`
@@ -129,7 +136,7 @@ def block_sparse_attention(
         raise ValueError(f"the index does not belong to these inputs: {misfit}")
     if index.query_heads != inputs.query_heads:
         raise ValueError(f"the index lists blocks of {index.query_heads} heads, the query has {inputs.query_heads}")
-    misfit = _why_not_into(inputs, values, only, into)
+    misfit = _why_not_into(inputs, index, values, only, into)
     if misfit is not None:
         raise ValueError(misfit)
     if impl == "auto":
@@ -143,7 +150,7 @@ def block_sparse_attention(
 
 
 def _why_not_into(
-    inputs: AttentionInputs, values: bool, only: Tensor | None, into: AttentionOutput | None
+    inputs: AttentionInputs, index: BlockIndex, values: bool, only: Tensor | None, into: AttentionOutput | None
 ) -> str | None:
     """Why some heads cannot be computed into an earlier result, or None."""
     if only is None and into is None:
@@ -159,4 +166,8 @@ def _why_not_into(
         return f"into is a result of other inputs: its lse is {tuple(into.lse.shape)} on {into.lse.device}"
     if (into.output is not None) != values:
         return "into must hold an output where values are computed, and none where lse alone is"
+    if index.skip is not None and into.skipped is None:
+        return (
+            "this index may skip tiles, and into does not count them: compute it with `skip` too (-inf skips nothing)"
+        )
     return None

@@ -40,4 +40,5 @@ def join_outputs(parts: Sequence[AttentionOutput], sinks: Tensor | None = None) 
             share = (part.lse - total).exp().masked_fill(part.lse == -torch.inf, 0.0)  # -inf - -inf is NaN
             output += share[..., None] * part.output
         output = output.to(first.dtype)
-    return AttentionOutput(output, lse)
+    counts = [part.skipped for part in parts if part.skipped is not None]
+    return AttentionOutput(output, lse, torch.stack(counts).sum(0) if counts else None)

@@ -4,6 +4,11 @@ A program walks its list in ascending order. Tiles that all its queries see enti
 run without any mask; the few before (window, segments) and after them (diagonal, key_length, holes) run with one.
 Rows are launched longest first, heads that fit the L2 cache together, so that no long row is left for the end.
 
+Where the index has `skip`, lists whose threshold is above -inf are walked in the order of visits instead. Each tile's
+products are made and its rows' maxima compared; exponentials, values and the second product stand behind a branch. The
+decision is for the tile of one iteration and the queries of one program: that is the grid's tile where the tiling takes
+it whole, else a part of it. No value is fetched ahead there, as none may be needed.
+
 Letter code inside the kernels: p_ pointer, i_ id, n_ scalar count or bound, o_ offsets, m_ mask, b_ tile.
 SPAN_Q x SPAN_K are the block sizes of the index, BLOCK_Q x BLOCK_K the tile that one iteration computes.
 """
@@ -18,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockIndex
 
@@ -77,12 +83,14 @@ def choose_tiling(
     block_k: int,
     shared_limit: int,
     capability: tuple[int, int] = (8, 0),
+    skip: bool = False,
 ) -> Tiling | None:
     """The first tiling, most wanted first, that serves blocks of block_q x block_k and fits; None if none does.
 
     Registers set the largest tile (`python -m sparseprefill.kernels.triton_inspect` shows spills), shared memory the
     rest. From capability 9.0 on the tensor cores read their operands from shared memory, which leaves registers for
-    larger tiles; float32 products without tensor cores leave few.
+    larger tiles; float32 products without tensor cores leave few. `skip`: for lists whose tiles may be skipped, where
+    the branch takes registers: wide heads are spread over more warps.
     """
     widest = max(sum(split_dim(head_dim)), sum(split_dim(value_dim)))
     if dtype == torch.float32:
@@ -97,7 +105,7 @@ def choose_tiling(
         for queries in (most_queries, most_queries // 2, most_queries // 4):
             for stages in range(most_stages, 0, -1):
                 tile_q, tile_k = _tile_of(block_q, max(16, queries)), _tile_of(block_k, max(16, keys))
-                small = tile_q <= 64 and widest <= 128 and dtype != torch.float32
+                small = tile_q <= 64 and widest <= (64 if skip else 128) and dtype != torch.float32
                 tiling = Tiling(tile_q, tile_k, 4 if small else 8, stages)
                 if tiling.shared_bytes(head_dim, value_dim, dtype) <= shared_limit:
                     return tiling
@@ -165,17 +173,27 @@ def _dot(b_a, b_b, b_sum, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def _attend(
-    b_m, b_l, b_o0, b_o1, b_q0, b_q1, b_low, b_high,
-    p_k, p_v, p_valid, stride_kt, stride_kd, stride_vt, stride_vd,
-    i_block, i_t, n_anchor, n_stop, scale, cap,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
-    SPAN_K: tl.constexpr, BLOCK_K: tl.constexpr,
-    MASKED: tl.constexpr, HAS_LOW: tl.constexpr, HAS_VALID: tl.constexpr, HAS_CAP: tl.constexpr,
-    VALUES: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
+def _nan_or_larger(b_x, b_y):
+    return tl.maximum(b_x, b_y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _row_peaks(b_s, WIDEN: tl.constexpr):
+    """The largest logit of each row, NaN where one is: `tl.max` would drop it."""
+    if WIDEN:
+        # the interpreter reduces with a function of ours one number at a time
+        b_nan = tl.sum((b_s != b_s).to(tl.int32), 1) > 0
+        return tl.where(b_nan, float("nan"), tl.max(tl.where(b_s != b_s, float("-inf"), b_s), 1))
+    return tl.reduce(b_s, 1, _nan_or_larger)
+
+
+@triton.jit
+def _logits(
+    b_q0, b_q1, p_k, stride_kt, stride_kd, i_block, n_tile, n_anchor, n_stop, scale, cap,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SPAN_K: tl.constexpr, BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, over tile `i_t` of block `i_block`."""
-    n_tile = i_t * BLOCK_K
+    """Products of all queries with tile `n_tile` of a block, before the scale but for a soft-cap; which keys exist."""
     n_key = n_anchor + i_block * SPAN_K + n_tile
     o_k = tl.arange(0, BLOCK_K)
     o_d0, o_d1 = tl.arange(0, D0), D0 + tl.arange(0, D1 if D1 > 0 else 1)
@@ -194,25 +212,72 @@ def _attend(
         b_s = _dot(b_q1, tl.trans(b_k1), b_s, PRECISION, WIDEN)
     if HAS_CAP:
         b_s = cap * _tanh(b_s * scale, PRECISE)
+    return b_s, m_k
+
+
+@triton.jit
+def _seen(
+    b_low, b_high, m_k, p_valid, n_key,
+    SPAN_K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_LOW: tl.constexpr, HAS_VALID: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_Q, BLOCK_K]: who sees whom in a tile that begins at `n_key`."""
+    o_k = tl.arange(0, BLOCK_K)
+    m_s = o_k[None, :] < (b_high - n_key)[:, None]
+    if SPAN_K % BLOCK_K != 0:
+        m_s &= m_k[None, :]
+    if HAS_VALID:
+        # holes are read and hidden: to skip them as well would cost the pipeline
+        m_s &= (tl.load(p_valid + n_key + o_k, mask=m_k, other=0) != 0)[None, :]
+    if HAS_LOW:
+        m_s &= o_k[None, :] >= (b_low - n_key)[:, None]
+    return m_s
+
+
+@triton.jit
+def _attend(
+    b_m, b_l, b_o0, b_o1, b_q0, b_q1, b_low, b_high,
+    p_k, p_v, p_valid, stride_kt, stride_kd, stride_vt, stride_vd,
+    i_block, i_t, n_anchor, n_stop, scale, cap,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    SPAN_K: tl.constexpr, BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr, HAS_LOW: tl.constexpr, HAS_VALID: tl.constexpr, HAS_CAP: tl.constexpr,
+    VALUES: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax, over tile `i_t` of block `i_block`."""
+    n_tile = i_t * BLOCK_K
+    n_key = n_anchor + i_block * SPAN_K + n_tile
+    b_s, m_k = _logits(
+        b_q0, b_q1, p_k, stride_kt, stride_kd, i_block, n_tile, n_anchor, n_stop, scale, cap,
+        D, D0, D1, SPAN_K, BLOCK_K, MASKED, HAS_CAP, PRECISION, PRECISE, WIDEN,
+    )  # fmt: skip
+    if HAS_CAP:
         scale = 1.0
     if MASKED:
-        m_s = o_k[None, :] < (b_high - n_key)[:, None]
-        if SPAN_K % BLOCK_K != 0:
-            m_s &= m_k[None, :]
-        if HAS_VALID:
-            # holes are read and hidden: to skip them as well would cost the pipeline
-            m_s &= (tl.load(p_valid + n_key + o_k, mask=m_k, other=0) != 0)[None, :]
-        if HAS_LOW:
-            m_s &= o_k[None, :] >= (b_low - n_key)[:, None]
+        m_s = _seen(b_low, b_high, m_k, p_valid, n_key, SPAN_K, BLOCK_K, HAS_LOW, HAS_VALID)
         b_s = tl.where(m_s, b_s, float("-inf"))
     # [BLOCK_Q]; scale is positive, so that it may be applied after the maximum
     b_peak = tl.maximum(b_m, tl.max(b_s, 1) * scale)
+    b_l, b_o0, b_o1 = _add(
+        b_peak, b_m, b_l, b_o0, b_o1, b_s, m_k, p_v, stride_vt, stride_vd, n_key, scale,
+        V, V0, V1, BLOCK_K, MASKED, VALUES, PRECISION, WIDEN,
+    )  # fmt: skip
+    return b_peak, b_l, b_o0, b_o1
+
+
+@triton.jit
+def _add(
+    b_peak, b_m, b_l, b_o0, b_o1, b_s, m_k, p_v, stride_vt, stride_vd, n_key, scale,
+    V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Add the weights of a tile and its weighted values, as the maximum rises from `b_m` to `b_peak`."""
     # a query that has seen no key yet has -inf here, and -inf - -inf is NaN
     b_base = tl.where(b_peak == float("-inf"), 0.0, b_peak) if MASKED else b_peak
     b_p = tl.exp2(b_s * scale - b_base[:, None])
     b_fade = tl.exp2(b_m - b_base)
     b_l = b_l * b_fade + tl.sum(b_p, 1)
     if VALUES:
+        o_k = tl.arange(0, BLOCK_K)
         o_v0, o_v1 = tl.arange(0, V0), V0 + tl.arange(0, V1 if V1 > 0 else 1)
         # [BLOCK_K, V0], [BLOCK_K, V1]
         p_tile = p_v + n_key.to(tl.int64) * stride_vt + o_k[:, None].to(tl.int64) * stride_vt
@@ -222,7 +287,50 @@ def _attend(
         if V1 > 0:
             b_v1 = _load(p_tile + o_v1[None, :].to(tl.int64) * stride_vd, m_k, o_v1, V, MASKED, V0 + V1 > V)
             b_o1 = _dot(b_p, b_v1, b_o1 * b_fade[:, None], PRECISION, WIDEN)
-    return b_peak, b_l, b_o0, b_o1
+    return b_l, b_o0, b_o1
+
+
+@triton.jit
+def _attend_or_skip(
+    b_m, b_l, b_o0, b_o1, n_skipped, b_q0, b_q1, m_q, m_counts, b_low, b_high,
+    p_k, p_v, p_valid, p_before, stride_kt, stride_kd, stride_vt, stride_vd,
+    i_block, i_t, n_anchor, n_stop, n_clear_from, n_clear_to, n_threshold, scale, cap,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    SPAN_K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_LOW: tl.constexpr, HAS_VALID: tl.constexpr, HAS_CAP: tl.constexpr,
+    VALUES: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """As `_attend`, of a tile that may need a mask, and may not matter: then its visible pairs are counted instead."""
+    n_tile = i_t * BLOCK_K
+    n_key = n_anchor + i_block * SPAN_K + n_tile
+    b_s, m_k = _logits(
+        b_q0, b_q1, p_k, stride_kt, stride_kd, i_block, n_tile, n_anchor, n_stop, scale, cap,
+        D, D0, D1, SPAN_K, BLOCK_K, True, HAS_CAP, PRECISION, PRECISE, WIDEN,
+    )  # fmt: skip
+    if HAS_CAP:
+        scale = 1.0
+    m_clear = (n_key >= n_clear_from) & (n_key + BLOCK_K <= n_clear_to)
+    # with a mask at all times Triton 3.7 fails on capability 10.0: it follows products into the scalar maximum below
+    if not m_clear:
+        m_s = _seen(b_low, b_high, m_k, p_valid, n_key, SPAN_K, BLOCK_K, HAS_LOW, HAS_VALID)
+        b_s = tl.where(m_s, b_s, float("-inf"))
+    # [BLOCK_Q]
+    b_t = _row_peaks(b_s, WIDEN) * scale
+    # NaN is not below anything; who sees nothing of the tile does not mind
+    m_matters = m_counts & (b_t != float("-inf")) & ~(b_t <= b_m + n_threshold)
+    if tl.max(m_matters.to(tl.int32), 0) > 0:
+        b_peak = _nan_or_larger(b_m, b_t)
+        b_l, b_o0, b_o1 = _add(
+            b_peak, b_m, b_l, b_o0, b_o1, b_s, m_k, p_v, stride_vt, stride_vd, n_key, scale,
+            V, V0, V1, BLOCK_K, True, VALUES, PRECISION, WIDEN,
+        )  # fmt: skip
+        b_m = b_peak
+    else:
+        b_to = tl.minimum(b_high, n_key + tl.minimum(BLOCK_K, SPAN_K - n_tile))
+        b_from = tl.minimum(tl.maximum(b_low, n_key) if HAS_LOW else n_key, b_to)
+        if HAS_VALID:
+            b_from, b_to = tl.load(p_before + b_from, mask=m_q, other=0), tl.load(p_before + b_to, mask=m_q, other=0)
+        n_skipped += tl.sum(tl.where(m_q, b_to - b_from, 0), 0)
+    return b_m, b_l, b_o0, b_o1, n_skipped
 
 
 @triton.jit
@@ -247,7 +355,7 @@ def _load(p_tile, m_row, o_column, N: tl.constexpr, MASK_ROWS: tl.constexpr, MAS
 )  # fmt: skip
 def forward_kernel(
     p_q, p_k, p_v, p_out, p_lse, p_sinks, p_valid, p_low,
-    p_columns, p_start, p_count, p_order, p_anchor, p_first, p_hole, p_only,
+    p_columns, p_start, p_count, p_order, p_anchor, p_first, p_hole, p_only, p_visit, p_skip, p_before, p_skipped,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
@@ -259,13 +367,13 @@ def forward_kernel(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     SPAN_Q: tl.constexpr, SPAN_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SEGMENT: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_ONLY: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_ONLY: tl.constexpr, HAS_VISIT: tl.constexpr, HAS_SKIP: tl.constexpr,
     VALUES: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of queries over the listed key blocks.
 
     program_id(0) walks p_order, program_id(1) the query tiles of a row where SPAN_Q > BLOCK_Q. With p_only, programs of
-    heads that it does not mark write nothing at all.
+    heads that it does not mark write nothing at all. p_skipped is zero wherever no program adds to it.
     """
     HAS_LOW: tl.constexpr = HAS_WINDOW or HAS_SEGMENT
     TILES: tl.constexpr = (SPAN_K + BLOCK_K - 1) // BLOCK_K
@@ -359,11 +467,16 @@ def forward_kernel(
     b_o0 = tl.zeros([BLOCK_Q, V0 if VALUES else 1], tl.float32)
     b_o1 = tl.zeros([BLOCK_Q, V1 if VALUES and V1 > 0 else 1], tl.float32)
 
+    if HAS_SKIP:
+        # natural log, as the caller counts; where there is a threshold, the two loops below have nothing to do
+        n_threshold = tl.load(p_skip + i_row) * (1 / _LN2)
     n_clear = 0
     # a tile that reaches over its block's end is never clear
     if SPAN_K % BLOCK_K == 0:
         i_mixed = _tiles_below(p_list, n_list, i_low, i_high, n_clear_to - n_anchor - BLOCK_K + 1, SPAN_K, BLOCK_K)
         i_mixed = tl.maximum(tl.minimum(i_mixed, i_stop), i_clear)
+        if HAS_SKIP:
+            i_mixed = tl.where(n_threshold > float("-inf"), i_clear, i_mixed)
         n_clear = i_mixed - i_clear
         # each block's id is read one step ahead, so that no address waits for it
         i_next = _block_of(p_list, n_list, i_clear, TILES)
@@ -376,6 +489,9 @@ def forward_kernel(
                 i_block, i_t % TILES, n_anchor, n_stop, scale, cap, D, D0, D1, V, V0, V1, SPAN_K, BLOCK_K,
                 False, HAS_LOW, HAS_VALID, HAS_CAP, VALUES, PRECISION, PRECISE, WIDEN,
             )  # fmt: skip
+    if HAS_SKIP:
+        i_stop = tl.where(n_threshold > float("-inf"), i_start, i_stop)
+        n_clear = tl.where(n_threshold > float("-inf"), 0, n_clear)
     # the softmax does not mind the order: the clear stretch came first and is stepped over here
     i_next = _block_of(p_list, n_list, _step_over(i_start, i_clear, n_clear), TILES)
     for i_edge in range(i_start, i_stop - n_clear):
@@ -388,6 +504,32 @@ def forward_kernel(
             i_block, i_t % TILES, n_anchor, n_stop, scale, cap, D, D0, D1, V, V0, V1, SPAN_K, BLOCK_K,
             True, HAS_LOW, HAS_VALID, HAS_CAP, VALUES, PRECISION, PRECISE, WIDEN,
         )  # fmt: skip
+
+    if HAS_SKIP:
+        p_walk = p_list
+        if HAS_VISIT:
+            p_walk = p_visit + tl.load(p_start + i_b * stride_start_b + i_h * stride_start_h + i_r * stride_start_r)
+        m_counts = m_q
+        if HAS_VALID:
+            m_counts &= tl.load(p_valid + o_s, mask=m_q, other=0) != 0
+            p_before += i_b * (keys + 1)
+        if not HAS_LOW:
+            n_clear_from = 0
+        if SPAN_K % BLOCK_K != 0:  # a tile that reaches over its block's end is never clear
+            n_clear_to = 0
+        n_skipped = tl.full([], 0, tl.int32)
+        i_next = tl.load(p_walk)
+        for i_t in range(0, tl.where(n_threshold > float("-inf"), n_list * TILES, 0)):
+            i_block = i_next
+            i_next = _block_of(p_walk, n_list, i_t + 1, TILES)
+            b_m, b_l, b_o0, b_o1, n_skipped = _attend_or_skip(
+                b_m, b_l, b_o0, b_o1, n_skipped, b_q0, b_q1, m_q, m_counts, b_low, b_high,
+                p_k, p_v, p_valid, p_before, stride_kt, stride_kd, stride_vt, stride_vd, i_block, i_t % TILES,
+                n_anchor, n_stop, n_clear_from, n_clear_to, n_threshold, scale, cap,
+                D, D0, D1, V, V0, V1, SPAN_K, BLOCK_K,
+                HAS_LOW, HAS_VALID, HAS_CAP, VALUES, PRECISION, PRECISE, WIDEN,
+            )  # fmt: skip
+        tl.store(p_skipped + i_row * tl.num_programs(1) + tl.program_id(1), n_skipped)
 
     m_seen = b_l > 0
     b_l = tl.where(m_seen, b_l, 1.0)
@@ -504,12 +646,17 @@ def kernel_arguments(
     cache: int,
     float32_dots: str = "ieee",
     only: Tensor | None = None,
+    skipped: Tensor | None = None,
 ) -> dict[str, object]:
     """What `forward_kernel` is launched with, by name."""
     grid = index.grid
     low = inputs.visible_range()[0].to(torch.int32) if inputs.segment is not None else None
     valid = None if inputs.key_valid is None else inputs.key_valid.contiguous().view(torch.uint8)
     (d0, d1), (v0, v1) = split_dim(inputs.head_dim), split_dim(inputs.value_dim)
+    visit = None if index.skip is None else index.visit  # without skips the order does not matter
+    before = None  # valid keys before each slot
+    if index.skip is not None and inputs.key_valid is not None:
+        before = functional.pad(inputs.key_valid.cumsum(1, dtype=torch.int32), (1, 0))
     # the softmax is computed in base 2: log2(e) goes into whatever factor is applied last to the logits
     scale, cap = inputs.scale * _LOG2E, 0.0
     if inputs.softcap is not None:
@@ -521,6 +668,8 @@ def kernel_arguments(
         "p_order": longest_first(index.count, heads_that_share(inputs, cache)),
         "p_anchor": grid.anchor, "p_first": grid.first, "p_hole": first_hole(inputs, grid.anchor),
         "p_only": None if only is None else only.contiguous().view(torch.uint8),
+        "p_visit": None if visit is None else visit.contiguous(),
+        "p_skip": None if index.skip is None else index.skip.contiguous(), "p_before": before, "p_skipped": skipped,
     }  # fmt: skip
     for letter, tensor in (("q", inputs.query), ("k", inputs.key), ("v", inputs.value), ("o", output)):
         strides = (0, 0, 0, 1) if tensor is None else tensor.stride()
@@ -535,7 +684,7 @@ def kernel_arguments(
         "SPAN_Q": grid.block_q, "SPAN_K": grid.block_k, "BLOCK_Q": tiling.block_q, "BLOCK_K": tiling.block_k,
         "HAS_SINKS": inputs.sinks is not None, "HAS_VALID": valid is not None, "HAS_WINDOW": inputs.window is not None,
         "HAS_SEGMENT": low is not None, "HAS_CAP": inputs.softcap is not None, "HAS_ONLY": only is not None,
-        "VALUES": output is not None,
+        "HAS_VISIT": visit is not None, "HAS_SKIP": index.skip is not None, "VALUES": output is not None,
         "PRECISION": float32_dots, "PRECISE": inputs.query.dtype == torch.float32, "WIDEN": interpreted(),
     }  # fmt: skip
 
@@ -554,14 +703,15 @@ def triton_attention(
 
     `float32_dots`: "ieee", or "tf32x3" for three tensor-core products at nearly the same accuracy. Nothing is read
     back to the host. The output's tokens lie outside its heads in memory, as a model wants them next. `only`, `into`:
-    see `block_sparse_attention`; programs of heads that are not marked end at once.
+    see `block_sparse_attention`; programs of heads that are not marked end at once. A tile that may be skipped is
+    block_q x block_k of the `tiling`, where the grid's is no smaller.
     """
     limits = device_limits(inputs.device)
     grid = index.grid
     if tiling is None:
         tiling = choose_tiling(
             inputs.head_dim, inputs.value_dim, inputs.query.dtype, grid.block_q, grid.block_k,
-            limits.shared, limits.capability,
+            limits.shared, limits.capability, index.skip is not None,
         )  # fmt: skip
     if tiling is None:
         raise NotImplementedError(f"triton cannot compute this: {why_not_triton(inputs, index)}")
@@ -573,8 +723,16 @@ def triton_attention(
         output, lse = into.output, into.lse
         if lse.dtype != torch.float32 or not lse.is_contiguous():
             raise ValueError("into must be an earlier result of this kernel: its lse is float32 and contiguous")
-    arguments = kernel_arguments(inputs, index, output, lse, tiling, limits.cache, float32_dots, only)
     programs = (inputs.batch * inputs.query_heads * grid.rows, triton.cdiv(grid.block_q, tiling.block_q))
+    parts = None
+    if index.skip is not None:
+        parts = torch.zeros(programs, dtype=torch.int32, device=inputs.device)
+    arguments = kernel_arguments(inputs, index, output, lse, tiling, limits.cache, float32_dots, only, parts)
     with torch.cuda.device_of(inputs.query):
         forward_kernel[programs](**arguments, num_warps=tiling.warps, num_stages=tiling.stages)
-    return AttentionOutput(output, lse) if into is None else into
+    skipped = None if parts is None else parts.view(inputs.batch, inputs.query_heads, -1).sum(2)
+    if into is None:
+        return AttentionOutput(output, lse, skipped)
+    if into.skipped is not None and only is not None:
+        into.skipped.copy_(into.skipped.where(~only, 0 if skipped is None else skipped))
+    return into

@@ -101,12 +101,14 @@ def compile_kernel(
     values: bool = True,
     padded: bool = False,
     some_heads: bool = False,
+    skip: bool = False,
     float32_dots: str = "ieee",
     **fields: Any,
 ) -> CompiledKernel:
     """Compile as a launch would on causal inputs laid out like a model's; `fields` go to AttentionInputs.
 
-    `block_q` and `block_k` are those of the index. Raises ValueError where no tiling fits the architecture.
+    `block_q` and `block_k` are those of the index; `skip`: its tiles may be skipped, and have an order of
+    visits. Raises ValueError where no tiling fits the architecture.
     """
     if interpreted():
         raise RuntimeError("nothing can be compiled under TRITON_INTERPRET=1")
@@ -115,13 +117,17 @@ def compile_kernel(
         fields["key_valid"] = torch.ones(1, _TOKENS, dtype=torch.bool)
     inputs, index = _model_like(head_dim, value_dim, dtype, block_q, block_k, fields)
     limit = SHARED_LIMITS[architecture]
-    tiling = choose_tiling(head_dim, value_dim, dtype, block_q, block_k, limit, divmod(architecture, 10))
+    tiling = choose_tiling(head_dim, value_dim, dtype, block_q, block_k, limit, divmod(architecture, 10), skip)
     if tiling is None:
         raise ValueError(f"no tiling fits {head_dim=}, {value_dim=}, {dtype} into {limit} bytes")
     output = torch.empty(1, _TOKENS, 8, value_dim, dtype=dtype).transpose(1, 2) if values else None
     lse = torch.empty(inputs.query.shape[:3], dtype=torch.float32)
     only = torch.ones(inputs.query.shape[:2], dtype=torch.bool) if some_heads else None
-    arguments = kernel_arguments(inputs, index, output, lse, tiling, 32 << 20, float32_dots, only)
+    skipped = None
+    if skip:
+        index = index.skipping(0.0).visiting(torch.zeros(1, 8, index.grid.rows, index.grid.key_blocks))
+        skipped = torch.zeros(8 * index.grid.rows, 1, dtype=torch.int32)
+    arguments = kernel_arguments(inputs, index, output, lse, tiling, 32 << 20, float32_dots, only, skipped)
     tile = Tile(head_dim, value_dim, _name(dtype), tiling.block_q, tiling.block_k, tiling.warps, tiling.stages)
     return _compiled(forward_kernel, arguments, tile, architecture, tiling.shared_bytes(head_dim, value_dim, dtype))
 

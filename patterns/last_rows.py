@@ -101,4 +101,6 @@ class LastRowsDense:
             torch.where(last, dense.start, sparse.start + dense.columns.numel()),
             torch.where(last, dense.count, sparse.count),
             sparse.unjudged,
+            None if sparse.visit is None else torch.cat([dense.columns, sparse.visit]),
+            None if sparse.skip is None else sparse.skip.masked_fill(last, -torch.inf),
         )

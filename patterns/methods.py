@@ -18,6 +18,7 @@ from sparseprefill.patterns.pbs import Pbs
 from sparseprefill.patterns.random_blocks import RandomBlocks
 from sparseprefill.patterns.sale import PUBLISHED as PUBLISHED_THRESHOLD
 from sparseprefill.patterns.sale import Sale
+from sparseprefill.patterns.skip_softmax import SkipSoftmax
 from sparseprefill.patterns.spargeattn import SpargeAttn
 from sparseprefill.patterns.stem import Stem
 from sparseprefill.patterns.tri_shape import TriShape
@@ -158,6 +159,11 @@ METHODS: dict[str, MethodRow] = {
     "pbs": MethodRow(
         Pbs, "wrapper", "what another method finds among sorted keys, and each row's own segment", "arXiv:2510.21270",
         True, "own", (128, 128), share="keep", knob="keep", knobs=SHARES, inner="block_sparse", around=_mean_pooled,
+    ),
+    "skip_softmax": MethodRow(
+        SkipSoftmax, "kernel option", "of another method's blocks, what the kernel does not find negligible",
+        "arXiv:2512.12087", False, "identical", (128, 128), knob="scale",
+        knobs=(1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.1),
     ),
     "random": MethodRow(
         RandomBlocks, "static", "random blocks, sink and window: the control", "", False, "identical",

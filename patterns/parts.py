@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid, BlockIndex
@@ -53,13 +54,14 @@ def attend(parts: Sequence[Part], impl: str = "auto", *, values: bool = True) ->
     return join_outputs(results, sinks if values else None)
 
 
-def parts_coverage(parts: Sequence[Part]) -> Coverage:
-    """What all parts compute together; see `coverage`."""
+def parts_coverage(parts: Sequence[Part], skipped: Tensor | None = None) -> Coverage:
+    """What all parts compute together; see `coverage`. `skipped` is that of the joined result."""
     counts = [coverage(part.inputs, part.index) for part in parts]
     kept, tiles = (
         sum((getattr(each, name) for each in counts[1:]), getattr(counts[0], name)) for name in ("kept", "tiles")
     )
-    return dataclasses.replace(counts[0], kept=kept, tiles=tiles)
+    none = torch.zeros_like(counts[0].kept)
+    return dataclasses.replace(counts[0], kept=kept, tiles=tiles, skipped=none if skipped is None else skipped.sum(0))
 
 
 def without_heads(index: BlockIndex, heads: Tensor) -> BlockIndex:

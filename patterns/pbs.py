@@ -192,7 +192,10 @@ def _behind_alone(
         if first is not None:
             mask = mask | (block == first.repeat_interleave(group_size, 1)[..., None, None])
         parts.append(BlockIndex.from_mask(grid, mask & legal[:, None]))
-    return BlockIndex.stack(parts)
+    index = dataclasses.replace(BlockIndex.stack(parts), skip=chosen.skip)
+    if chosen.visit is None:
+        return index
+    return index.visiting(lambda start, stop: -chosen.visit_places(start, stop))
 
 
 def _own(inputs: AttentionInputs, grid: BlockGrid, since: Tensor, until: Tensor) -> BlockIndex:

@@ -66,9 +66,9 @@ class SkipSoftmax:
         if not self.scale:
             return index
         if self.order == "score":
-            index = index.visiting(MeanPooled().scores(inputs, grid, 0, grid.rows))
+            index = index.visiting(lambda start, stop: MeanPooled().scores(inputs, grid, start, stop))
         skip = (self.scale / self._keys(inputs, grid)).log().clamp(max=0.0)
-        return dataclasses.replace(index, skip=skip[:, None].expand(index.count.shape))
+        return index.skipping(skip[:, None].expand(index.count.shape))
 
     def keeps_everything(self) -> bool:
         """Whether nothing is skipped of a pattern that is dense by its kind."""

@@ -159,10 +159,8 @@ class SpargeAttn:
         return self._skipping(BlockIndex(grid, index.columns, index.start, index.count, unjudged))
 
     def _skipping(self, index: BlockIndex) -> BlockIndex:
-        """The place where `pv_skip` is attached to the index, for the kernel."""
-        if self.pv_skip is not None:
-            raise NotImplementedError("pv_skip: no kernel skips values yet; leave it out")
-        return index
+        """With what the kernel may leave out of the kept blocks; their order is that of the keys."""
+        return index if self.pv_skip is None else index.skipping(-self.pv_skip * math.log(2))
 
     def _rank(self, blocks: SelfSimilarity, start: int, stop: int) -> RankedBlocks:
         """What a slab of rows chooses from."""

@@ -4,6 +4,7 @@
     python scripts/time_tilings.py --head-dim 128 --dtype float32 --float32-dots tf32x3
     python scripts/time_tilings.py --order          (longest rows first in cache-sized groups of heads, or of all heads)
     python scripts/time_tilings.py --length 4096 --profile          (every device operation of one call)
+    python scripts/time_tilings.py --skip -4          (lists whose light tiles are skipped; -1000000 skips none)
 
 Prints medians and their ratio to the chosen tiling's. Raises SystemExit where there is no CUDA device.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sparseprefill import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.coverage import coverage
 from sparseprefill.kernels import triton_forward
 from sparseprefill.kernels.triton_forward import Tiling, choose_tiling, device_limits, triton_attention
 
@@ -62,11 +64,19 @@ def make(args: argparse.Namespace) -> tuple[AttentionInputs, BlockIndex]:
             1, heads, args.length, args.head_dim, device="cuda", dtype=getattr(torch, args.dtype), generator=draw
         )
 
-    inputs = AttentionInputs(randn(args.heads), randn(args.kv_heads), randn(args.kv_heads), args.head_dim**-0.5)
+    query, key = randn(args.heads), randn(args.kv_heads)
+    if args.skip is not None:  # logits rise by 4 every 64 keys, so that what lies back weighs little
+        query[..., 0] = args.head_dim**0.5
+        key[..., 0] = torch.linspace(-args.length / 16, 0, args.length, device="cuda")
+    inputs = AttentionInputs(query, key, randn(args.kv_heads), args.head_dim**-0.5)
     grid = BlockGrid.of(inputs, args.block, args.block)
     mask = torch.rand(1, args.heads, grid.rows, grid.key_blocks, device="cuda", generator=draw) < args.density
     mask |= torch.eye(grid.rows, grid.key_blocks, dtype=torch.bool, device="cuda")
-    return inputs, BlockIndex.from_mask(grid, mask & grid.visible_block_mask(inputs)[:, None])
+    index = BlockIndex.from_mask(grid, mask & grid.visible_block_mask(inputs)[:, None])
+    if args.skip is not None:
+        latest_first = torch.arange(grid.key_blocks, device="cuda").expand(mask.shape)
+        index = index.visiting(latest_first).skipping(args.skip)
+    return inputs, index
 
 
 def main() -> None:
@@ -79,6 +89,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.2)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--float32-dots", choices=["ieee", "tf32x3"], default="ieee")
+    parser.add_argument("--skip", type=float, help="natural log of lambda: tiles that weigh less are skipped")
     parser.add_argument("--order", action="store_true", help="time the launch order instead of the tiling")
     parser.add_argument("--profile", action="store_true", help="list the operations of one call instead")
     args = parser.parse_args()
@@ -87,7 +98,8 @@ def main() -> None:
     inputs, index = make(args)
     limits = device_limits(inputs.device)
     dims = args.head_dim, args.head_dim, inputs.query.dtype
-    chosen = choose_tiling(*dims, args.block, args.block, limits.shared, limits.capability)
+    skip = args.skip is not None
+    chosen = choose_tiling(*dims, args.block, args.block, limits.shared, limits.capability, skip)
     if chosen is None:
         raise SystemExit(f"no tiling serves head_dim {args.head_dim} in blocks of {args.block} here")
 
@@ -97,6 +109,10 @@ def main() -> None:
         return output
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {vars(args)}")
+    if skip:
+        skipped = triton_attention(inputs, index, tiling=chosen).skipped
+        share = coverage(inputs, index, skipped)
+        print(f"{float(share.skipped.sum() / share.kept.sum()):.0%} of the listed pairs are skipped")
     if args.profile:
         run()
         with torch.profiler.profile() as profile:

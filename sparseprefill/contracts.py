@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _SLAB_ENTRIES = 1 << 25  # scores or mask entries that a pattern holds at one time
+_SORT_ENTRIES = 1 << 22  # of those, where each also has an id of 8 bytes, twice
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,11 +202,12 @@ class AttentionOutput:
 
     lse is the natural logarithm of the sum of exp(logits) over the real keys whose values entered; sinks are not in it.
     A row that sees no key has lse -inf and output 0. exp(lse_sparse - lse_dense) is the share of the true attention
-    mass that a selection kept, per query, exactly.
+    mass that a selection kept, per query, exactly. Tiles that `BlockIndex.skip` left out are in neither.
     """
 
     output: Tensor | None  # [batch, query_heads, queries, value_dim], None in lse-only mode
     lse: Tensor  # float32 (float64 from the oracle) [batch, query_heads, queries]
+    skipped: Tensor | None = None  # int64 [batch, query_heads], visible pairs in skipped tiles; None without `skip`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -356,6 +358,16 @@ class BlockIndex:
     one of several parts (`sparseprefill.patterns.parts`) may a list be empty; it too begins inside the storage.
 
     Example, 3 rows, causal, one sink block and the diagonal: columns [0, 0, 1, 0, 2], start [0, 1, 3], count [1, 2, 2].
+
+    With `skip`, a kernel leaves out tiles while it visits them (BLASST, arXiv:2512.12087; SpargeAttn,
+    arXiv:2502.18137): their exponentials, their values, their part of lse. Let r be the largest logit that a query met
+    in the tiles computed so far, -inf before the first. A tile is skipped iff no query of the row has a logit there
+    above r + skip. Only asked queries whose own slot is valid count: neither padding, whose output then means nothing,
+    nor a chunk's edge keeps a tile; a logit that is NaN does. Each dropped key weighs at most lambda = exp(skip) of the
+    heaviest key that was computed: a query that drops n keys loses at most n * lambda / (1 + n * lambda) of its mass.
+    The earlier heavy tiles are visited, the more is skipped. skip -inf skips nothing; 0 skips what raises no query's r.
+
+    `visit` without `skip` changes nothing but rounding, and may be ignored.
     """
 
     grid: BlockGrid  # the tiles that rows and key blocks are numbered by
@@ -363,6 +375,8 @@ class BlockIndex:
     start: Tensor  # int64 [batch, query_heads, rows], where each list begins in `columns`
     count: Tensor  # int32 [batch, query_heads, rows], how long it is
     unjudged: Tensor | None = None  # int64 [batch, query_heads], queries whose row was kept whole as none could choose
+    visit: Tensor | None = None  # int32 [capacity], each list as in `columns`, in the order of visits; None: ascending
+    skip: Tensor | None = None  # float32 [batch, query_heads, rows], natural log of lambda <= 1 for each list
 
     @property
     def query_heads(self) -> int:
@@ -399,7 +413,11 @@ class BlockIndex:
 
     @staticmethod
     def from_slabs(
-        grid: BlockGrid, query_heads: int, slabs: Sequence[tuple[int, int]], chosen: Callable[[int, int], Tensor]
+        grid: BlockGrid,
+        query_heads: int,
+        slabs: Sequence[tuple[int, int]],
+        chosen: Callable[[int, int], Tensor],
+        scores: Callable[[int, int], Tensor] | None = None,
     ) -> BlockIndex:
         """From the masks of consecutive slabs of rows, made and written one at a time; for GPUs.
 
@@ -413,23 +431,26 @@ class BlockIndex:
             query_heads: heads in each mask.
             slabs: rows [start, stop), in order and without gaps, all rows of the grid.
             chosen: called with a slab, gives bool [batch, query_heads, stop - start, key_blocks], of visible blocks.
+            scores: called after it, gives numbers of that shape: higher ones are visited first, ties by lower id.
         """
         batch, device = grid.anchor.shape[0], grid.anchor.device
         # one place more a list: where the blocks go that are not chosen
         sizes = [batch * query_heads * (stop - start) * (grid.reach(stop - 1) + 1) for start, stop in slabs]
         columns = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        visit = None if scores is None else torch.zeros_like(columns)
         starts, counts = [], []
         for (start, stop), size, before in zip(slabs, sizes, itertools.accumulate(sizes, initial=0), strict=False):
             width = grid.reach(stop - 1)
             mask = chosen(start, stop)[..., :width]
-            place = mask.cumsum(-1, dtype=torch.int32)
-            count = place[..., -1].clone()
-            place = place.sub_(1).masked_fill_(~mask, width).to(torch.int64)
-            ids = torch.arange(width, dtype=torch.int32, device=device).expand_as(place)
-            columns[before : before + size].view(*count.shape, width + 1).scatter_(-1, place, ids)
+            room = slice(before, before + size)
+            ids = torch.arange(width, dtype=torch.int32, device=device).expand_as(mask)
+            count = _pack(mask, ids, columns[room])
+            if visit is not None and scores is not None:
+                order = scores(start, stop)[..., :width].argsort(dim=-1, descending=True, stable=True)
+                _pack(mask.gather(-1, order), order.to(torch.int32), visit[room])
             starts.append(before + torch.arange(count.numel(), device=device).view_as(count) * (width + 1))
             counts.append(count)
-        return BlockIndex(grid, columns, torch.cat(starts, 2), torch.cat(counts, 2))
+        return BlockIndex(grid, columns, torch.cat(starts, 2), torch.cat(counts, 2), visit=visit)
 
     @staticmethod
     def from_slots(grid: BlockGrid, ids: Tensor, count: Tensor) -> BlockIndex:
@@ -450,6 +471,8 @@ class BlockIndex:
             torch.cat([slab.start + before for slab, before in zip(slabs, offset, strict=False)], 2),
             torch.cat([slab.count for slab in slabs], 2),
             torch.stack(counted).sum(0) if counted else None,
+            visit=_joined_visit(slabs),
+            skip=_joined_skip(slabs, 2),
         )
 
     @staticmethod
@@ -480,7 +503,60 @@ class BlockIndex:
             each = [torch.zeros_like(p.count[..., 0], dtype=torch.int64) if p.unjudged is None else p.unjudged
                     for _, p in parts]  # fmt: skip
             unjudged = torch.cat(each, 1)[:, order]
-        return BlockIndex(grid, columns, torch.cat(starts, 1)[:, order], torch.cat(counts, 1)[:, order], unjudged)
+        each_part = [part for _, part in parts]
+        skip = _joined_skip(each_part, 1)
+        return BlockIndex(
+            grid, columns, torch.cat(starts, 1)[:, order], torch.cat(counts, 1)[:, order], unjudged,
+            _joined_visit(each_part), None if skip is None else skip[:, order],
+        )  # fmt: skip
+
+    def visiting(self, scores: Tensor | Callable[[int, int], Tensor]) -> BlockIndex:
+        """The same lists, visited by falling score, ties by lower id. Nothing is read back from a GPU.
+
+        Args:
+            scores: [batch, query_heads, rows, key_blocks]; those of blocks that are not listed do not matter. Or what
+                gives rows [start, stop) of it, for scores that are better not held all at once.
+
+        Raises ValueError where the scores have another shape.
+        """
+        grid = self.grid
+        shape = (*self.count.shape, grid.key_blocks)
+        if isinstance(scores, Tensor) and scores.shape != shape:
+            raise ValueError(
+                f"scores must be [batch, query_heads, rows, key_blocks] = {shape}, got {tuple(scores.shape)}"
+            )
+        rows = (lambda start, stop: scores[:, :, start:stop]) if isinstance(scores, Tensor) else scores
+        slabs = list(grid.slabs(self.query_heads, _SORT_ENTRIES))
+        ordered = BlockIndex.from_slabs(grid, self.query_heads, slabs, self.to_mask, rows)
+        return dataclasses.replace(ordered, unjudged=self.unjudged, skip=self.skip)
+
+    def skipping(self, log_threshold: float | Tensor) -> BlockIndex:
+        """The same lists, whose kernel may skip tiles: see `skip` in the text of this class.
+
+        With lambda = s / keys no query loses more than s / (1 + s) of its mass, at any length.
+
+        Args:
+            log_threshold: natural log of lambda, 0 at most; -inf skips nothing. One number, or a tensor [query_heads]
+                or [batch, query_heads, rows].
+
+        Raises ValueError for a number above 0 or NaN, or another shape. Numbers in a tensor on a GPU are not read back;
+        `validate` does.
+        """
+        shape, device = self.count.shape, self.grid.anchor.device
+        if not isinstance(log_threshold, Tensor):
+            log_threshold = torch.full((), log_threshold, dtype=torch.float64)
+        if log_threshold.dim() and log_threshold.shape not in (shape[1:2], shape):
+            raise ValueError(
+                "log_threshold must be one number, or a tensor [query_heads] or [batch, query_heads, rows] of "
+                f"{tuple(shape)}, got {tuple(log_threshold.shape)}"
+            )
+        if log_threshold.device.type == "cpu" and not bool((log_threshold <= 0).all()):  # NaN is refused too
+            raise ValueError(
+                "log_threshold must be 0 or less: it is the natural log of lambda, a share of the heaviest key's weight"
+            )
+        given = log_threshold.to(device, torch.float32, non_blocking=True)
+        given = given[:, None] if given.dim() == 1 else given
+        return dataclasses.replace(self, skip=given.expand(shape))
 
     def to_mask(self, start: int = 0, stop: int | None = None) -> Tensor:
         """bool [batch, query_heads, rows, key_blocks]; `start`, `stop`: a slab of rows."""
@@ -492,6 +568,21 @@ class BlockIndex:
         ids = torch.where(real, ids, self.grid.key_blocks)
         mask = torch.zeros(*real.shape[:-1], self.grid.key_blocks + 1, dtype=torch.bool, device=ids.device)
         return mask.scatter_(-1, ids, True)[..., :-1]
+
+    def visit_places(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """int64 [batch, query_heads, rows, key_blocks]: when each listed block is visited, key_blocks for the others.
+
+        `start`, `stop`: a slab of rows.
+        """
+        first, count = self.start[:, :, start:stop], self.count[:, :, start:stop]
+        blocks = self.grid.key_blocks
+        slot = torch.arange(blocks, device=self.columns.device)
+        real = slot < count[..., None]
+        order = self.columns if self.visit is None else self.visit
+        ids = order[(first[..., None] + slot).clamp(max=order.numel() - 1)].to(torch.int64)
+        ids = torch.where(real, ids, blocks)
+        places = torch.full((*real.shape[:-1], blocks + 1), blocks, device=ids.device)
+        return places.scatter_(-1, ids, slot.expand_as(ids))[..., :-1]
 
     def validate(self, inputs: AttentionInputs, *, empty_rows: bool = False) -> None:
         """Check every promise of this class (reads back to the host; for tests and debugging). Raises ValueError.
@@ -523,3 +614,47 @@ class BlockIndex:
             raise ValueError(
                 "a list names a block that its queries cannot see (future, outside the window, or no block)"
             )
+        if self.visit is not None:
+            if self.visit.shape != self.columns.shape or self.visit.dtype != torch.int32:
+                raise ValueError(
+                    f"visit must be int32 {tuple(self.columns.shape)} as columns, "
+                    f"got {self.visit.dtype} {tuple(self.visit.shape)}"
+                )
+            visited = self.visit[(self.start[..., None] + slot).clamp(max=self.columns.numel() - 1)].to(torch.int64)
+            beyond = torch.iinfo(torch.int64).max
+            if not torch.equal(visited.masked_fill(~real, beyond).sort(-1).values, ids.masked_fill(~real, beyond)):
+                raise ValueError("visit does not name the blocks of each list, each once")
+        if self.skip is not None:
+            if self.skip.shape != shape or self.skip.dtype != torch.float32:
+                raise ValueError(f"skip must be float32 {shape}, got {self.skip.dtype} {tuple(self.skip.shape)}")
+            if not (self.skip <= 0).all():
+                raise ValueError("skip must be 0 or less: it is the natural log of a share")
+
+
+def _pack(mask: Tensor, ids: Tensor, room: Tensor) -> Tensor:
+    """Write the marked ids [..., width] in their order to the front of each list; int32 [...], how many they are.
+
+    `room` has width + 1 places a list, the last for what is not marked.
+    """
+    width = mask.shape[-1]
+    place = mask.cumsum(-1, dtype=torch.int32)
+    count = place[..., -1].clone()
+    place = place.sub_(1).masked_fill_(~mask, width).to(torch.int64)
+    room.view(*count.shape, width + 1).scatter_(-1, place, ids)
+    return count
+
+
+def _joined_visit(parts: Sequence[BlockIndex]) -> Tensor | None:
+    """Storage of all parts, ascending where a part has no order of its own."""
+    if all(part.visit is None for part in parts):
+        return None
+    return torch.cat([part.columns if part.visit is None else part.visit for part in parts])
+
+
+def _joined_skip(parts: Sequence[BlockIndex], dim: int) -> Tensor | None:
+    """Thresholds of all parts, joined along a dimension; a part without any never skips."""
+    if all(part.skip is None for part in parts):
+        return None
+    never = -torch.inf
+    return torch.cat([torch.full_like(p.count, never, dtype=torch.float32) if p.skip is None else p.skip
+                      for p in parts], dim)  # fmt: skip

@@ -1,6 +1,7 @@
 """How much of the attention a list of blocks computes, in pairs of (query, key): one definition for every report.
 
-density = pairs of computed tiles, clipped to visible pairs, over all visible pairs.
+density = pairs of computed tiles, clipped to visible pairs, over all visible pairs. A tile whose values were skipped
+(`BlockIndex.skip`) counts one half: its logits were computed, which is half of the products.
 tile_work = listed tiles over the tiles that dense attention computes on the same grid.
 """
 
@@ -22,11 +23,12 @@ class Coverage:
     visible: Tensor  # int64 [] visible pairs of one head
     tiles: Tensor  # int64 [query_heads] listed tiles
     dense_tiles: Tensor  # int64 [] tiles that dense attention lists for one head
+    skipped: Tensor  # int64 [query_heads] of the kept pairs, those in tiles whose values were skipped
 
     @property
     def density(self) -> Tensor:
         """Of each head, float64 [query_heads]."""
-        return self.kept.double() / self.visible.clamp(min=1)
+        return (self.kept.double() - self.skipped.double() / 2) / self.visible.clamp(min=1)
 
     @property
     def tile_work(self) -> Tensor:
@@ -34,10 +36,11 @@ class Coverage:
         return self.tiles.double() / self.dense_tiles.clamp(min=1)
 
 
-def coverage(inputs: AttentionInputs, index: BlockIndex, *, slab: int = 256) -> Coverage:
+def coverage(inputs: AttentionInputs, index: BlockIndex, skipped: Tensor | None = None, *, slab: int = 256) -> Coverage:
     """Count what an index computes. No host sync, but for packed prompts; `slab` rows are looked at together.
 
-    A dense index has density and tile work 1. The index must stand on the grid of these inputs.
+    A dense index has density and tile work 1. The index must stand on the grid of these inputs. What is skipped shows
+    only while attention runs: `skipped` is what `AttentionOutput.skipped` counted, int64 [batch, query_heads].
     """
     grid = index.grid
     kept = torch.zeros(index.query_heads, dtype=torch.int64, device=inputs.device)
@@ -50,7 +53,8 @@ def coverage(inputs: AttentionInputs, index: BlockIndex, *, slab: int = 256) -> 
     begin, end = grid.row_slots()
     low, high = grid.visible_blocks(inputs)
     asked = end > begin
-    return Coverage(kept, visible, (index.count * asked[:, None]).sum((0, 2)), ((high - low) * asked).sum())
+    tiles, dense_tiles = (index.count * asked[:, None]).sum((0, 2)), ((high - low) * asked).sum()
+    return Coverage(kept, visible, tiles, dense_tiles, torch.zeros_like(kept) if skipped is None else skipped.sum(0))
 
 
 def tile_pairs(inputs: AttentionInputs, grid: BlockGrid, start: int = 0, stop: int | None = None) -> Tensor:

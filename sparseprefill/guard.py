@@ -108,7 +108,7 @@ def fails(mass: Tensor, real: Tensor, guard: Guard) -> Tensor:
 def run_again(
     inputs: AttentionInputs, index: BlockIndex, result: AttentionOutput, failed: Tensor, impl: str
 ) -> BlockIndex:
-    """Compute the failed heads (bool [batch, query_heads]) with full rows, into `result`.
+    """Compute the failed heads (bool [batch, query_heads]) with full rows, of which nothing is skipped, into `result`.
 
     Returns the index of what then has run: every visible block for those heads, `index` for the others.
     """
@@ -123,6 +123,8 @@ def run_again(
         torch.where(again, dense.start, index.start + dense.columns.numel()),
         torch.where(again, dense.count, index.count),
         index.unjudged,
+        None if index.visit is None else torch.cat([dense.columns, index.visit]),
+        None if index.skip is None else index.skip.masked_fill(again, -torch.inf),
     )
 
 

@@ -187,7 +187,7 @@ class PatchedLayer:
             return
         add = {
             "kept": counted.kept, "visible": counted.visible, "tiles": counted.tiles,
-            "dense_tiles": counted.dense_tiles, "mass": prefill.sampled_mass,
+            "dense_tiles": counted.dense_tiles, "skipped": counted.skipped, "mass": prefill.sampled_mass,
         }  # fmt: skip
         for name, value in add.items():
             if value is not None:  # on the device; nothing is read here
@@ -219,7 +219,8 @@ class PatchedLayer:
         sums = self.sums
         density = tile_work = mass = None
         if "kept" in sums:
-            density = (sums["kept"].double() / sums["visible"]).tolist()
+            computed = sums["kept"].double() - sums["skipped"].double() / 2
+            density = (computed / sums["visible"]).tolist()
             tile_work = (sums["tiles"].double() / sums["dense_tiles"]).tolist()
         if "mass" in sums:
             mass = (sums["mass"][:, 0] / sums["mass"][:, 1]).tolist()

@@ -232,7 +232,7 @@ def _prefill(
         return Prefill(result, parts, None, None, None, None, call)
     mass = kept_mass_sample(inputs, result.lse, sample_rows) if sample_rows else None
     seconds = None if on_gpu else (built - began, done - built)
-    return Prefill(result, parts, parts_coverage(parts), mass, seconds, events, call)
+    return Prefill(result, parts, parts_coverage(parts, result.skipped), mass, seconds, events, call)
 
 
 def keeps_everything(pattern: Any) -> bool:

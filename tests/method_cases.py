@@ -31,6 +31,7 @@ from sparseprefill.patterns import (
 )
 from sparseprefill.patterns.flashprefill import FlashPrefill
 from sparseprefill.patterns.flexprefill import FlexPrefill
+from sparseprefill.patterns.skip_softmax import SkipSoftmax
 from sparseprefill.patterns.spargeattn import SpargeAttn
 from sparseprefill.patterns.stem import Stem
 from sparseprefill.patterns.xattention import XAttention
@@ -166,6 +167,11 @@ def slow_forced(m: int, sink: int, local: int) -> set[int]:
 def slow_budget(budget: int | float, visible: int) -> int:
     wanted = -(-budget // BLOCK) if isinstance(budget, int) else -(-visible * round(budget * 1000) // 1000)
     return min(max(1, int(wanted)), visible)
+
+
+def slow_skip_softmax(inputs: AttentionInputs, b: int, h: int, m: int, pattern: Any) -> set[int]:
+    """The lists are those of what it goes around: what is skipped is for the kernel to find."""
+    return slow_a_shape(inputs, b, h, m, pattern.inner)
 
 
 def slow_flashprefill(inputs: AttentionInputs, b: int, h: int, m: int, pattern: FlashPrefill) -> set[int]:
@@ -446,6 +452,14 @@ CASES: dict[str, Case] = {
     "spargeattn-cdf": Case(
         SpargeAttn(similarity=0.06, cdf=0.5), SpargeAttn(similarity=0.06, cdf=1.0), True, "own",
         in_blocks(slow_spargeattn),
+    ),
+    "skip_softmax": Case(
+        SkipSoftmax(AShape(sink=20, window=50), scale=5.0), SkipSoftmax(scale=0.01), False, "identical",
+        row_by_row(slow_skip_softmax),
+        st.builds(
+            SkipSoftmax, st.builds(BlockSparse, keep=BUDGETS, sink=st.just(16), local=st.just(32)),
+            scale=st.sampled_from((0.0, 0.1, 10.0, 1000.0)), order=st.sampled_from(("score", "ascending")),
+        ),
     ),
     "random": Case(
         RandomBlocks(keep=0.3, sink=16, local=16), RandomBlocks(keep=1.0), False, "identical", None,

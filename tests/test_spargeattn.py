@@ -396,11 +396,6 @@ def test_there_is_a_number_for_each_head() -> None:
         assert torch.equal(index_of(alone, inputs).to_mask()[:, head], together[:, head])
 
 
-def test_values_are_not_skipped_yet() -> None:
-    with pytest.raises(NotImplementedError, match="pv_skip"):
-        index_of(SpargeAttn(pv_skip=50.0), make_inputs(queries=100, head_dim=8))
-
-
 def test_what_it_costs_and_is_expected_to_keep() -> None:
     inputs = make_inputs(queries=100, keys=250)
     assert SpargeAttn().estimator_products(inputs, BlockGrid.of(inputs, 32, 16)) == 4 * 16 + 3 * 100 + 4 * 250

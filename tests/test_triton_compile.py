@@ -41,6 +41,7 @@ QUICK: list[Spec] = [
     (90, 128, "bfloat16", {"rows": True, "padded": True}),
     (90, 128, "int4", {}),
     (90, 128, "bfloat16", {"stride": 8}),
+    (90, 64, "bfloat16", {"skip": True, "block_q": 64}),
 ]
 FULL: list[Spec] = [
     (80, 128, "int4", {}),
@@ -51,6 +52,16 @@ FULL: list[Spec] = [
     *((architecture, 128, "bfloat16", {"padded": True, "softcap": 30.0}) for architecture in (80, 90, 100)),
     *((architecture, 128, "bfloat16", {"values": False}) for architecture in (80, 90, 100)),
     *((architecture, 128, "bfloat16", {"some_heads": True}) for architecture in (80, 90, 100)),
+    *((arch, dim, "bfloat16", {"skip": True, "block_q": 64}) for arch in (80, 90, 100) for dim in (64, 128, 256)),
+    *((architecture, 128, "float16", {"skip": True}) for architecture in (80, 90, 100)),
+    *((architecture, 64, "bfloat16", {"skip": True, "window": 300}) for architecture in (80, 90, 100)),
+    *((architecture, 80, "bfloat16", {"skip": True, "values": False}) for architecture in (80, 90, 100)),
+    *(
+        (architecture, 64, "bfloat16", {"skip": True, "padded": True, "softcap": 30.0})
+        for architecture in (80, 90, 100)
+    ),
+    (80, 128, "float32", {"skip": True, "padded": True, "some_heads": True}),
+    *((architecture, 128, "bfloat16", {"skip": True, "block_q": 48, "block_k": 40}) for architecture in (80, 100)),
     *((architecture, head_dim, "bfloat16", {"rows": True}) for architecture in (80, 90, 100) for head_dim in (64, 128)),
     *((90, 128, dtype, {"rows": True, "softcap": 30.0, "window": 300}) for dtype in ("float16", "float32")),
     *((architecture, 128, f"int{bits}", {}) for architecture in (80, 90, 100) for bits in (2, 4, 8)),
