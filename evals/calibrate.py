@@ -174,7 +174,7 @@ def _measured(
         done = run()
         assert done.result.output is not None
         checked(what, inputs, done.index, done.result.output)
-        density[what] = float(coverage(inputs, done.index).density.mean())
+        density[what] = float(coverage(inputs, done.index, done.result.skipped).density.mean())
         contenders[what] = run
     seconds = median_seconds(inputs, contenders, repeats)
     return [

@@ -158,12 +158,10 @@ def _fill(
     edges = lost_edges().to(device=share.device, dtype=torch.float32)
     bins = torch.bucketize((1 - share).float().clamp_(0.0, 1.0), edges).clamp_(max=BINS - 1)
     counts.lost[:, place] = torch.stack([torch.bincount(own, minlength=BINS) for own in bins]).cpu()
-    cover = parts_coverage(parts)
-    kept = cover.kept.double()
-    skipped = getattr(result, "skipped", None)  # pairs in tiles whose values were not read count one half
-    computed = kept if skipped is None else kept - skipped.sum(0).double() / 2
+    cover = parts_coverage(parts, result.skipped)
+    computed = cover.kept.double() - cover.skipped.double() / 2
     counts.kept[:, place] = computed.cpu()
-    counts.tiles[:, place] = (cover.tiles.double() * computed / kept.clamp(min=1)).cpu()
+    counts.tiles[:, place] = (cover.tiles.double() * computed / cover.kept.clamp(min=1)).cpu()
 
 
 class _Watch:
@@ -180,7 +178,7 @@ class _Watch:
 
     def note(self, place: int, inputs: AttentionInputs, index: BlockIndex) -> None:
         """An index was made. The families that others are like come first."""
-        if getattr(index, "skip", None) is not None:
+        if index.skip is not None:
             self.skipping.add(place)
         if place in self.like:
             self.kept[place] = index

@@ -109,11 +109,13 @@ def overhead_cells(
 def _cells(inputs: AttentionInputs, patterns: dict[str, Any], repeats: int) -> list[OverheadCell]:
     grid = BlockGrid.of(inputs, _BLOCK, _BLOCK)
     indexes: dict[str, BlockIndex] = {}
+    densities: dict[str, float] = {}
     for label, pattern in patterns.items():
         indexes[label] = pattern.build_index(inputs, grid)
-        output = block_sparse_attention(inputs, indexes[label]).output
-        assert output is not None
-        checked(label, inputs, indexes[label], output)
+        result = block_sparse_attention(inputs, indexes[label])
+        assert result.output is not None
+        checked(label, inputs, indexes[label], result.output)
+        densities[label] = float(coverage(inputs, indexes[label], result.skipped).density.mean())
         if isinstance(pattern, Sale):
             check_scores(pattern.estimator, inputs, grid)
     contenders: dict[str, Callable[[], Any]] = {"dense": lambda: dense_attention(inputs), "int8": _int8(inputs)}
@@ -128,7 +130,7 @@ def _cells(inputs: AttentionInputs, patterns: dict[str, Any], repeats: int) -> l
         OverheadCell(
             label, _product(pattern, inputs), str(inputs.query.dtype).removeprefix("torch."), inputs.head_dim,
             inputs.queries, dense, seconds[f"find {label}"] / dense, floor if isinstance(pattern, Sale) else None,
-            float(coverage(inputs, indexes[label]).density.mean()), seconds[f"attend {label}"] / dense,
+            densities[label], seconds[f"attend {label}"] / dense,
         )
         for label, pattern in patterns.items()
     ]  # fmt: skip

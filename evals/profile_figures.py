@@ -29,7 +29,9 @@ TYPE_COLOURS = {
     "random": "#5A5A5A",
     "sale": "#693CFF",
 }
-"""Of a pattern's type, in every picture of every profile: told apart with any kind of colour vision."""
+"""Of the types that the profiler chooses, in every picture of every profile: told apart with any colour vision."""
+
+_MORE_COLOURS = ("#8C6BB1", "#B5E48C", "#7F4F24", "#E5989B", "#17BECF", "#274C77", "#FFB5A7", "#606C38")
 
 _LETTERS = {
     "dense": "D",
@@ -41,9 +43,20 @@ _LETTERS = {
     "sale": "S",
 }
 _DARK = ("random", "sale")  # letters on them are white
-_OTHER = "#8C6BB1"  # a pattern that no profile holds
 _SINGLY = 1600
 """Up to so many heads are drawn as shapes; more become one image inside a picture, which a browser shows sooner."""
+
+
+def type_colour(name: str) -> str:
+    """Of a pattern's type; one that no profile holds is drawn as the first that has no colour of its own."""
+    others = [each for each in PATTERNS if each not in TYPE_COLOURS]
+    number = others.index(name) if name in others else 0
+    return TYPE_COLOURS.get(name, _MORE_COLOURS[number % len(_MORE_COLOURS)])
+
+
+def _letter(name: str) -> str:
+    return _LETTERS.get(name, name[:2])
+
 
 Show = Literal["pattern", "density", "mass"]
 
@@ -146,12 +159,12 @@ def _draw_map(panel: Any, profile: ModelPatterns, show: Show, kind: str | None, 
         used = types_used(profile)
         for layer, row in enumerate(profile.layers):
             values[layer, : len(row)] = [used.index(type_of(pattern)) for pattern in row]
-        own = ListedColormap([TYPE_COLOURS.get(each, _OTHER) for each in used])
+        own = ListedColormap([type_colour(each) for each in used])
         axes.pcolormesh(np.ma.masked_invalid(values), cmap=own, vmin=-0.5, vmax=len(used) - 0.5, **options)
         if min(cell, 14.0) >= 12 and layers <= 40:
             for layer, row in enumerate(profile.layers):
                 for head, pattern in enumerate(row):
-                    axes.text(head + 0.5, layer + 0.5, _LETTERS.get(type_of(pattern), "?"), ha="center", va="center",
+                    axes.text(head + 0.5, layer + 0.5, _letter(type_of(pattern)), ha="center", va="center",
                               fontsize=7,
                               color="#ffffff" if type_of(pattern) in _DARK else "#111111")  # fmt: skip
         _legend(panel, used, unscored=bool(unscored) and kind is not None)
@@ -205,7 +218,7 @@ def _draw_map(panel: Any, profile: ModelPatterns, show: Show, kind: str | None, 
 def _legend(panel: Any, used: Sequence[str], unscored: bool) -> None:
     from matplotlib.patches import Patch
 
-    entries = [Patch(facecolor=TYPE_COLOURS.get(each, _OTHER), label=f"{_LETTERS.get(each, '?')} {short(each, 24)}")
+    entries = [Patch(facecolor=type_colour(each), label=f"{_letter(each)} {short(each, 24)}")
                for each in used]  # fmt: skip
     if unscored:
         entries.append(Patch(facecolor="none", edgecolor="#8a8f98", hatch="xxx", label="not profiled"))
