@@ -189,6 +189,21 @@ def test_every_method_has_a_page(row: dict[str, str]) -> None:
     assert sorted(named) == sorted(method.options)
 
 
+def test_the_diff_in_contributing_is_what_stands_there() -> None:
+    """Every line that it adds is in the file it names, in that order."""
+    (diff,) = [code for language, code in blocks(PAGES["CONTRIBUTING.md"]) if language == "diff"]
+    added: dict[str, list[str]] = {}
+    for line in diff.splitlines():
+        if line.startswith("+++ b/"):
+            lines = added.setdefault(line.removeprefix("+++ b/"), [])
+        elif line.startswith("+"):
+            lines.append(line[1:])
+    assert list(added) == ["patterns/methods.py", "tests/method_cases.py"]
+    for name, wanted in added.items():
+        there = iter((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert all(line in there for line in wanted), name
+
+
 def test_the_table_in_the_readme_is_that_of_the_methods() -> None:
     rows = re.findall(
         r"^\| \[`(\w+)`\]\((.*?)\) \| ([a-z ]+) \| .* \| (yes|no) \| .*\|$", PAGES["README.md"], re.MULTILINE
