@@ -55,12 +55,12 @@ def register() -> None:
 def model_class() -> Any:
     """`SparsePrefillLM`, the class behind the model type; made on the first call, for its base is the harness' own.
 
-    SparsePrefillLM(pretrained="inside", *, method="minference", ...) takes, as `--model_args`:
+    SparsePrefillLM(pretrained="inside", *, method=None, ...) takes, as `--model_args`:
 
     - pretrained: a hub name, a folder, or a loaded model (then with its `tokenizer`); `inside`, and nothing, is the
       model that ships with the package. `dtype`, `device`, `trust_remote_code`: see `load_model`.
     - method: a name of `sparseprefill methods`, alone or as block_sparse:keep=0.2; its options may also be arguments
-      of their own. "dense" is the stock model.
+      of their own. "dense" is the stock model; without one, the default of `patch_model`.
     - min_length, last_rows_dense, dense_layers, block_q, block_k, impl, observe, min_mass: see `patch_model`. Here
       min_length is 0: quality is measured where a run would pay and where it would not. `auto` asks the cost model.
     - batch_size, max_length, truncation, add_bos_token, prefix_token_id, softmax_dtype, logits_cache, think_end_token,
@@ -84,7 +84,7 @@ def model_class() -> Any:
             self,
             pretrained: str | PreTrainedModel | None = INSIDE,
             *,
-            method: str = "minference",
+            method: str | None = None,
             tokenizer: Any = None,
             dtype: str = "auto",
             device: str | None = None,
@@ -252,10 +252,11 @@ def _arguments(cls: Any) -> list[str]:
     return [each.name for each in parameters if each.name != "self" and each.kind is not each.VAR_KEYWORD]
 
 
-def _method_of(method: str, options: dict[str, Any], arguments: list[str]) -> MethodSpec:
+def _method_of(method: str | None, options: dict[str, Any], arguments: list[str]) -> MethodSpec:
     """The method with the options of its text and of the arguments together. Raises ValueError before a model loads."""
-    from sparseprefill.prefill import resolve_method
+    from sparseprefill.prefill import named_method, resolve_method
 
+    method, options = named_method(method, None, options)
     spec = MethodSpec.parse(method)
     if spec.name not in METHODS:
         resolve_method(spec.name)  # the error that names the nearest

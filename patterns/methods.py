@@ -115,6 +115,15 @@ def _sale(**options: Any) -> Sale:
     return Sale(**options)
 
 
+DEFAULT = "block_sparse"
+"""The method where none is named and there is no profile, with the options of `DEFAULT_OPTIONS` where none are given.
+
+Provisional: chosen by `sparseprefill compare` on the model inside, made-up heads and captures; see docs/compare.md.
+"""
+
+DEFAULT_OPTIONS: dict[str, Any] = {"keep": 0.2}
+
+
 METHODS: dict[str, MethodRow] = {
     "dense": MethodRow(Dense, "static", "every block", "", False, "identical"),
     "a_shape": MethodRow(

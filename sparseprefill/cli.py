@@ -48,7 +48,10 @@ for each in (needle, ruler, longbench, fidelity, capture, compare, report, profi
 @main.command()
 @click.argument("model", required=False)
 @click.option(
-    "--method", "chosen", default="minference", metavar="NAME[:OPTION=VALUE,...]", help="The method to ask about."
+    "--method",
+    "chosen",
+    metavar="NAME[:OPTION=VALUE,...]",
+    help="The method to ask about; without one, the provisional default.",
 )
 @click.option("--impl", default="auto", help="auto, triton, cpu or reference.")
 @click.option("--device", help="Where the model would run; default: a GPU if there is one.")
@@ -58,7 +61,7 @@ for each in (needle, ruler, longbench, fidelity, capture, compare, report, profi
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a page.")
 @click.pass_context
 def doctor(
-    ctx: click.Context, model: str | None, chosen: str, impl: str, device: str | None, dtype: str,
+    ctx: click.Context, model: str | None, chosen: str | None, impl: str, device: str | None, dtype: str,
     calibration: Path | None, trust_remote_code: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Say which kernel each layer of MODEL would run and why not another, from which length on, on this machine.
@@ -72,12 +75,12 @@ def doctor(
     from sparseprefill.evals.loading import resolve_dtype
     from sparseprefill.prefill import parse_options
 
-    name, _, options = chosen.partition(":")
+    name, _, options = (chosen or "").partition(":")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with clear_errors():
         dtype = resolve_dtype(model, dtype, device)
         bare = skeleton(model, dtype=dtype, trust_remote_code=trust_remote_code)
-        found = explain(bare, name, device=device, impl=impl, calibration=calibration, **parse_options(options))
+        found = explain(bare, name or None, device=device, impl=impl, calibration=calibration, **parse_options(options))
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
     if found.refused:
         ctx.exit(1)

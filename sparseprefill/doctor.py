@@ -110,7 +110,7 @@ def _grouped(layers: tuple[LayerExplanation, ...]) -> list[tuple[tuple[Any, ...]
 
 
 def explain(
-    model: Any, method: Method = "minference", *, device: str | None = None, calibration: str | Path | None = None,
+    model: Any, method: Method | None = None, *, device: str | None = None, calibration: str | Path | None = None,
     **options: Any,
 ) -> Explanation:  # fmt: skip
     """Say which kernel each layer of a model would run and why not another, from which length on, and what is patched.
@@ -133,7 +133,7 @@ def explain(
     place = _place(inner, device)
     asked = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
     running = patched_layers(inner)
-    if running and (options or asked or calibration is not None or method != "minference"):
+    if running and (options or asked or calibration is not None or method is not None):
         raise ValueError("this model is patched: explain(model) says how; remove the patch to ask about another method")
     settings = Settings(**asked)
     known = None if running else settings.calibration(calibration)

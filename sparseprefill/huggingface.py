@@ -58,6 +58,7 @@ from sparseprefill.patterns.parts import parts_of
 from sparseprefill.patterns.per_head import of_heads
 from sparseprefill.prefill import (
     describe_pattern,
+    named_method,
     resolve_method,
     sparse_prefill,
 )
@@ -141,7 +142,7 @@ class Patch:
 
 def patch_model(
     model: PreTrainedModel,
-    method: Method = "minference",
+    method: Method | None = None,
     *,
     profile: str | Path | None = None,
     strict: bool = False,
@@ -170,7 +171,8 @@ def patch_model(
 
     Args:
         model: any model whose attention dispatches through transformers' attention interface.
-        method: a name of `sparseprefill methods`, or an object with `build_index(inputs, grid) -> BlockIndex`.
+        method: a name of `sparseprefill methods`, or an object with `build_index(inputs, grid) -> BlockIndex`. None:
+            what a `profile` gives each head, or else the provisional default (`sparseprefill.patterns.methods`).
         profile: the file of a profile, for method "minference": a pattern for each head; for method "sale": its
             threshold.
         strict: refuse a profile that was not made for the very weights of this model, instead of warning.
@@ -251,13 +253,14 @@ class PatchPlan:
 
 
 def plan_patch(
-    model: Any, method: Method, *, profile: str | Path | None = None, strict: bool = False,
+    model: Any, method: Method | None, *, profile: str | Path | None = None, strict: bool = False,
     dense_layers: Sequence[int] = (), layers: Mapping[int, Method] | None = None,
     heads: Mapping[tuple[int, int], Method] | None = None, last_rows_dense: int = 0, settings: Settings | None = None,
     **options: Any,
 ) -> PatchPlan:  # fmt: skip
     """Everything that can be checked and prepared before a model is touched. Raises what `patch_model` raises."""
     settings = settings or Settings()
+    method, options = named_method(method, profile, options)
     wrapped, model = model, unwrap(model)
     _check_overrides(dense_layers, layers, heads)
     pattern = _resolve(method, profile, last_rows_dense, options)
@@ -401,7 +404,7 @@ _OWN_KEYS = (
 
 
 def register(
-    method: Method = "minference",
+    method: Method | None = None,
     *,
     profile: str | Path | None = None,
     previous: str = "sdpa",
@@ -427,7 +430,9 @@ def register(
     shared = {name: options.pop(name) for name in list(options) if name in Settings.__dataclass_fields__}
     settings = Settings(**shared, observe=False)
     known = settings.calibration(calibration)
-    pattern = _resolve(method, profile, options.pop("last_rows_dense", 0), options)
+    last_rows_dense = options.pop("last_rows_dense", 0)
+    method, options = named_method(method, profile, options)
+    pattern = _resolve(method, profile, last_rows_dense, options)
     for text in _tile_warnings([pattern] if isinstance(pattern, ModelPatterns) else [], settings):
         warnings.warn(text, UserWarning, stacklevel=2)
     if previous not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) or previous == NAME:

@@ -19,7 +19,7 @@ from sparseprefill.coverage import Coverage
 from sparseprefill.guard import Guard, GuardedCall, guarded
 from sparseprefill.kernels.row_lse import row_lse
 from sparseprefill.patterns import Dense, LastRowsDense, Pattern, PerHead
-from sparseprefill.patterns.methods import METHODS, MethodRow
+from sparseprefill.patterns.methods import DEFAULT, DEFAULT_OPTIONS, METHODS, MethodRow
 from sparseprefill.patterns.parts import Part, attend, parts_coverage, parts_of, without_heads
 from sparseprefill.patterns.store import INSIDE, SALE_INSIDE, ModelPatterns, load_patterns
 
@@ -49,6 +49,15 @@ def resolve_method(
     if last_rows_dense and isinstance(pattern, ModelPatterns):
         return pattern.map(lambda each: LastRowsDense(each, last_rows_dense))
     return LastRowsDense(pattern, last_rows_dense) if last_rows_dense else pattern
+
+
+def named_method(method: Any, profile: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The method that is meant and its options, where `method` may be None: a profile's, or else the default one."""
+    if method is not None:
+        return method, options
+    if profile is not None:
+        return "minference", options
+    return DEFAULT, options or dict(DEFAULT_OPTIONS)
 
 
 def _by_name(method: str, options: dict[str, Any]) -> Pattern | ModelPatterns:

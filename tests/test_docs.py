@@ -122,7 +122,7 @@ def check_click_command(words: list[str]) -> None:
         rest = [str(ROOT / "README.md") if word == "FILE" else word for word in rest]
         values = command.make_context(name, rest).params
         chosen = values.get("chosen", ())
-        for method in (chosen,) if isinstance(chosen, str) else chosen:
+        for method in (chosen,) if isinstance(chosen, str) else chosen or ():
             spec = MethodSpec.parse(method)
             own = {name: value for name, value in spec.options.items() if name not in Settings.__dataclass_fields__}
             resolve_method(spec.name, **(own or MethodSpec.at_density(spec.name, 0.2).options))

@@ -21,6 +21,7 @@ from sparseprefill.doctor import TESTED, skeleton
 from sparseprefill.huggingface_masks import masks_of
 from sparseprefill.kernels import native_build
 from sparseprefill.patterns import Dense, ModelPatterns, save_patterns
+from sparseprefill.prefill import describe_pattern, named_method, resolve_method
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = {"block_q": 16, "block_k": 16}
@@ -130,7 +131,9 @@ class TestCommand:
     def test_the_model_inside(self) -> None:
         done = CliRunner().invoke(main, ["doctor"])
         assert done.exit_code == 0, done.output
-        assert re.search(r"0-3 +causal +VerticalSlash\(density=0\.2, probe=64\) +cpu", done.output)
+        name, options = named_method(None, None, {})
+        default = re.escape(describe_pattern(resolve_method(name, **options)))
+        assert re.search(rf"0-3 +causal +{default} +cpu", done.output)
 
     def test_json_of_a_folder(self, tmp_path: Path) -> None:
         tiny_model("gpt_oss").config.save_pretrained(tmp_path)  # no weights are needed

@@ -34,8 +34,8 @@ from sparseprefill.patterns import (
     save_patterns,
 )
 from sparseprefill.patterns.expected_density import expected_density
-from sparseprefill.patterns.methods import METHODS
-from sparseprefill.prefill import CostModel, kept_mass_sample, resolve_method
+from sparseprefill.patterns.methods import DEFAULT_OPTIONS, METHODS
+from sparseprefill.prefill import CostModel, kept_mass_sample, named_method, resolve_method
 from support import assert_within_budget, left_padding, make_inputs
 
 
@@ -352,6 +352,16 @@ def test_profiles_are_kept_in_a_file(tmp_path: Any) -> None:
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_patterns(tmp_path / "bad.json")
+
+
+def test_the_default_method() -> None:
+    """Where none is named: with options of its own unless there are others, and not where there is a profile."""
+    name, options = named_method(None, None, {})
+    resolve_method(name, **options)
+    assert options == DEFAULT_OPTIONS
+    assert named_method(None, None, {"keep": 0.5}) == (name, {"keep": 0.5})
+    assert named_method(None, "inside", {}) == ("minference", {})
+    assert named_method("a_shape", None, {"sink": 4}) == ("a_shape", {"sink": 4})
 
 
 def test_minference_without_a_profile() -> None:
