@@ -105,8 +105,11 @@ def slow_pbs(inputs: AttentionInputs, b: int, h: int, m: int, pattern: Pbs) -> s
         scores = []
         for n in blocks:
             members = [j for j in order[n * BLOCK : (n + 1) * BLOCK] if valid[j]]
-            mean = inputs.key[b, group, members].double().mean(0) if members else torch.zeros_like(query)
-            scores.append(query @ mean * inputs.scale)
+            if not members:  # a hole has no share
+                scores.append(query.new_tensor(-torch.inf))
+                continue
+            score = query @ inputs.key[b, group, members].double().mean(0) * inputs.scale
+            scores.append(inputs.softcap * torch.tanh(score / inputs.softcap) if inputs.softcap else score)
         share = torch.stack(scores).softmax(0).tolist()
         so_far = 0.0
         for n in sorted(blocks, key=lambda n: (-share[n], n)):
