@@ -251,6 +251,9 @@ def test_short_prompts_run_dense_and_are_counted() -> None:
     longer = parts_for(Pbs(segment=64), make_inputs(queries=200))
     assert longer[0].index.unjudged is not None
     assert not longer[0].index.unjudged.any()
+    beside = parts_for(Pbs(segment=64), make_inputs(batch=2, queries=200, key_valid=left_padding(200, [0, 140])))
+    assert beside[0].index.unjudged is not None
+    assert beside[0].index.unjudged.tolist() == [[0] * 4, [60] * 4]
 
 
 def test_last_rows_and_the_guard_go_with_it() -> None:
