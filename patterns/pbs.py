@@ -72,6 +72,7 @@ class Pbs:
             return (Part(inputs, self.inner.build_index(inputs, grid)),)
         asked = grid.real_queries(inputs).sum(-1, keepdim=True).expand(-1, inputs.query_heads)
         if inputs.last_key <= self.segment:
+            self.inner.build_index(inputs, grid)  # what it refuses is refused at any length, before a model is patched
             return (Part(inputs, dataclasses.replace(BlockIndex.dense(inputs, grid), unjudged=asked)),)
         since, until = self._behind(inputs, grid)
         order = self._order(inputs)

@@ -17,6 +17,7 @@ from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.flashprefill import FlashPrefill
 from sparseprefill.patterns.parts import Part, attend, parts_coverage, parts_of
 from sparseprefill.patterns.pbs import Pbs
+from sparseprefill.patterns.xattention import XAttention
 from sparseprefill.prefill import keeps_everything, resolve_method, sparse_prefill
 from support import left_padding, make_inputs
 
@@ -288,6 +289,9 @@ def test_what_cannot_be_is_refused() -> None:
     inputs = make_inputs(queries=200)
     with pytest.raises(ValueError, match=r"no multiple of key blocks of 16"):
         parts_for(Pbs(segment=40), inputs)
+    for length in (200, 30):  # of no more than a segment too: that is what a model is tried on before it is patched
+        with pytest.raises(ValueError, match="has 2 numbers for 4 query heads"):
+            parts_for(Pbs(XAttention((0.5, 0.9)), segment=64), make_inputs(queries=length))
     with pytest.raises(TypeError, match="sorted twice"):
         Pbs(Pbs())
     with pytest.raises(TypeError, match="build_index"):
