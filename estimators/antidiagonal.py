@@ -176,7 +176,7 @@ class PreparedGroups:
             return triton_block_lse(
                 inputs, stride=self.stride, block_k=grid.block_k, anchor=grid.anchor, first_group=first_group,
                 low=low, high=high, occupied=self.occupied, blocks=last,
-            )  # fmt: skip
+            )[..., first:]  # fmt: skip
         assert self.key is not None
         query = grouped_queries(inputs, *query_slots(inputs, grid, start, stop), self.stride)
         query = query.unflatten(1, (inputs.kv_heads, inputs.group_size)).flatten(2, 3)

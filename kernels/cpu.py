@@ -119,7 +119,7 @@ def _without_skipped(inputs: AttentionInputs, index: BlockIndex, skip: Tensor) -
     skipped = torch.zeros(batch, heads, dtype=torch.int64)
     threshold, first, count = skip.flatten(), index.start.flatten(), index.count.flatten().to(torch.int64)
     begin, end = grid.row_slots()
-    judged = ((end > begin)[:, None] & (skip > -torch.inf)).flatten().nonzero()[:, 0]
+    judged = ((end > begin)[:, None] & (skip > -torch.inf) & (index.count > 0)).flatten().nonzero()[:, 0]
     if not len(judged):
         return dataclasses.replace(index, visit=None, skip=None), skipped
     kept = torch.cat([index.to_mask(start, stop) for start, stop in grid.slabs(heads)], 2)

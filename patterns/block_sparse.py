@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.covered_mass import CoveredMass
-from sparseprefill.estimators.mean_pooled import MeanPooled
+from sparseprefill.estimators.mean_pooled import MeanPooled, count_real
 from sparseprefill.estimators.selection import Budget, TopK, check_share, check_tokens, ranked
 from sparseprefill.patterns.expected_density import UNKNOWN, in_blocks, kept_share
 
@@ -93,12 +93,16 @@ class BlockSparse:
     ) -> BlockIndex:
         """A slab of rows from row `start` on."""
         assert self.mass is not None
-        weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
+        if inputs.softcap is not None:  # no ranking minds it, a share does
+            scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
+        real = visible & _real_tiles(inputs, grid, start, start + scores.shape[2])
+        weights = scores.masked_fill(~real[:, None], -torch.inf).softmax(-1)
         lost = weights.isnan().any(-1)
         kept = CoveredMass((self.mass,)).select(weights, visible, forced & visible)
         index = BlockIndex.from_mask(grid, torch.where(lost[..., None], visible[:, None], kept))
         asked = grid.real_queries(inputs)[:, None, start : start + scores.shape[2]]
-        return dataclasses.replace(index, unjudged=(asked * lost).sum(-1))
+        some = real.any(-1)[:, None]  # where a row sees no key there is nothing to choose
+        return dataclasses.replace(index, unjudged=(asked * (lost & some)).sum(-1))
 
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> int:
         """See `sparseprefill.patterns.nested`."""
@@ -116,3 +120,11 @@ def forced_blocks(inputs: AttentionInputs, grid: BlockGrid, sink: int, local: in
     near = block >= (grid.frontier() - -(-local // grid.block_k))[..., None]
     forced = (block < -(-sink // grid.block_k)) | near
     return forced & (block >= low[..., None]) & (block < high[..., None])
+
+
+def _real_tiles(inputs: AttentionInputs, grid: BlockGrid, start: int, stop: int) -> Tensor:
+    """bool [batch, stop - start, key_blocks]: a real key stands in the block, up to the row's end."""
+    edge = grid.anchor[:, None] + torch.arange(grid.key_blocks + 1, device=inputs.device) * grid.block_k
+    end = grid.row_slots()[1][:, start:stop, None].clamp(max=inputs.last_key)
+    begin, end = edge[:, None, :-1].minimum(end), edge[:, None, 1:].minimum(end)
+    return count_real(inputs, begin.flatten(1), end.flatten(1)).view_as(begin) > 0

@@ -154,13 +154,17 @@ class _Keys:
     inputs: AttentionInputs
     grid: BlockGrid
     mean: Tensor  # [batch, kv_heads, key_blocks, head_dim]
-    end: Tensor  # int64 [batch, key_blocks], one past the last slot of each block; beyond any for blocks without a key
+    end: Tensor  # int64 [batch, key_blocks], one past the last real key of each block; beyond any where there is none
     low: Tensor  # int64 [batch, queries], the first key each query sees
 
     @staticmethod
     def of(inputs: AttentionInputs, grid: BlockGrid) -> _Keys:
         edge = grid.anchor[:, None] + torch.arange(1, grid.key_blocks + 1, device=inputs.device) * grid.block_k
-        end = edge.clamp(max=inputs.last_key).masked_fill(~real_key_blocks(inputs, grid), inputs.keys + 1)
+        end = edge.clamp(max=inputs.last_key)
+        if inputs.key_valid is not None:  # padding and holes at the end of a block do not keep it in the future
+            key = torch.arange(1, inputs.keys + 1, device=inputs.device)
+            end = (key * inputs.key_valid).cummax(1).values.gather(1, (end - 1).clamp(min=0))
+            end = end.masked_fill(~real_key_blocks(inputs, grid), inputs.keys + 1)
         return _Keys(inputs, grid, key_block_means(inputs, grid), end, inputs.visible_range()[0])
 
     def slabs(self) -> Any:

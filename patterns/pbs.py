@@ -70,8 +70,9 @@ class Pbs:
             )
         if self.keeps_everything():
             return (Part(inputs, self.inner.build_index(inputs, grid)),)
+        asked = grid.real_queries(inputs).sum(-1, keepdim=True).expand(-1, inputs.query_heads)
         if inputs.last_key <= self.segment:
-            asked = grid.real_queries(inputs).sum(-1, keepdim=True).expand(-1, inputs.query_heads)
+            self.inner.build_index(inputs, grid)  # what it refuses is refused at any length, before a model is patched
             return (Part(inputs, dataclasses.replace(BlockIndex.dense(inputs, grid), unjudged=asked)),)
         since, until = self._behind(inputs, grid)
         order = self._order(inputs)
@@ -79,7 +80,12 @@ class Pbs:
         chosen = self.inner.build_index(sorted_inputs, grid.between(since, until))
         first = _block_of_first(inputs, order, grid.block_k) if self.force_first else None
         behind = _behind_alone(chosen, grid, since, until, first, inputs.group_size)
-        own = dataclasses.replace(_own(inputs, grid, since, until), unjudged=chosen.unjudged)
+        unjudged = chosen.unjudged
+        if inputs.key_valid is not None:  # batch rows of at most one segment, beside longer ones
+            short = inputs.tail().clamp(max=inputs.filled) - inputs.anchor() <= self.segment
+            judged = torch.zeros_like(asked) if unjudged is None else unjudged
+            unjudged = torch.where(short[:, None], asked, judged)
+        own = dataclasses.replace(_own(inputs, grid, since, until), unjudged=unjudged)
         return Part(inputs, own), Part(sorted_inputs, behind)
 
     def keeps_everything(self) -> bool:

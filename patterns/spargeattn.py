@@ -68,6 +68,9 @@ class SpargeAttn:
     pv_skip: float | None = None  # tiles whose weights are 2 ** -pv_skip of the largest so far, or less, add no values
 
     def __post_init__(self) -> None:
+        for name in ("similarity", "cdf"):
+            if isinstance(getattr(self, name), list):  # from JSON; a list is not hashable
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_numbers("similarity", self.similarity, -1.0)
         if self.cdf is not None and self.topk is not None:
             raise ValueError(

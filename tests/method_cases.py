@@ -143,6 +143,24 @@ def slow_block_sparse(inputs: AttentionInputs, b: int, h: int, m: int, pattern: 
     return set(ranked[:count])
 
 
+def slow_block_sparse_mass(inputs: AttentionInputs, b: int, h: int, m: int, pattern: BlockSparse) -> set[int]:
+    """A softmax over the logits of block means, soft-capped as the model's own; blocks without a key have no share."""
+    visible, anchor = slow_visible(inputs, b, m), slow_anchor(inputs, b)
+    forced = slow_forced(m, pattern.sink, pattern.local) & set(visible)
+    end = min(inputs.query_start + inputs.queries, inputs.filled)
+    weight = dict.fromkeys(visible, 0.0)
+    for n, logit in slow_pooled_scores(inputs, b, h, m).items():
+        slots = range(anchor + n * BLOCK, min(anchor + (n + 1) * BLOCK, end))
+        if any(inputs.key_valid is None or inputs.key_valid[b, j] for j in slots):
+            weight[n] = math.exp(inputs.softcap * math.tanh(logit / inputs.softcap) if inputs.softcap else logit)
+    kept, so_far = set(forced), 0.0
+    for n in sorted(visible, key=lambda n: (n not in forced, -weight[n], n)):
+        if so_far < pattern.mass * math.fsum(weight.values()):
+            kept.add(n)
+        so_far += weight[n]
+    return kept
+
+
 def slow_pooled_scores(inputs: AttentionInputs, b: int, h: int, m: int) -> dict[int, float]:
     anchor = slow_anchor(inputs, b)
 
@@ -185,7 +203,7 @@ def slow_flashprefill(inputs: AttentionInputs, b: int, h: int, m: int, pattern: 
         mean = inputs.key[b, h // inputs.group_size, real].double().mean(0)
         for p in slow_row(inputs, b, m):
             asked = inputs.key_valid is None or bool(inputs.key_valid[b, p])
-            if asked and real and slots[-1] <= p and slots[-1] >= slow_keys(inputs, p)[0]:
+            if asked and real and slow_keys(inputs, p)[0] <= real[-1] <= p:
                 z = float(inputs.query[b, h, p - inputs.query_start].double() @ mean * inputs.scale)
                 if inputs.softcap is not None:
                     z = inputs.softcap * math.tanh(z / inputs.softcap)
@@ -375,6 +393,13 @@ CASES: dict[str, Case] = {
     ),
     "block_sparse-share": Case(
         BlockSparse(keep=0.3, sink=0, local=0), BlockSparse(keep=1.0), False, "own", row_by_row(slow_block_sparse)
+    ),
+    "block_sparse-mass": Case(
+        BlockSparse(mass=0.7, sink=16, local=32), BlockSparse(mass=1.0), False, "own",
+        row_by_row(slow_block_sparse_mass),
+        st.builds(
+            BlockSparse, mass=st.sampled_from((0.2, 0.6, 0.9, 1.0)), sink=st.integers(0, 70), local=st.integers(0, 70)
+        ),
     ),
     "sale": Case(
         Sale(threshold=0.9, window=32, segment=32, query_block=32, key_block=16), Sale(keep=1.0), True, "own",

@@ -108,6 +108,19 @@ def test_padding_may_hold_anything() -> None:
     assert not after.unjudged.any()
 
 
+def test_right_padding_changes_nothing() -> None:
+    """The last query of a prompt has its own ragged block behind it, whether padding follows or not."""
+    inputs = make_inputs(query_heads=2, kv_heads=1, queries=96, head_dim=8)
+    inputs.key[:, :, 64:76] = 4 * inputs.query[:, :1, 75:76]  # the strongest block is that of the last query
+    valid = torch.arange(96)[None] < 76
+    alone = dataclasses.replace(
+        inputs, **{name: getattr(inputs, name)[:, :, :76] for name in ("query", "key", "value")}
+    )
+    for pattern in (FlashPrefill(alpha=0.5, **BARE), FlashPrefill(alpha=1.5, least=16, **BARE)):
+        padded = mask_of(pattern, dataclasses.replace(inputs, key_valid=valid))
+        assert torch.equal(padded[:, :, :5, :5], mask_of(pattern, alone))
+
+
 def test_rows_that_cannot_be_judged_are_whole_and_counted() -> None:
     inputs = make_inputs(query_heads=2, kv_heads=1, queries=160)
     inputs.query[0, 1, 100, 3] = torch.nan

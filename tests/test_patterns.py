@@ -99,6 +99,35 @@ def test_equals_the_slow_definition_in_float64(method: str, name: str) -> None:
                 assert got == expected[m], f"batch row {b}, head {h}, grid row {m}"
 
 
+def test_a_mass_is_that_of_the_logits_the_model_sees() -> None:
+    """Soft-caps flatten a softmax, and a block that is one hole has no share in it."""
+    query, key = torch.ones(1, 1, 96, 1), torch.zeros(1, 1, 96, 1)
+    key[:, :, :16] = 5.0
+    inputs = AttentionInputs(query, key, key, 1.0)
+    pattern = BlockSparse(mass=0.9, sink=0, local=0)
+    assert index_of(pattern, inputs).count[0, 0].tolist() == [1, 1, 1, 1, 1, 1]  # e ** 5 = 148 beside 1
+    capped = index_of(pattern, dataclasses.replace(inputs, softcap=0.1))  # e ** 0.1 = 1.1: all but one of ten
+    assert capped.count[0, 0].tolist() == [1, 2, 3, 4, 5, 6]
+
+    key = torch.full((1, 1, 96, 1), -5.0)
+    key[:, :, 16:48] = torch.nan
+    valid = torch.ones(1, 96, dtype=torch.bool)
+    valid[:, 16:48] = False
+    index = index_of(pattern, AttentionInputs(query, key, key, 1.0, key_valid=valid))
+    assert index.to_mask()[0, 0, 5].tolist() == [True, False, False, True, True, True]
+    assert index.unjudged is not None
+    assert not index.unjudged.any()
+
+
+def test_rows_without_a_softmax_are_whole_and_counted() -> None:
+    inputs = make_inputs(batch=2, query_heads=2, kv_heads=1, queries=90, key_valid=left_padding(90, [0, 21]))
+    inputs.query[1, 1, 40] = torch.inf  # row 1 of batch row 1
+    index = index_of(BlockSparse(mass=0.2, sink=0, local=0), inputs)
+    assert index.count[1, 1, 1] == 2
+    assert index.unjudged is not None
+    assert index.unjudged.tolist() == [[0, 0], [0, 16]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_block_sparse_in_run_dtypes_differs_only_at_the_cut(dtype: torch.dtype) -> None:
     inputs = make_inputs(query_heads=2, kv_heads=1, queries=320, head_dim=16, dtype=dtype)

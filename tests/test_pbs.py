@@ -17,6 +17,7 @@ from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.flashprefill import FlashPrefill
 from sparseprefill.patterns.parts import Part, attend, parts_coverage, parts_of
 from sparseprefill.patterns.pbs import Pbs
+from sparseprefill.patterns.xattention import XAttention
 from sparseprefill.prefill import keeps_everything, resolve_method, sparse_prefill
 from support import left_padding, make_inputs
 
@@ -105,8 +106,11 @@ def slow_pbs(inputs: AttentionInputs, b: int, h: int, m: int, pattern: Pbs) -> s
         scores = []
         for n in blocks:
             members = [j for j in order[n * BLOCK : (n + 1) * BLOCK] if valid[j]]
-            mean = inputs.key[b, group, members].double().mean(0) if members else torch.zeros_like(query)
-            scores.append(query @ mean * inputs.scale)
+            if not members:  # a hole has no share
+                scores.append(query.new_tensor(-torch.inf))
+                continue
+            score = query @ inputs.key[b, group, members].double().mean(0) * inputs.scale
+            scores.append(inputs.softcap * torch.tanh(score / inputs.softcap) if inputs.softcap else score)
         share = torch.stack(scores).softmax(0).tolist()
         so_far = 0.0
         for n in sorted(blocks, key=lambda n: (-share[n], n)):
@@ -248,6 +252,9 @@ def test_short_prompts_run_dense_and_are_counted() -> None:
     longer = parts_for(Pbs(segment=64), make_inputs(queries=200))
     assert longer[0].index.unjudged is not None
     assert not longer[0].index.unjudged.any()
+    beside = parts_for(Pbs(segment=64), make_inputs(batch=2, queries=200, key_valid=left_padding(200, [0, 140])))
+    assert beside[0].index.unjudged is not None
+    assert beside[0].index.unjudged.tolist() == [[0] * 4, [60] * 4]
 
 
 def test_last_rows_and_the_guard_go_with_it() -> None:
@@ -282,6 +289,9 @@ def test_what_cannot_be_is_refused() -> None:
     inputs = make_inputs(queries=200)
     with pytest.raises(ValueError, match=r"no multiple of key blocks of 16"):
         parts_for(Pbs(segment=40), inputs)
+    for length in (200, 30):  # of no more than a segment too: that is what a model is tried on before it is patched
+        with pytest.raises(ValueError, match="has 2 numbers for 4 query heads"):
+            parts_for(Pbs(XAttention((0.5, 0.9)), segment=64), make_inputs(queries=length))
     with pytest.raises(TypeError, match="sorted twice"):
         Pbs(Pbs())
     with pytest.raises(TypeError, match="build_index"):

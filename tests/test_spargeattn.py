@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from sparseprefill import contracts
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators import mean_pooled
 from sparseprefill.estimators.self_similarity import SelfSimilarity
-from sparseprefill.patterns import Dense
+from sparseprefill.patterns import Dense, ModelPatterns, load_patterns, save_patterns
 from sparseprefill.patterns.nested import build_indexes
 from sparseprefill.patterns.spargeattn import RankedBlocks, SpargeAttn
 from support import left_padding, make_inputs
@@ -364,7 +365,7 @@ def test_nothing_is_read_back_from_a_device() -> None:
         ({"similarity": 1.1}, r"similarity must be in \[-1, 1\], got 1.1"),
         ({"similarity": math.nan}, r"similarity must be in \[-1, 1\]"),
         ({"similarity": "0"}, r"similarity must be a number in \[-1, 1\], or a tuple"),
-        ({"similarity": [0.1, 0.2]}, r"similarity must be a number in \[-1, 1\], or a tuple"),
+        ({"similarity": [0.1, "0"]}, r"similarity must be a number in \[-1, 1\], or a tuple"),
         ({"similarity": (0.1, -2.0)}, r"similarity must be in \[-1, 1\], got -2.0"),
         ({"similarity": ()}, "similarity has no numbers"),
         ({"cdf": -0.1}, r"cdf must be in \[0, 1\], got -0.1"),
@@ -382,6 +383,18 @@ def test_nothing_is_read_back_from_a_device() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         SpargeAttn(**options)
+
+
+def test_a_profile_holds_numbers_of_heads(tmp_path: Path) -> None:
+    """JSON knows lists alone."""
+    pattern = SpargeAttn(similarity=(0.0, 0.1), cdf=(0.5, 0.9))
+    assert SpargeAttn(similarity=[0.0, 0.1], cdf=[0.5, 0.9]) == pattern  # type: ignore[arg-type]
+    assert hash(SpargeAttn(similarity=[0.0, 0.1])) == hash(SpargeAttn(similarity=(0.0, 0.1)))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="similarity has no numbers"):
+        SpargeAttn(similarity=[])  # type: ignore[arg-type]
+    profile = ModelPatterns(((pattern, pattern),))
+    save_patterns(profile, tmp_path / "profile.json")
+    assert load_patterns(tmp_path / "profile.json") == profile
 
 
 def test_there_is_a_number_for_each_head() -> None:

@@ -442,6 +442,21 @@ def test_a_tile_with_nan_is_computed(impl: str) -> None:
     assert result.skipped[0].tolist() == [int((~kept & index.to_mask()[0, 0]).sum()) * 256, before[1]]
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_lists_of_a_part_may_all_be_empty(impl: str) -> None:
+    """As where nothing lies behind any row: packed prompts, say, of less than a segment."""
+    inputs = make_inputs(query_heads=2, kv_heads=1, queries=48)
+    grid = BlockGrid.of(inputs, 16, 16)
+    mask = torch.zeros(1, 2, 3, 3, dtype=torch.bool)
+    for listed in (0, 1):
+        mask[0, 1, 2, 0] = bool(listed)
+        index = BlockIndex.from_mask(grid, mask).skipping(-1.0)
+        result = block_sparse_attention(on_device(inputs, impl), on_device(index, impl), impl)
+        assert result.skipped.tolist() == [[0, 0]]
+        assert int((result.lse > -torch.inf).sum()) == 16 * listed
+        assert int((result.output != 0).any(-1).sum()) == 16 * listed
+
+
 def test_order_matters() -> None:
     """Few tiles are heavy, the first one is not: visited by weight, far more is skipped than by ascending id."""
     draw = torch.Generator().manual_seed(0)

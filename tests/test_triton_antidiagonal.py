@@ -79,6 +79,7 @@ CASES: dict[str, tuple[int, tuple[int, int], dict[str, Any]]] = {
     "static_cache": (4, (16, 16), {"queries": 70, "keys": 200, "query_start": 50, "key_length": 120}),
     "softcap": (4, (16, 16), {"queries": 100, "softcap": 1.5}),
     "window": (8, (32, 32), {"queries": 200, "window": 61}),
+    "first_blocks_out_of_sight": (4, (16, 16), {"queries": 30, "keys": 150, "window": 40}),
     "packed": (4, (16, 16), {"queries": 100, "segment": torch.tensor([[0] * 45 + [1] * 55])}),
 }  # fmt: skip
 
