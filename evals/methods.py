@@ -52,7 +52,11 @@ class MethodSpec:
         if self.label == "dense":
             return False
         row = METHODS.get(self.name)
-        return self.options.get("last_rows_dense", last_rows_dense) > 0 or (row is not None and row.looks_ahead)
+        if self.options.get("last_rows_dense", last_rows_dense) > 0 or (row is not None and row.looks_ahead):
+            return True
+        # what goes around another method looks ahead where that one does
+        inner = self.options.get("inner", row.inner) if row is not None and row.wraps else None
+        return isinstance(inner, str) and MethodSpec(inner).looks_ahead()
 
     @contextlib.contextmanager
     def applied(self, model: PreTrainedModel, **settings: Any) -> Iterator[Patch | None]:

@@ -58,9 +58,15 @@ def _by_name(method: str, options: dict[str, Any]) -> Pattern | ModelPatterns:
     others = {name: value for name, value in options.items() if name not in row.options}
     if row.wraps:  # what is not its own belongs to the method that it goes around
         own = {name: value for name, value in options.items() if name not in others and name != "inner"}
-        if "inner" not in options:
-            others = row.around(others)
-        inner = resolve_method(options.get("inner", row.inner), **others)
+        around = options.get("inner", row.inner)
+        known = options_of(method, around)
+        for name in others:
+            if name not in known and isinstance(around, str) and around in METHODS:
+                raise ValueError(
+                    f"neither {method!r} nor {around!r:.80}, around which it goes, has an option {name!r}."
+                    f"{_nearest(name, known)} Their options: {', '.join(known)}"
+                )
+        inner = resolve_method(around, **(others if "inner" in options else row.around(others)))
         if isinstance(inner, ModelPatterns):
             raise ValueError(f"{method} goes around one method, and a profile is a pattern for each head: name another")
         return row.build(inner=inner, **own)
@@ -70,6 +76,18 @@ def _by_name(method: str, options: dict[str, Any]) -> Pattern | ModelPatterns:
     if options.get("profile") is not None:
         return _from_profile(method, row, options)
     return row.build(**{name: value for name, value in options.items() if name != "profile"})
+
+
+def options_of(method: Any, inner: Any = None) -> tuple[str, ...]:
+    """Names of the options that go with a method's name; for a wrapper also those of what it goes around.
+
+    `inner`: that method, None for the usual one. Objects and unknown names have no options.
+    """
+    row = METHODS.get(method) if isinstance(method, str) else None
+    if row is None:
+        return ()
+    around = options_of(row.inner if inner is None else inner) if row.wraps else ()
+    return tuple(dict.fromkeys((*row.options, *around)))
 
 
 def _from_profile(method: str, row: MethodRow, options: dict[str, Any]) -> ModelPatterns:

@@ -7,6 +7,7 @@ dtypes every block that differs lies within the score error of the cut.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import math
 from typing import Any
@@ -20,6 +21,7 @@ from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.coverage import coverage
 from sparseprefill.estimators import MeanPooled, Probe, TopK, keep_blocks
 from sparseprefill.estimators.relative_attention import scored_blocks
+from sparseprefill.huggingface import patch_model
 from sparseprefill.kernels import block_sparse_attention
 from sparseprefill.patterns import (
     AShape,
@@ -264,6 +266,11 @@ class TestSelectorContract:
         alone = {name for name, row in METHODS.items() if row.kind != "wrapper"}  # those have tests of their own
         assert {name.partition("-")[0] for name in CASES} | {"minference"} == alone
         assert METHODS["minference"].looks_ahead
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_no_option_is_hidden_by_one_of_the_patch(self, method: str) -> None:
+        taken = set(inspect.signature(patch_model).parameters) - {"profile"}
+        assert not taken & set(METHODS[method].options)
 
     @pytest.mark.parametrize("method", CASES)
     def test_last_rows_dense_is_an_option_of_every_method(self, method: str) -> None:
