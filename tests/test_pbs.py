@@ -292,7 +292,7 @@ def test_what_cannot_be_is_refused() -> None:
         Pbs(force_first=1)
     with pytest.raises(ValueError, match="whole layer"):
         PerHead((Pbs(), Dense()))
-    with pytest.raises(ValueError, match="neither 'pbs' nor 'block_sparse', .* 'sgment'. Did you mean 'segment'"):
+    with pytest.raises(ValueError, match=r"neither 'pbs' nor 'block_sparse', .* 'sgment'. Did you mean 'segment'"):
         resolve_method("pbs", sgment=128)
     with pytest.raises(ValueError, match="unknown method 'block_spares'"):
         resolve_method("pbs", inner="block_spares", keep=0.2)
