@@ -311,8 +311,11 @@ def method_page(method: str) -> str:
     return f"docs/methods/{method}.md"
 
 
+_WORDS = {"True": True, "False": False, "None": None}  # as Python writes what JSON has in small letters
+
+
 def parse_options(text: str) -> dict[str, Any]:
-    """`keep=0.2,sink=64` as a dictionary: numbers where they are numbers, text elsewhere."""
+    """`keep=0.2,sink=64` as a dictionary: numbers where they are numbers, so True, False and None; text elsewhere."""
     options: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, value = part.partition("=")
@@ -321,5 +324,5 @@ def parse_options(text: str) -> dict[str, Any]:
         try:
             options[name.strip()] = json.loads(value)
         except (ValueError, RecursionError):  # no JSON, or numbers of thousands of digits
-            options[name.strip()] = value.strip()
+            options[name.strip()] = _WORDS.get(value.strip(), value.strip())
     return options
