@@ -59,12 +59,12 @@ def _by_name(method: str, options: dict[str, Any]) -> Pattern | ModelPatterns:
     if row.wraps:  # what is not its own belongs to the method that it goes around
         own = {name: value for name, value in options.items() if name not in others and name != "inner"}
         around = options.get("inner", row.inner)
-        known = options_of(method, around)
+        served = options_of(method, around)
         for name in others:
-            if name not in known and isinstance(around, str) and around in METHODS:
+            if name not in served and isinstance(around, str) and around in METHODS:
                 raise ValueError(
                     f"neither {method!r} nor {around!r:.80}, around which it goes, has an option {name!r}."
-                    f"{_nearest(name, known)} Their options: {', '.join(known)}"
+                    f"{_nearest(name, served)} Their options: {', '.join(served)}"
                 )
         inner = resolve_method(around, **(others if "inner" in options else row.around(others)))
         if isinstance(inner, ModelPatterns):
