@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -68,6 +69,9 @@ class SpargeAttn:
     pv_skip: float | None = None  # tiles whose weights are 2 ** -pv_skip of the largest so far, or less, add no values
 
     def __post_init__(self) -> None:
+        for name in ("similarity", "cdf"):
+            if isinstance(getattr(self, name), list):  # from JSON, and not hashable
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_numbers("similarity", self.similarity, -1.0)
         if self.cdf is not None and self.topk is not None:
             raise ValueError(
@@ -82,7 +86,7 @@ class SpargeAttn:
         if self.pv_skip is not None:
             if isinstance(self.pv_skip, bool) or not isinstance(self.pv_skip, (int, float)):
                 raise TypeError(f"pv_skip must be a number of at least 0, or None, got {self.pv_skip!r:.80}")
-            if not 0.0 <= self.pv_skip < math.inf:
+            if not 0.0 <= self.pv_skip <= sys.float_info.max:
                 raise ValueError(f"pv_skip must be at least 0 and finite, got {self.pv_skip!r:.80}")
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
