@@ -14,6 +14,7 @@ tile, where the cells take block_q * block_k / S of them.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ class PhaseMeans:
         check_tokens("stride", self.stride)
         if isinstance(self.value_bonus, bool) or not isinstance(self.value_bonus, (int, float)):
             raise TypeError(f"value_bonus must be a number of at least 0, got {self.value_bonus!r:.80}")
-        if not 0 <= self.value_bonus < float("inf"):
+        if not 0 <= self.value_bonus <= sys.float_info.max:
             raise ValueError(f"value_bonus must be a number of at least 0, got {self.value_bonus!r:.80}")
 
     def prepare(self, inputs: AttentionInputs, grid: BlockGrid) -> PreparedPhases:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs
 from sparseprefill.evals.compared_inputs import NamedInputs
+from sparseprefill.evals.report_words import one_line
 from sparseprefill.files import MOST_JSON_BYTES, check_folder, opened, parse_json, shown, write_bytes
 
 SCHEMA = "sparseprefill-capture-1"
@@ -40,6 +40,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 """In which tensors are stored, by name."""
 
 _TENSORS = ("query", "key", "value", "sinks")
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,10 @@ class CaptureEntry:
             kinds = _KINDS[str(each.type)]
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 raise TypeError(f"{each.name} is {shown(value)}")
+        for name in ("name", "group"):
+            value = getattr(self, name)
+            if value != one_line(value):  # it stands in tables
+                raise ValueError(f"{name} is {shown(value)}, which is not one line of text that is seen")
         for name in ("tokens", "query_heads", "kv_heads", "head_dim", "value_dim"):
             if not 1 <= getattr(self, name) <= MOST_TOKENS:
                 raise ValueError(f"{name} is {shown(getattr(self, name))}")
@@ -72,7 +77,7 @@ class CaptureEntry:
             raise ValueError(f"{self.query_heads} query heads are no multiple of {self.kv_heads} KV heads")
         for name in ("scale", "softcap"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if value is not None and not 0 < value <= _LARGEST:  # infinity, NaN, and what no float32 holds
                 raise ValueError(f"{name} is {shown(value)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {shown(self.dtype)}")
@@ -87,8 +92,8 @@ class CaptureEntry:
         if reason is not None:
             raise ValueError(f"{each.name} cannot be captured: {reason}")
         return CaptureEntry(
-            each.name, each.group, float(inputs.scale), inputs.queries, inputs.query_heads, inputs.kv_heads,
-            inputs.head_dim, inputs.value_dim, str(inputs.query.dtype).removeprefix("torch."),
+            one_line(each.name), one_line(each.group), float(inputs.scale), inputs.queries, inputs.query_heads,
+            inputs.kv_heads, inputs.head_dim, inputs.value_dim, str(inputs.query.dtype).removeprefix("torch."),
             None if inputs.softcap is None else float(inputs.softcap), inputs.sinks is not None, each.needle,
         )  # fmt: skip
 

@@ -140,8 +140,8 @@ class Fidelity:
         ahead = ", ".join(name for name, row in METHODS.items() if row.looks_ahead)
         return (
             "KL and agreement compare with the same model dense, not with the truth; perplexity is of the text",
-            f"methods that look ahead ({ahead}; any method with last rows dense) choose what a token attends to by "
-            "tokens that follow, which flatters their perplexity; their answers are marked",
+            f"methods that look ahead ({ahead}; what goes around one of them; any method with last rows dense) choose "
+            "what a token attends to by tokens that follow, which flatters their perplexity; their answers are marked",
             "every method chooses for a block of queries at a time, so up to a block less one token ahead plays in",
             "peak memory of the methods holds the dense model's hidden states too, which they are compared with",
             *(("kept mass is measured on sampled queries of the whole prompt, the same for all of its parts",)

@@ -254,19 +254,20 @@ def _arguments(cls: Any) -> list[str]:
 
 def _method_of(method: str | None, options: dict[str, Any], arguments: list[str]) -> MethodSpec:
     """The method with the options of its text and of the arguments together. Raises ValueError before a model loads."""
-    from sparseprefill.prefill import named_method, resolve_method
+    from sparseprefill.prefill import named_method, options_of, resolve_method
 
     method, options = named_method(method, None, options)
     spec = MethodSpec.parse(method)
     if spec.name not in METHODS:
         resolve_method(spec.name)  # the error that names the nearest
+    known = options_of(spec.name, {**spec.options, **options}.get("inner"))
     for name in options:
         if name in spec.options:
             raise ValueError(f"{name} is given twice: in method={method} and as an argument")
-        if name not in METHODS[spec.name].options:
+        if name not in known:
             raise ValueError(
                 f"{name!r} is neither an argument of the model type {MODEL_TYPE} ({', '.join(arguments)}) nor an "
-                f"option of the method {spec.name} ({', '.join(METHODS[spec.name].options) or 'it has none'})"
+                f"option of the method {spec.name} ({', '.join(known) or 'it has none'})"
             )
     spec = MethodSpec(spec.name, spec.options | options)
     resolve_method(spec.name, **spec.options)

@@ -32,6 +32,15 @@ def resolve_dtype(name: str | None, dtype: str, device: str) -> str:
     return dtype
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError for what torch does not know, or cannot use here."""
+    try:
+        torch.zeros(1, device=torch.device(device))
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"there is no device {device!r} here ({reason}): choose cpu, or cuda with a GPU") from error
+
+
 def load_model(
     name: str | None = None, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Any]:
@@ -44,6 +53,7 @@ def load_model(
     if dtype not in _DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     path = model_folder(name)
     dtype = resolve_dtype(name, dtype, device)
     what = f"the model {'folder' if Path(path).is_dir() else 'name'} {path!r}"

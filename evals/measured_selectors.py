@@ -109,6 +109,8 @@ def measured(
     work = [estimator_work(own.pattern, inputs, grid, dense_tiles) for own in chosen]
     counts = dataclasses.replace(counts, estimator=torch.tensor(work, dtype=torch.float64))
     means = summarise([counts], quantile)
+    if not bool(means.mass.isfinite().all()) or (errors and not bool(error.isfinite().all())):
+        raise ValueError(f"the attention of {each.name!r} overflows: it cannot be compared on, leave it out")
     for place in running:
         watch.forget(place)
     return Scored(
@@ -125,7 +127,8 @@ def output_error(result: AttentionOutput, dense: AttentionOutput) -> Tensor:
     if result.output is None or dense.output is None:
         raise ValueError("an error is that of outputs: compute attention with its values")
     own, exact = result.output[0].double(), dense.output[0].double()
-    error: Tensor = (own - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))
+    size = exact.norm(dim=(1, 2)).clamp(min=torch.finfo(torch.float64).tiny)  # a head whose values are all 0
+    error: Tensor = (own - exact).norm(dim=(1, 2)) / size
     return error.cpu()
 
 
@@ -159,6 +162,7 @@ def _fill(
     bins = torch.bucketize((1 - share).float().clamp_(0.0, 1.0), edges).clamp_(max=BINS - 1)
     counts.lost[:, place] = torch.stack([torch.bincount(own, minlength=BINS) for own in bins]).cpu()
     cover = parts_coverage(parts, result.skipped)
+    # kernels count skipped pairs, not tiles: of the listed tiles the same share is taken to be skipped
     computed = cover.kept.double() - cover.skipped.double() / 2
     counts.kept[:, place] = computed.cpu()
     counts.tiles[:, place] = (cover.tiles.double() * computed / cover.kept.clamp(min=1)).cpu()

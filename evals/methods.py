@@ -34,6 +34,13 @@ class MethodSpec:
         Raises ValueError for a name that is none of them.
         """
         known = [each for each, row in METHODS.items() if row.share or each == "dense"]
+        if name in METHODS and name not in known:
+            row = METHODS[name]
+            example = f"{name}:{row.knob}={row.knobs[len(row.knobs) // 2]:g}"
+            raise ValueError(
+                f"{name} has no option that says its density: name its options, as in {example}; `sparseprefill "
+                "compare --knobs-at` finds those of a density on a model"
+            )
         if name not in known:
             raise ValueError(f"no budget of {name!r} is known for a density: choose one of {', '.join(known)}")
         row = METHODS[name]
@@ -52,7 +59,11 @@ class MethodSpec:
         if self.label == "dense":
             return False
         row = METHODS.get(self.name)
-        return self.options.get("last_rows_dense", last_rows_dense) > 0 or (row is not None and row.looks_ahead)
+        if self.options.get("last_rows_dense", last_rows_dense) > 0 or (row is not None and row.looks_ahead):
+            return True
+        # what goes around another method looks ahead where that one does
+        inner = self.options.get("inner", row.inner) if row is not None and row.wraps else None
+        return isinstance(inner, str) and MethodSpec(inner).looks_ahead()
 
     @contextlib.contextmanager
     def applied(self, model: PreTrainedModel, **settings: Any) -> Iterator[Patch | None]:

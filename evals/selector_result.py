@@ -28,7 +28,7 @@ DENSITIES = (0.05, 0.1, 0.2, 0.3)
 WORKS = (0.2, 0.3, 0.5, 0.7)
 """Tile work and work of finding the blocks together, at which a table compares."""
 
-_DIGITS = 4  # in a result
+_DIGITS = 6  # in a result
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +101,20 @@ class SelectorResult:
                 found[each.family] = str(error)
         return found
 
+    def rounded(self) -> SelectorResult:
+        """With the digits that `to_dict` keeps, so that tables say the same before and after a file."""
+        return dataclasses.replace(
+            self, curves=tuple(Curve(**_tuples(_plain(each))) for each in self.curves),
+            times=tuple(SelectorTime(**_tuples(_plain(each))) for each in self.times),
+        )  # fmt: skip
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, numbers rounded."""
-        curves = [
-            {name: _rounded(value, name) for name, value in dataclasses.asdict(each).items() if value is not None}
-            for each in self.curves
-        ]
         return {
             "schema": SCHEMA, "settings": self.settings, "provenance": self.provenance,
             "bounds": {group: dataclasses.asdict(each) for group, each in self.bounds.items()},
             "refused": [dataclasses.asdict(each) for each in self.refused],
-            "times": [{name: _rounded(value, name) for name, value in dataclasses.asdict(each).items()}
-                      for each in self.times],
-            "curves": curves,
+            "times": list(map(_plain, self.times)), "curves": list(map(_plain, self.curves)),
         }  # fmt: skip
 
     @staticmethod
@@ -297,6 +298,11 @@ def _times_table(times: Sequence[SelectorTime], markdown: bool) -> str:
         for each in times
     ]  # fmt: skip
     return table(head, rows, markdown=markdown)
+
+
+def _plain(each: Curve | SelectorTime) -> dict[str, Any]:
+    """Its fields, but for those that are None."""
+    return {name: _rounded(value, name) for name, value in dataclasses.asdict(each).items() if value is not None}
 
 
 def _rounded(value: Any, name: str = "") -> Any:

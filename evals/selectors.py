@@ -176,6 +176,9 @@ def compare(
             if first:
                 takes_part[key], reasons = accepted(given, some, tile)
                 refused += reasons
+                if not found and not takes_part[key]:  # of the first tile, on which all are to meet
+                    said = "; ".join(f"{each.family}: {each.reason}" for each in refused)
+                    raise ValueError(f"no method can run on these tiles ({said}): name another tile")
             if not takes_part[key]:
                 continue
             scored = measured(given, takes_part[key], tile, quantile=quantile, every=every, errors=errors)
@@ -188,9 +191,6 @@ def compare(
         progress(1)
     if not takes_part:
         raise ValueError("there is nothing to compare on: give at least one prompt or made-up head")
-    if not found:
-        said = "; ".join(f"{each.family}: {each.reason}" for each in refused)
-        raise ValueError(f"no method can run on these tiles ({said}): name another tile")
     curves = [
         curve for key, some in found.items() for curve in (*_curves(*key, some), *_allocated(*key, some, per_head))
     ]

@@ -155,12 +155,17 @@ def _uniform(family: str) -> str:
     return family.removesuffix(", per head")
 
 
+def check_picture(path: Path) -> None:
+    """Raise ValueError for a file that does not end as a PNG. To be asked before work."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"the picture is a PNG file: name one that ends in .png, not {path.name}")
+
+
 def write_selectors(result: SelectorResult, path: Path, groups: Sequence[str] | None = None) -> None:
     """`draw_selectors` as a PNG file; None: the groups of models, or all where there is none.
 
-    Raises ValueError for another ending, and what `check_folder` raises.
+    Raises what `check_picture` and `check_folder` raise.
     """
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"the picture is a PNG file: name one that ends in .png, not {path.name}")
+    check_picture(path)
     check_folder(path)
     write_bytes(path, to_png(draw_selectors(result, groups or of_models(result.groups) or None)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +144,7 @@ def check_ratio(name: str, ratio: float) -> None:
     """Raise ValueError or TypeError unless `ratio` is a finite number of at least 0."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
         raise TypeError(f"{name} must be a number, got {ratio!r:.80}")
-    if not 0.0 <= ratio < math.inf:
+    if not 0.0 <= ratio <= sys.float_info.max:
         raise ValueError(f"{name} must be at least 0 and finite, got {ratio!r:.80}")
 
 

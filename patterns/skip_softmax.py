@@ -8,7 +8,7 @@ of their queries, the exponentials, the values and their product are skipped.
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class SkipSoftmax:
     def __post_init__(self) -> None:
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
             raise TypeError(f"scale must be a number, got {self.scale!r:.80}")
-        if not 0.0 <= self.scale < math.inf:
+        if not 0.0 <= self.scale <= sys.float_info.max:
             raise ValueError(f"scale must be at least 0 and finite, got {self.scale!r:.80}")
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r:.80}")

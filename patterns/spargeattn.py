@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -85,7 +86,7 @@ class SpargeAttn:
         if self.pv_skip is not None:
             if isinstance(self.pv_skip, bool) or not isinstance(self.pv_skip, (int, float)):
                 raise TypeError(f"pv_skip must be a number of at least 0, or None, got {self.pv_skip!r:.80}")
-            if not 0.0 <= self.pv_skip < math.inf:
+            if not 0.0 <= self.pv_skip <= sys.float_info.max:
                 raise ValueError(f"pv_skip must be at least 0 and finite, got {self.pv_skip!r:.80}")
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:

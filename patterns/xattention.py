@@ -49,7 +49,7 @@ class XAttention:
     threshold: float | tuple[float, ...] | None = None  # share of the mass, in [0, 1]; or one for each query head
     keep: Budget | None = None  # instead: tokens, or a share of the visible keys
     stride: int = 8  # tokens of which one pair in `stride` is looked at: 4, 8 or 16
-    impl: str = "auto"  # what multiplies: "torch" or "triton"
+    product: str = "auto"  # what multiplies: "torch" or "triton"
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.keep is not None:
@@ -73,7 +73,7 @@ class XAttention:
     @property
     def estimator(self) -> Antidiagonal:
         """What scores the tiles."""
-        return Antidiagonal(self.stride, self.impl)
+        return Antidiagonal(self.stride, self.product)
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         prepared = self.estimator.prepare(inputs, grid)
@@ -94,7 +94,7 @@ class XAttention:
     @property
     def family(self) -> tuple[Any, ...]:
         """Thresholds and budgets share the scores that these options give."""
-        return XAttention, self.stride, self.impl
+        return XAttention, self.stride, self.product
 
     def estimate(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Tensor, PreparedGroups]:
         """Mass of all tiles, [batch, query_heads, rows, key_blocks], which `choose` cuts; see `patterns.nested`."""

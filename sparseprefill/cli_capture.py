@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sparseprefill.cli_options import Numbers, Places, clear_errors, progress_bar
+from sparseprefill.cli_options import Numbers, Places, clear_errors, progress_bar, refuse_input
 
 
 @click.command()
@@ -43,6 +43,7 @@ def capture(
     from sparseprefill.files import check_folder
 
     with clear_errors():
+        refuse_input(out, [prompts])
         check_folder(out)  # before minutes of work
         if out.exists() and not again:
             raise ValueError(f"{out} is there: --again replaces it")

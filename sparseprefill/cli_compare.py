@@ -70,7 +70,7 @@ def compare(
     """
     from sparseprefill.estimators.selection import check_share
     from sparseprefill.evals.selector_result import WORKS
-    from sparseprefill.evals.selectors_figures import write_selectors
+    from sparseprefill.evals.selectors_figures import check_picture, write_selectors
     from sparseprefill.files import check_folder, write_text
 
     with clear_errors():
@@ -78,19 +78,24 @@ def compare(
             check_share("a density", knobs_at)
         for file in (out, png):
             if file is not None:
-                refuse_input(file, captures)
+                refuse_input(file, [*captures, *([prompts] if (prompts := given["prompts"]) else [])])
                 check_folder(file)  # before minutes of measuring
-        if out is not None and png is not None:
-            refuse_input(png, [out])
+        if png is not None:
+            check_picture(png)
+            refuse_input(png, [] if out is None else [out])
         asked = _Asked(captures=captures, densities=densities, **given)
         asked.check(knobs_at, works)
         asked.check_inputs()
-        found = asked.sale_result() if asked.sale else asked.result()
+        found = (asked.sale_result() if asked.sale else asked.result()).rounded()
+        at = {"densities": list(densities), "works": list(works or WORKS)}  # of the tables, which the file can make
+        found = dataclasses.replace(found, settings=found.settings | at)
         click.echo(found.text(densities, works or WORKS, markdown=markdown))
         if knobs_at is not None:
             _say_knobs(found, knobs_at)
         if out is not None:
-            lines = json.dumps(found.to_dict(), separators=(",", ":")).replace('{"group"', '\n{"group"')
+            lines = json.dumps(found.to_dict(), separators=(",", ":"), allow_nan=False).replace(
+                '{"group"', '\n{"group"'
+            )
             write_text(out, lines + "\n")
             click.echo(f"wrote {out}")
         if png is not None:
@@ -142,6 +147,11 @@ class _Asked:
             for name in ("lengths", "samples", "prompts"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"--{name} is of prompts of a model, and none runs: name MODEL, or leave it out")
+            for name, given in (("dtype", self.dtype != "auto"), ("trust-remote-code", self.trust_remote_code)):
+                if given:
+                    raise ValueError(f"--{name} is of a model, and none runs: name MODEL, or leave it out")
+            if self.seed is not None and not self.planted:
+                raise ValueError("--seed is of built-in prompts and made-up heads, and there are none: leave it out")
         if self.repeats is not None and not self.timed:
             raise ValueError("--repeats is for --time: add that, or leave --repeats out")
         if self.sale:
@@ -156,9 +166,13 @@ class _Asked:
                 raise ValueError(f"--{name} is for --sale: add that, or leave it out")
 
     def check_inputs(self) -> None:
-        """Refuse captures and made-up heads that cannot be, before minutes of measuring."""
+        """Refuse what cannot be measured or measured on, before minutes of measuring."""
+        from sparseprefill.evals.loading import check_device
         from sparseprefill.evals.planted_heads import planted_heads
+        from sparseprefill.patterns.scores import check_quantile
 
+        check_quantile(self.quantile)
+        check_device(self._device())
         self._captures()
         if self.planted:
             planted_heads(self.planted)

@@ -89,9 +89,11 @@ def specs(chosen: tuple[str, ...], density: float | None) -> list[Any]:
     Raises ValueError for a density that no method uses.
     """
     from sparseprefill.evals.methods import MethodSpec
+    from sparseprefill.patterns.methods import METHODS
 
     parsed = [MethodSpec.parse(text) for text in chosen or GRID_METHODS]
-    if density is not None and not any(spec.name in GRID_METHODS[1:] and not spec.options for spec in parsed):
+    bare = [spec.name for spec in parsed if not spec.options]
+    if density is not None and not any(name in METHODS and METHODS[name].share for name in bare):
         raise ValueError(f"no method here takes a density of {density} for its budget: leave --density out")
     density = 0.2 if density is None else density
     if not any(spec.label == "dense" for spec in parsed):
@@ -104,7 +106,7 @@ def _with_budget(name: str, density: float) -> Any:
     from sparseprefill.prefill import resolve_method
 
     if name not in GRID_METHODS:
-        resolve_method(name)  # its own defaults, or the error that names it
+        resolve_method(name)  # for the error that names it
     return MethodSpec.at_density(name, density)
 
 

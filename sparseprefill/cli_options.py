@@ -52,9 +52,11 @@ class Places(AnyType):
             ends = (first, last if dash else first)
             if not all(end.isdecimal() and len(end) <= 5 for end in ends):
                 self.fail(f"{value!r} is not a list of numbers like 0,2,5-7", param, ctx)
+            if int(ends[0]) > int(ends[1]):
+                self.fail(f"{part.strip()!r} ends before it begins", param, ctx)
             found += range(int(ends[0]), int(ends[1]) + 1)
-        if not found or len(set(found)) < len(found):
-            self.fail(f"{value!r} names none, or one twice", param, ctx)
+        if len(set(found)) < len(found):
+            self.fail(f"{value!r} names one twice", param, ctx)
         return tuple(found)
 
 

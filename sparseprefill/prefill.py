@@ -67,9 +67,15 @@ def _by_name(method: str, options: dict[str, Any]) -> Pattern | ModelPatterns:
     others = {name: value for name, value in options.items() if name not in row.options}
     if row.wraps:  # what is not its own belongs to the method that it goes around
         own = {name: value for name, value in options.items() if name not in others and name != "inner"}
-        if "inner" not in options:
-            others = row.around(others)
-        inner = resolve_method(options.get("inner", row.inner), **others)
+        around = options.get("inner", row.inner)
+        served = options_of(method, around)
+        for name in others:
+            if name not in served and isinstance(around, str) and around in METHODS:
+                raise ValueError(
+                    f"neither {method!r} nor {around!r:.80}, around which it goes, has an option {name!r}."
+                    f"{_nearest(name, served)} Their options: {', '.join(served)}"
+                )
+        inner = resolve_method(around, **(others if "inner" in options else row.around(others)))
         if isinstance(inner, ModelPatterns):
             raise ValueError(f"{method} goes around one method, and a profile is a pattern for each head: name another")
         return row.build(inner=inner, **own)
@@ -79,6 +85,18 @@ def _by_name(method: str, options: dict[str, Any]) -> Pattern | ModelPatterns:
     if options.get("profile") is not None:
         return _from_profile(method, row, options)
     return row.build(**{name: value for name, value in options.items() if name != "profile"})
+
+
+def options_of(method: Any, inner: Any = None) -> tuple[str, ...]:
+    """Names of the options that go with a method's name; for a wrapper also those of what it goes around.
+
+    `inner`: that method, None for the usual one. Objects and unknown names have no options.
+    """
+    row = METHODS.get(method) if isinstance(method, str) else None
+    if row is None:
+        return ()
+    around = options_of(row.inner if inner is None else inner) if row.wraps else ()
+    return tuple(dict.fromkeys((*row.options, *around)))
 
 
 def _from_profile(method: str, row: MethodRow, options: dict[str, Any]) -> ModelPatterns:
@@ -302,8 +320,11 @@ def method_page(method: str) -> str:
     return f"docs/methods/{method}.md"
 
 
+_WORDS = {"True": True, "False": False, "None": None}  # as Python writes what JSON has in small letters
+
+
 def parse_options(text: str) -> dict[str, Any]:
-    """`keep=0.2,sink=64` as a dictionary: numbers where they are numbers, text elsewhere."""
+    """`keep=0.2,sink=64` as a dictionary: numbers where they are numbers, so True, False and None; text elsewhere."""
     options: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, value = part.partition("=")
@@ -312,5 +333,5 @@ def parse_options(text: str) -> dict[str, Any]:
         try:
             options[name.strip()] = json.loads(value)
         except (ValueError, RecursionError):  # no JSON, or numbers of thousands of digits
-            options[name.strip()] = value.strip()
+            options[name.strip()] = _WORDS.get(value.strip(), value.strip())
     return options

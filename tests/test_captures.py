@@ -171,6 +171,10 @@ def rewritten(path: Path, **changes: Any) -> None:
         ({"colour": "red"}, "colour"),
         ({"scale": -1.0}, "scale"),
         ({"softcap": 0.0}, "softcap"),
+        ({"scale": 10**400}, "scale is a number of"),
+        ({"softcap": 1e300}, "softcap"),
+        ({"group": "a\x1b[31mred"}, "group is"),
+        ({"name": "two\nlines"}, "not one line"),
     ],
 )
 def test_entries_that_are_not_as_they_say_are_refused(path: Path, changes: dict[str, Any], said: str) -> None:
@@ -301,6 +305,15 @@ def test_the_command(tmp_path: Path) -> None:
     assert len(load_capture(out)) == 1
 
 
+def test_prompts_are_not_written_over(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some words " * 400, encoding="utf-8")
+    done = run("--lengths", "512", "--prompts", text, "--out", text, "--again")
+    assert done.exit_code == 1
+    assert "named twice" in done.output
+    assert text.read_text(encoding="utf-8").startswith("some words")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -308,6 +321,8 @@ def test_the_command(tmp_path: Path) -> None:
         (["--heads", "99"], "no head 99"),
         (["--layers", "0,0"], "one twice"),
         (["--layers", "3-"], "0,2,5-7"),
+        (["--layers", "0,3-1"], "'3-1' ends before it begins"),
+        (["--device", "no_such"], "there is no device 'no_such' here"),
         (["--heads", "0-99999999"], "0,2,5-7"),
         (["--prompts", "builtin:no_such"], "no_such"),
     ],

@@ -108,5 +108,9 @@ def test_options_are_parsed() -> None:
     assert MethodSpec.parse("dense").label == "dense"
     with pytest.raises(ValueError, match="name=value"):
         MethodSpec.parse("a_shape:sink")
+    assert MethodSpec.parse("pbs:force_first=False") == MethodSpec.parse("pbs:force_first=false")
+    assert MethodSpec.parse(MethodSpec("pbs", {"force_first": False}).label).options == {"force_first": False}
+    with pytest.raises(ValueError, match=r"name its options, as in stem:keep=0\.1;"):
+        MethodSpec.at_density("stem", 0.2)
     with pytest.raises(ValueError, match="no budget of 'x' is known"):
         MethodSpec.at_density("x", 0.2)

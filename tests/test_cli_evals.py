@@ -227,6 +227,18 @@ def test_what_cannot_be_evaluated_is_a_message(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_density_is_for_every_method_that_takes_one() -> None:
+    made = cli_evals.specs(("flashprefill", "pbs", "stem:keep=0.3"), 0.4)
+    assert [each.label for each in made[1:]] == [
+        "flashprefill:sink=64,local=128,keep=0.4",
+        "pbs:keep=0.4",
+        "stem:keep=0.3",
+    ]
+    for chosen in (("stem:keep=0.3",), ("flashprefill:alpha=0.3",), ("no_such",)):
+        with pytest.raises(ValueError, match="leave --density out"):
+            cli_evals.specs(chosen, 0.4)
+
+
 def test_one_gpu_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr("sparseprefill.evals.loading.load_model", lambda name, **given: asked.append(given["device"]))

@@ -347,6 +347,9 @@ def test_methods_that_look_ahead_are_marked() -> None:
     assert MethodSpec("vertical_slash").looks_ahead()
     assert A_SHAPE.looks_ahead(last_rows_dense=64)
     assert not A_SHAPE.looks_ahead()
+    assert not MethodSpec.parse("skip_softmax:inner=block_sparse,scale=3").looks_ahead()
+    assert MethodSpec.parse("skip_softmax:inner=vertical_slash,scale=3").looks_ahead()  # through what it goes around
+    assert MethodSpec.parse("skip_softmax:inner=skip_softmax").looks_ahead() is False
     task = Fidelity(Letters(), [LENGTH], windows=1, layers=False)
     model = tiny_model("llama")
     for spec, rows, marked in ((MethodSpec("vertical_slash"), 0, True), (A_SHAPE, 0, False), (A_SHAPE, 64, True)):

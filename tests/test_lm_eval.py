@@ -196,6 +196,9 @@ def test_the_model_is_given_back_as_it_was(loaded: Any) -> None:
     assert lm.spec.label == "a_shape:sink=64,window=128"
     assert lm.patch.active
     lm.remove()
+    around = model_class()(model, tokenizer=loaded[1], method="pbs:inner=flashprefill", alpha=0.3, segment=128)
+    assert around.spec.label == "pbs:inner=flashprefill,alpha=0.3,segment=128"
+    around.remove()
     assert model.config is config
     assert config._attn_implementation == before
 
@@ -219,6 +222,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "option of another method": (
         {"method": "a_shape", "keep": 0.2},
         "nor an option of the method a_shape \\(sink, win",
+    ),
+    "option of neither": (
+        {"method": "pbs:inner=flashprefill", "threshold": 0.2},
+        r"nor an option of the method pbs \(inner, .*alpha",
     ),
     "bad option": ({"method": "block_sparse", "keep": 2.0}, "keep"),
     "given twice": ({"method": "block_sparse:keep=0.2", "keep": 0.3}, "given twice"),

@@ -7,8 +7,10 @@ dtypes every block that differs lies within the score error of the cut.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.coverage import coverage
 from sparseprefill.estimators import MeanPooled, Probe, TopK, keep_blocks
 from sparseprefill.estimators.relative_attention import scored_blocks
+from sparseprefill.huggingface import patch_model
 from sparseprefill.kernels import block_sparse_attention
 from sparseprefill.patterns import (
     AShape,
@@ -293,6 +296,29 @@ class TestSelectorContract:
         alone = {name for name, row in METHODS.items() if row.kind != "wrapper"}  # those have tests of their own
         assert {name.partition("-")[0] for name in CASES} | {"minference"} == alone
         assert METHODS["minference"].looks_ahead
+
+    def test_options_of_several_numbers_survive_a_profile(self, tmp_path: Path) -> None:
+        several = (
+            resolve_method("xattention", threshold=(0.3, 0.4), product="torch"),
+            resolve_method("stem", keep=0.2, decay=(0.7, 0.8)),
+            resolve_method("spargeattn", cdf=(0.9, 0.8), similarity=(0.1, 0.2)),
+        )
+        save_patterns(ModelPatterns((several,)), tmp_path / "profile.json")
+        assert load_patterns(tmp_path / "profile.json").layers == (several,)
+
+    @pytest.mark.parametrize(
+        ("method", "option"),
+        [("flashprefill", "alpha"), ("stem", "value_bonus"), ("spargeattn", "pv_skip"), ("skip_softmax", "scale")],
+    )
+    def test_whole_numbers_that_no_float_holds_are_refused(self, method: str, option: str) -> None:
+        resolve_method(method, **{option: 3})
+        with pytest.raises(ValueError, match=option):
+            resolve_method(method, **{option: 10**400})
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_no_option_is_hidden_by_one_of_the_patch(self, method: str) -> None:
+        taken = set(inspect.signature(patch_model).parameters) - {"profile"}
+        assert not taken & set(METHODS[method].options)
 
     @pytest.mark.parametrize("method", CASES)
     def test_last_rows_dense_is_an_option_of_every_method(self, method: str) -> None:

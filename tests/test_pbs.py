@@ -302,7 +302,11 @@ def test_what_cannot_be_is_refused() -> None:
         Pbs(force_first=1)
     with pytest.raises(ValueError, match="whole layer"):
         PerHead((Pbs(), Dense()))
-    with pytest.raises(ValueError, match="no option 'sgment'"):
+    with pytest.raises(ValueError, match=r"neither 'pbs' nor 'block_sparse', .* 'sgment'. Did you mean 'segment'"):
         resolve_method("pbs", sgment=128)
+    with pytest.raises(ValueError, match="unknown method 'block_spares'"):
+        resolve_method("pbs", inner="block_spares", keep=0.2)
+    with pytest.raises(ValueError, match="options go with a method's name"):
+        resolve_method("pbs", inner=Dense(), keep=0.2)
     with pytest.raises(ValueError, match="a pattern for each head"):
         resolve_method("pbs", inner="minference", profile="inside")

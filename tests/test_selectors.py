@@ -247,8 +247,19 @@ def test_what_a_tile_is_refused_by_is_named_and_left_out() -> None:
     assert (refused.family, refused.tile, refused.group) == ("vertical_slash", (32, 16), "g")
     assert "square" in refused.reason
     assert "vertical_slash  32 x 16  1 / 1   vertical-slash needs square tiles" in result.text()
-    with pytest.raises(ValueError, match=r"no method can run on these tiles \(vertical_slash: .*another tile"):
-        compare([inputs], chosen[:9], tiles=[(32, 16)])
+    for native in (False, True):  # a native tile does not stand in for the one that was asked for
+        with pytest.raises(ValueError, match=r"no method can run on these tiles \(vertical_slash: .*another tile"):
+            compare([inputs], chosen[:9], tiles=[(32, 16)], native=native)
+
+
+def test_attention_that_overflows_is_refused_and_values_of_zero_are_no_error() -> None:
+    inputs, chosen = make_inputs(queries=160), method_selectors(["block_sparse"])[:2]
+    wild = dataclasses.replace(inputs, scale=3e38)
+    with pytest.raises(ValueError, match="'wild' overflows"):
+        compare([NamedInputs("wild", "g", wild)], chosen, per_head={})
+    silent = dataclasses.replace(inputs, value=torch.zeros_like(inputs.value))
+    (curve,) = compare([NamedInputs("", "g", silent)], chosen, per_head={}, errors=True).curves
+    assert curve.error == (0.0, 0.0)
 
 
 def test_each_method_also_meets_on_its_native_tile() -> None:
@@ -531,6 +542,9 @@ def test_the_command_on_made_up_heads(tmp_path: Path) -> None:
         assert title in done.output
     assert "random +" in done.output
     assert "the groups of models" not in done.output
+    at = (result.settings["densities"], result.settings["works"])
+    assert at == ([0.6, 0.75], [0.6, 0.8])
+    assert result.text(*at) in done.output, "the file says what the tables said"
 
 
 def test_the_command_on_a_capture(tmp_path: Path) -> None:
@@ -585,6 +599,12 @@ def test_the_command_on_a_capture(tmp_path: Path) -> None:
         (["--capture", __file__], "no safetensors file"),
         (["--out", "no_such_folder/x.json"], "no folder"),
         (["--lengths", "512", "--prompts", "builtin:no_such"], "no_such"),
+        (["--png", "picture.jpg"], "ends in .png"),
+        (["--quantile", "nan"], "quantile"),
+        (["--device", "no_such"], "there is no device 'no_such' here"),
+        (["--only-planted", "--dtype", "bfloat16"], "--dtype is of a model"),
+        (["--capture", "x", "--planted", "0", "--seed", "2"], "--seed is of"),
+        (["--prompts", "x.json", "--out", "x.json"], "named twice"),
     ],
 )
 def test_the_command_refuses(options: list[str], said: str) -> None:

@@ -366,6 +366,7 @@ def test_nothing_is_read_back_from_a_device() -> None:
         ({"similarity": math.nan}, r"similarity must be in \[-1, 1\]"),
         ({"similarity": "0"}, r"similarity must be a number in \[-1, 1\], or a tuple"),
         ({"similarity": [0.1, "0"]}, r"similarity must be a number in \[-1, 1\], or a tuple"),
+        ({"similarity": [[0.1], 0.2]}, r"similarity must be a number in \[-1, 1\], or a tuple"),
         ({"similarity": (0.1, -2.0)}, r"similarity must be in \[-1, 1\], got -2.0"),
         ({"similarity": ()}, "similarity has no numbers"),
         ({"cdf": -0.1}, r"cdf must be in \[0, 1\], got -0.1"),

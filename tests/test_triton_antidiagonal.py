@@ -122,7 +122,7 @@ def test_padding_is_not_read(value: float) -> None:
     # of batch row 0, grid row 6 from slot 3 on
     dirty.key[0, 0, 105] = value
     dirty = dataclasses.replace(dirty, query=dirty.query.abs() + 10)
-    got, want = (XAttention(0.5, stride=4, impl=each) for each in ("triton", "torch"))
+    got, want = (XAttention(0.5, stride=4, product=each) for each in ("triton", "torch"))
     grid = BlockGrid.of(dirty, 16, 16)
     index, other = got.build_index(dirty, grid), want.build_index(dirty, grid)
     assert torch.equal(index.to_mask(), other.to_mask())
@@ -136,7 +136,8 @@ def test_padding_is_not_read(value: float) -> None:
 def test_xattention_lists_the_same_blocks(options: dict[str, Any]) -> None:
     inputs = inputs_of({"queries": 200, "dtype": BF16})
     grid = BlockGrid.of(inputs, 16, 16)
-    got, want = (XAttention(stride=4, impl=each, **options).build_index(inputs, grid) for each in ("triton", "torch"))
+    made = (XAttention(stride=4, product=each, **options) for each in ("triton", "torch"))
+    got, want = (pattern.build_index(inputs, grid) for pattern in made)
     got.validate(inputs)
     assert torch.equal(got.to_mask(), want.to_mask()), "seeds for which no block is at the cut"
 
@@ -154,7 +155,7 @@ def test_says_what_it_cannot_score(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert reason in (why_not_antidiagonal(inputs_of({"queries": 40} | fields), block_k, stride) or "")
     with pytest.raises(NotImplementedError, match=r"triton cannot score antidiagonals: .* and 48 keys are 6"):
-        XAttention(stride=8, impl="triton").build_index(inputs, BlockGrid.of(inputs, 16, 48))
+        XAttention(stride=8, product="triton").build_index(inputs, BlockGrid.of(inputs, 16, 48))
     bound = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
     zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     with pytest.raises(NotImplementedError, match="not of 2"):
@@ -200,7 +201,7 @@ def test_long_prompts_on_the_gpu(dtype: torch.dtype, stride: int) -> None:
     )  # fmt: skip
     assert_same_mass(inputs, stride, (64, 64))
     got, want = (
-        XAttention(0.9, stride=stride, impl=each).build_index(inputs, BlockGrid.of(inputs, 64, 64)).to_mask()
+        XAttention(0.9, stride=stride, product=each).build_index(inputs, BlockGrid.of(inputs, 64, 64)).to_mask()
         for each in ("triton", "torch")
     )
     assert (got != want).float().mean() < 1e-3
@@ -229,7 +230,7 @@ def test_nothing_is_read_back_to_the_host(pattern: Any, no_reads: None) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pattern", [XAttention(0.9, impl="torch"), XAttention(0.9), Stem(keep=0.3)], ids=str)
+@pytest.mark.parametrize("pattern", [XAttention(0.9, product="torch"), XAttention(0.9), Stem(keep=0.3)], ids=str)
 def test_the_same_blocks_as_on_the_cpu(pattern: Any) -> None:
     inputs = make_inputs(queries=1500, head_dim=64, device=DEVICE)
     fields = {name: getattr(inputs, name).cpu() for name in ("query", "key", "value")}

@@ -263,7 +263,7 @@ def test_one_estimate_serves_all_knobs() -> None:
     inputs = make_inputs(batch=2, queries=200, head_dim=8, key_valid=left_padding(200, [0, 41]))
     patterns = [XAttention(t, stride=4) for t in (0.0, 0.5, 0.9, 1.0)] + [XAttention(keep=0.3, stride=4)]
     assert len({each.family for each in patterns}) == 1
-    assert len({each.family for each in (*patterns, XAttention(0.5), XAttention(0.5, impl="torch"))}) == 3
+    assert len({each.family for each in (*patterns, XAttention(0.5), XAttention(0.5, product="torch"))}) == 3
     for place, index in build_indexes(patterns, inputs, BlockGrid.of(inputs, 16, 16)):
         assert torch.equal(index.to_mask(), index_of(patterns[place], inputs).to_mask())
 
@@ -324,7 +324,7 @@ def test_rows_and_keys_in_slabs_are_the_same(monkeypatch: pytest.MonkeyPatch) ->
         ({"keep": 0}, "keep must be at least 1"),
         ({"stride": 2}, "stride must be one of 4, 8, 16, got 2"),
         ({"stride": 8.5}, "stride must be one of"),
-        ({"impl": "cuda"}, "unknown implementation 'cuda': choose one of auto, torch, triton"),
+        ({"product": "cuda"}, "unknown implementation 'cuda': choose one of auto, torch, triton"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
