@@ -172,7 +172,7 @@ METHODS: dict[str, MethodRow] = {
     "skip_softmax": MethodRow(
         SkipSoftmax, "kernel option", "of another method's blocks, what the kernel does not find negligible",
         "arXiv:2512.12087", False, "identical", (128, 128), knob="scale",
-        knobs=(1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.1),
+        knobs=(1000.0, 100.0, 10.0, 1.0),  # each costs a whole pass over the logits to measure
     ),
     "random": MethodRow(
         RandomBlocks, "static", "random blocks, sink and window: the control", "", False, "identical",
