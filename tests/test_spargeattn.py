@@ -387,7 +387,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 
 def test_similarity_is_that_of_directions() -> None:
     """Short vectors count as long ones; and not even blocks of one vector each are above 1."""
-    inputs = make_inputs(queries=96, head_dim=8)
+    inputs = make_inputs(queries=96, head_dim=4)
     short = dataclasses.replace(inputs, query=inputs.query * 1e-6, key=inputs.key * 1e-6)
     grid = BlockGrid.of(inputs, 16, 16)
     long, low = (SelfSimilarity.of(each, grid).scores(0, grid.rows) for each in (inputs, short))
