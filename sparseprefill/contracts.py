@@ -329,7 +329,8 @@ class BlockGrid:
             low_block = torch.maximum(low_block, self.since)
             high_block = torch.minimum(high_block, self.until)
             low_block = torch.where(high_block > low_block, low_block, 0)
-        return low_block.clamp(max=self.key_blocks - 1), torch.maximum(high_block, low_block + 1)
+        low_block = low_block.clamp(max=self.key_blocks - 1)  # a window may begin where a cache has ended
+        return low_block, torch.maximum(high_block, low_block + 1)
 
     def visible_block_mask(self, inputs: AttentionInputs) -> Tensor:
         """bool [batch, rows, key_blocks] of `visible_blocks`."""

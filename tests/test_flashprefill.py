@@ -86,6 +86,22 @@ def test_in_run_dtypes_it_differs_only_at_the_cut(dtype: torch.dtype) -> None:
     assert ((mask_of(pattern, inputs) == mask_of(pattern, exact)) | near).all()
 
 
+def test_a_rounded_sink_is_left_out_whole() -> None:
+    """20 tokens are two blocks of 16, kept both and rivals neither."""
+    query, key = torch.ones(1, 1, 80, 1), torch.zeros(1, 1, 80, 1)
+    key[:, :, 16:32] = 9.0
+    inputs = AttentionInputs(query, key, key, 1.0)
+    assert mask_of(FlashPrefill(alpha=0.5, sink=20, local=0, sink_counts=False), inputs)[0, 0, 4, :4].all()
+    assert not mask_of(FlashPrefill(alpha=0.5, sink=20, local=0), inputs)[0, 0, 4, 2:4].any()
+
+
+def test_a_query_does_not_speak_for_what_its_window_has_left() -> None:
+    """The last query of a row sees its own block alone; the 15 before it reach into the block behind."""
+    inputs = AttentionInputs(*(torch.zeros(1, 1, 80, 1) for _ in range(3)), 1.0, window=16)
+    energy = FlashPrefill().estimate(inputs, BlockGrid.of(inputs, 16, 16))[0, 0, 4]
+    assert energy.tolist() == pytest.approx([-math.inf] * 3 + [math.log(15), 0.0])
+
+
 def test_slabs_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(batch=2, query_heads=4, kv_heads=2, queries=200, keys=250, query_start=50)
     inputs = dataclasses.replace(inputs, key_valid=left_padding(250, [0, 37]))

@@ -399,3 +399,17 @@ def test_what_it_costs_and_is_expected_to_keep() -> None:
     bounded = FlexPrefill(tau=0.0, max_budget=1024).expected_density(1 << 17)
     assert bounded == pytest.approx(2 * 2048 / (1 << 17), rel=0.01)
     assert FlexPrefill(max_budget=1024).expected_density(1 << 17) == 0.5  # a query-aware head may keep more
+
+
+def test_what_the_last_queries_see_begins_with_a_real_one() -> None:
+    """The window of a slot that holds padding does not count."""
+    inputs = make_inputs(query_heads=1, kv_heads=1, queries=64, head_dim=1, window=24)
+    inputs.query[...], inputs.key[...] = 1.0, 0.0
+    valid = torch.ones(1, 64, dtype=torch.bool)
+    valid[:, 48:62] = False  # of the last 16 queries, those of slots 62 and 63 ask: they see 39 to 63
+    inputs = dataclasses.replace(inputs, key_valid=valid)
+    last = LastBlock.of(inputs, BlockGrid.of(inputs, 16, 16))
+    # means of equal keys say: as much in block 2 as in block 3; what is true: 9 or 8 keys of block 2, 1 or 2 of block 3
+    column = torch.tensor([0.0, 0.0, (9 / 10 + 8 / 10) / 2, (1 / 10 + 2 / 10) / 2], dtype=torch.float64)
+    guess = torch.tensor([0.0, 0.0, 0.5, 0.5], dtype=torch.float64)
+    assert float(last.divergence) == pytest.approx(float(jensen_shannon(guess, column)), abs=1e-6)

@@ -37,6 +37,7 @@ from sparseprefill.patterns import (
     save_patterns,
 )
 from sparseprefill.patterns.expected_density import expected_density
+from sparseprefill.patterns.flashprefill import FlashPrefill
 from sparseprefill.patterns.methods import DEFAULT_OPTIONS, METHODS
 from sparseprefill.prefill import CostModel, kept_mass_sample, named_method, resolve_method
 from support import assert_within_budget, left_padding, make_inputs
@@ -443,3 +444,19 @@ def test_the_cost_model_has_a_break_even() -> None:
     assert model.sparse_is_cheaper(4096, 4096, 0.2)
     assert not model.sparse_is_cheaper(512, 512, 0.1)
     assert model.sparse_is_cheaper(128, 1 << 16, 0.1)  # a chunk far into a long cache
+
+
+def test_a_window_that_begins_where_a_cache_has_ended() -> None:
+    """Rows that see nothing name one block of the grid, and none beyond it."""
+    inputs = make_inputs(queries=30, keys=80, key_length=20, window=16)
+    for block_q, block_k in ((16, 16), (16, 8), (8, 16)):
+        grid = BlockGrid.of(inputs, block_q, block_k)
+        low, high = grid.visible_blocks(inputs)
+        assert bool(((low >= 0) & (low < high) & (high <= grid.key_blocks)).all())
+        index = BlockIndex.dense(inputs, grid)
+        index.validate(inputs)
+        result = block_sparse_attention(inputs, index)
+        assert bool((result.lse == -torch.inf).all())
+        assert result.output is not None
+        assert not result.output.any()
+        FlashPrefill(keep=16, sink=0, local=0).build_index(inputs, grid).validate(inputs)

@@ -285,6 +285,13 @@ def test_any_method_can_be_inside() -> None:
     assert expected_density(Pbs(BlockSparse(keep=0.2)), 1 << 20) == pytest.approx(0.2, abs=1e-3)
 
 
+def test_only_what_was_filled_is_sorted() -> None:
+    inputs = make_inputs(queries=20, keys=80, key_length=40)  # a cache that ends inside its second segment
+    inputs.key[:, :, 40:] = 3 * inputs.query[:, ::2].mean(2, keepdim=True)
+    parts = parts_for(Pbs(BlockSparse(mass=1.0, sink=0, local=0), segment=32), inputs)
+    torch.testing.assert_close(attend(parts).lse.double(), reference_attention(inputs).lse, rtol=0, atol=1e-5)
+
+
 def test_what_cannot_be_is_refused() -> None:
     inputs = make_inputs(queries=200)
     with pytest.raises(ValueError, match=r"no multiple of key blocks of 16"):

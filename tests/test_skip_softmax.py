@@ -76,6 +76,13 @@ def test_a_larger_scale_skips_more_and_the_density_says_so() -> None:
     assert density[-1] >= 0.5, "logits are computed, which is half of a tile"
 
 
+def test_lambda_is_for_the_keys_of_a_window() -> None:
+    inputs = make_inputs(queries=64, window=20)
+    index = SkipSoftmax(scale=2.0).build_index(inputs, BlockGrid.of(inputs, 16, 16))
+    assert index.skip is not None
+    torch.testing.assert_close(index.skip[0, 0].exp(), torch.tensor([2 / 16, 2 / 20, 2 / 20, 2 / 20]))
+
+
 def test_chunks_and_one_prefill_decide_alike() -> None:
     """lambda follows from what a row can see, whatever comes later."""
     inputs = make_inputs(queries=256, head_dim=8, scale=2.0)

@@ -386,6 +386,20 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
         SpargeAttn(**options)
 
 
+def test_similarity_is_that_of_directions() -> None:
+    """Short vectors count as long ones; and not even blocks of one vector each are above 1."""
+    inputs = make_inputs(queries=96, head_dim=4)
+    short = dataclasses.replace(inputs, query=inputs.query * 1e-6, key=inputs.key * 1e-6)
+    grid = BlockGrid.of(inputs, 16, 16)
+    long, low = (SelfSimilarity.of(each, grid).scores(0, grid.rows) for each in (inputs, short))
+    torch.testing.assert_close(low.query_similarity, long.query_similarity)
+    torch.testing.assert_close(low.key_similarity, long.key_similarity)
+    sign = torch.tensor([1.0, -1.0]).repeat(3).repeat_interleave(16)[:, None]  # the mean of all keys is 0
+    one = dataclasses.replace(inputs, key=sign.expand_as(inputs.key).clone(), query=torch.ones_like(inputs.query))
+    index = SpargeAttn(similarity=1.0, topk=1).build_index(one, grid)
+    assert torch.equal(index.to_mask(), Dense().build_index(one, grid).to_mask())
+
+
 def test_a_profile_holds_numbers_of_heads(tmp_path: Path) -> None:
     """JSON knows lists alone."""
     pattern = SpargeAttn(similarity=(0.0, 0.1), cdf=(0.5, 0.9))
