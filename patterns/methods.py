@@ -52,7 +52,7 @@ class MethodRow:
     fixed: dict[str, Any] = field(default_factory=dict)  # options that go with `share` and `knob`
     make: Callable[..., Pattern] | None = None  # called with the options; None: `pattern` itself
     names: tuple[str, ...] = ()  # options of `make` where they are others than the fields of `pattern`
-    inner: str = "dense"  # name of the method that a wrapper goes around where `inner=` names none,
+    inner: str = "dense"  # name of the method that a wrapper goes around where `inner=` names no other,
     around: Callable[[dict[str, Any]], dict[str, Any]] = dict  # and that one's options, made of those given
     profile: tuple[type[Any], ...] | None = None  # `profile=` gives each head one of these; (): any pattern
 

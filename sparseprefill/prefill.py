@@ -75,7 +75,7 @@ def _by_name(method: str, options: dict[str, Any]) -> Pattern | ModelPatterns:
                     f"neither {method!r} nor {around!r:.80}, around which it goes, has an option {name!r}."
                     f"{_nearest(name, served)} Their options: {', '.join(served)}"
                 )
-        inner = resolve_method(around, **(others if "inner" in options else row.around(others)))
+        inner = resolve_method(around, **(row.around(others) if around == row.inner else others))
         if isinstance(inner, ModelPatterns):
             raise ValueError(f"{method} goes around one method, and a profile is a pattern for each head: name another")
         return row.build(inner=inner, **own)

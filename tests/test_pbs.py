@@ -279,7 +279,7 @@ def test_any_method_can_be_inside() -> None:
         for part in parts:
             part.index.validate(part.inputs, empty_rows=True)
         assert not attend(parts).output.isnan().any()  # type: ignore[union-attr]
-    assert resolve_method("pbs") == Pbs()
+    assert resolve_method("pbs") == resolve_method("pbs", inner="block_sparse") == Pbs()
     assert resolve_method("pbs", keep=0.2, segment=128) == Pbs(BlockSparse(keep=0.2, sink=0, local=0), segment=128)
     assert resolve_method("pbs", inner="flashprefill", alpha=0.3) == Pbs(FlashPrefill(alpha=0.3))
     assert expected_density(Pbs(BlockSparse(keep=0.2)), 1 << 20) == pytest.approx(0.2, abs=1e-3)
