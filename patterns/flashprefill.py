@@ -26,10 +26,10 @@ from sparseprefill.patterns.own_blocks import with_own_blocks
 PUBLISHED = 0.12
 """The alpha of the paper's code for Qwen3-30B-A3B; 0.18 for Llama-3.1-8B, 0.08 for Qwen2.5."""
 
-OVERHEAD = 1.0
+OVERHEAD = 1.5
 """Time of the estimate over that of dense attention, times the keys of a block: the products are 1 / (2 block_k) of
-dense attention's multiply-adds, and what is not a product takes as long again (an assumption; docs/performance.md has
-what was measured).
+dense attention's multiply-adds, and what is not a product takes twice as long again (docs/performance.md; on a GPU an
+assumption).
 """
 
 # scores of queries and mean keys that are held at a time: on a CPU what stays in its cache

@@ -115,13 +115,13 @@ def _sale(**options: Any) -> Sale:
     return Sale(**options)
 
 
-DEFAULT = "block_sparse"
+DEFAULT = "stem"
 """The method where none is named and there is no profile, with the options of `DEFAULT_OPTIONS` where none are given.
 
 Provisional: chosen by `sparseprefill compare` on the model inside, made-up heads and captures; see docs/compare.md.
 """
 
-DEFAULT_OPTIONS: dict[str, Any] = {"keep": 0.2}
+DEFAULT_OPTIONS: dict[str, Any] = {"keep": 0.12, "decay": 0.7, "sink": 64, "local": 128}
 
 
 METHODS: dict[str, MethodRow] = {

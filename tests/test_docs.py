@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -22,12 +23,15 @@ from sparseprefill import calibration, cli
 from sparseprefill.evals.bench import first_token_times
 from sparseprefill.evals.compare import summarise
 from sparseprefill.evals.methods import MethodSpec
+from sparseprefill.evals.ranking import standings
 from sparseprefill.evals.results import EvalResult
+from sparseprefill.evals.selector_result import DENSITIES, WORKS, SelectorResult
 from sparseprefill.huggingface import patch_model
 from sparseprefill.huggingface_layers import Settings
 from sparseprefill.patterns.expected_density import expected_density
-from sparseprefill.patterns.methods import METHODS
+from sparseprefill.patterns.methods import DEFAULT, METHODS
 from sparseprefill.prefill import COST_MODELS, method_page, methods_table, resolve_method
+from sparseprefill.reports import number
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("*.md")}
@@ -228,6 +232,57 @@ def test_figures_on_which_method_are_those_of_the_results() -> None:
         expected += [f"{costs[labels[name], n].speed_up:.2f}x" for n in (16384, 32768)]
         expected.append(f"{costs[labels[name], 16384].kept_mass or 1:.3f}")
         assert figures.strip("| ").split(" | ") == expected, name
+
+
+def rows_of(section: str) -> Iterator[list[str]]:
+    """Cells of the rows of tables that begin with a name in backticks, the name without them."""
+    for line in re.findall(r"^\| `[^`]+` \|.*\|$", section, flags=re.MULTILINE):
+        name, *cells = line.strip("| ").split(" | ")
+        yield [name.strip("`"), *cells]
+
+
+def test_figures_of_the_comparison_are_those_of_the_results() -> None:
+    result = SelectorResult.load(ROOT / "docs/results/compare_cpu.json")
+    needles = EvalResult.load(ROOT / "docs/results/needle_methods_cpu.json")
+    labels = {method.name: method.label for method in needles.methods}
+    section = PAGES["docs/compare.md"].partition("\n## On the model inside\n")[2]
+    section, _, default = section.partition("\n## The default method\n")
+    models = [f"model, {length} tokens" for length in (8192, 16384)]
+    common, native, planted = [], [], []
+    for name, *cells in rows_of(section):
+        (native if " x " in cells[0] else planted if len(cells) == 7 else common).append((name, cells))
+    assert len(common) == len(planted) == 12
+    assert len(native) == 7
+    for name, cells in common:
+        expected = [number(result.curve(g, name).at(d)) for g in models for d in DENSITIES]
+        for length in (8192, 16384):
+            found = [a.values["found"] for i, a in needles.answers(labels[name]) if i.group["length"] == length]
+            expected.append(f"{100 * sum(found) / len(found):.0f}%")
+        assert cells == expected, name
+    for name, cells in native:
+        block_q, block_k = map(int, cells[0].split(" x "))
+        curve = result.curve(models[1], name, (block_q, block_k))
+        assert cells[1:] == [number(curve.at(density)) for density in DENSITIES], name
+    kinds = ("diffuse", "local", "slash", "vertical", "needle", "sink", "moving")
+    for name, cells in planted:
+        assert cells == [number(result.curve(f"planted: {kind}", name).at(0.1)) for kind in kinds], name
+    everywhere = [curve for group in result.groups for curve in result.on(group, result.tile)]
+    ranking = [each for each in standings(everywhere, WORKS, axis="work") if not each.control]
+    assert list(rows_of(default)) == [
+        [each.family, f"{each.worst}", f"{each.mean_rank:.2f}", f"{each.unreached} of {each.compared}"]
+        for each in ranking
+    ]
+    assert ranking[0].family == DEFAULT, "the default is what the comparison puts first"
+
+
+def test_figures_of_finding_the_blocks_are_those_of_the_results() -> None:
+    cells = json.loads((ROOT / "docs/results/overhead_estimators_cpu.json").read_text(encoding="utf-8"))["cells"]
+    shares = {(each["method"], each["dtype"]): f"{each['estimate']:.3f}" for each in cells}
+    section = PAGES["docs/performance.md"].partition("### The other methods")[2].partition("\n### ")[0]
+    rows = list(rows_of(section))
+    assert [row[0] for row in rows] == list(dict.fromkeys(each["method"] for each in cells))
+    for name, low, full, _ in rows:
+        assert (low, full) == (shares[name, "bfloat16"], shares[name, "float32"]), name
 
 
 def reasons_in_the_source() -> set[str]:
