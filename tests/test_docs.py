@@ -247,6 +247,7 @@ def test_figures_of_the_comparison_are_those_of_the_results() -> None:
     labels = {method.name: method.label for method in needles.methods}
     section = PAGES["docs/compare.md"].partition("\n## On the model inside\n")[2]
     section, _, default = section.partition("\n## The default method\n")
+    section, _, timed = section.partition("\n### And the time?\n")
     models = [f"model, {length} tokens" for length in (8192, 16384)]
     common, native, planted = [], [], []
     for name, *cells in rows_of(section):
@@ -266,6 +267,10 @@ def test_figures_of_the_comparison_are_those_of_the_results() -> None:
     kinds = ("diffuse", "local", "slash", "vertical", "needle", "sink", "moving")
     for name, cells in planted:
         assert cells == [number(result.curve(f"planted: {kind}", name).at(0.1)) for kind in kinds], name
+    times = SelectorResult.load(ROOT / "docs/results/compare_times_cpu.json").times
+    for name, *cells in rows_of(timed):
+        own = min((each for each in times if each.family == name), key=lambda each: abs(each.density - 0.2))
+        assert cells == [number(each) for each in (own.density, own.find, own.attend, own.total)], name
     everywhere = [curve for group in result.groups for curve in result.on(group, result.tile)]
     ranking = [each for each in standings(everywhere, WORKS, axis="work") if not each.control]
     assert list(rows_of(default)) == [
