@@ -35,8 +35,37 @@ from sparseprefill.patterns.skip_softmax import SkipSoftmax
 from sparseprefill.patterns.spargeattn import SpargeAttn
 from sparseprefill.patterns.stem import Stem
 from sparseprefill.patterns.xattention import XAttention
+from support import left_padding
 
 BLOCK = 16
+
+
+def with_holes(keys: int) -> torch.Tensor:
+    """bool [2, keys]: left padding, a block of nothing, and nothing right before the end."""
+    valid = left_padding(keys, [5, 40])
+    valid[0, 60:100] = False
+    valid[1, keys - 12 : keys - 9] = False
+    return valid
+
+
+INPUTS: dict[str, dict[str, Any]] = {
+    "plain": {"queries": 250},
+    "one-block": {"queries": 9},
+    "padded": {"batch": 2, "queries": 200, "key_valid": left_padding(200, [0, 75])},
+    "right-padded": {"batch": 2, "queries": 200, "key_valid": left_padding(200, [0, 75]).flip(1)},
+    "chunk": {"queries": 90, "keys": 250},
+    "softcap": {"queries": 150, "softcap": 1.5},
+}
+"""What every method meets its slow definition on."""
+
+MORE_INPUTS: dict[str, dict[str, Any]] = {
+    "window": {"queries": 200, "window": 100},
+    "packed": {"queries": 200, "segment": torch.tensor([[0] * 90 + [1] * 110])},
+    "packed late": {"queries": 200, "segment": torch.tensor([[0] * 190 + [1] * 10])},
+    "static-cache": {"queries": 100, "keys": 300, "query_start": 50, "key_length": 150},
+    "holes": {"batch": 2, "queries": 120, "keys": 250, "key_valid": with_holes(250)},
+}
+"""And some, in test files of their own."""
 
 Slow = Callable[[AttentionInputs, int, int, range, Any], dict[int, set[int]]]
 """(inputs, batch row, head, rows of the grid that hold a real query, pattern) -> the key blocks of each row."""

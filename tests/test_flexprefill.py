@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_cases import INPUTS, MORE_INPUTS
 from slow_flexprefill import asked_in, jensen_shannon, slow_flexprefill
 
 from sparseprefill import contracts
@@ -29,28 +30,6 @@ PATTERNS = {
 }
 
 
-def with_holes(keys: int) -> torch.Tensor:
-    """bool [2, keys]: left padding, a block of nothing, and nothing right before the end."""
-    valid = left_padding(keys, [5, 40])
-    valid[0, 60:100] = False
-    valid[1, keys - 12 : keys - 9] = False
-    return valid
-
-
-INPUTS: dict[str, dict[str, Any]] = {
-    "plain": {"queries": 250},
-    "one-block": {"queries": 9},
-    "padded": {"batch": 2, "queries": 200, "key_valid": left_padding(200, [0, 75])},
-    "right-padded": {"batch": 2, "queries": 200, "key_valid": left_padding(200, [0, 75]).flip(1)},
-    "chunk": {"queries": 90, "keys": 250},
-    "softcap": {"queries": 150, "softcap": 1.5},
-    "window": {"queries": 200, "window": 100},
-    "packed": {"queries": 200, "segment": torch.tensor([[0] * 190 + [1] * 10])},
-    "static-cache": {"queries": 100, "keys": 300, "query_start": 50, "key_length": 150},
-    "holes": {"batch": 2, "queries": 120, "keys": 250, "key_valid": with_holes(250)},
-}
-
-
 def index_of(pattern: Any, inputs: AttentionInputs, block: int = BLOCK) -> BlockIndex:
     index: BlockIndex = pattern.build_index(inputs, BlockGrid.of(inputs, block, block))
     return index
@@ -60,10 +39,12 @@ def last_block(inputs: AttentionInputs) -> LastBlock:
     return LastBlock.of(inputs, BlockGrid.of(inputs, BLOCK, BLOCK))
 
 
-@pytest.mark.parametrize("name", ["window", "packed", "static-cache", "holes"])  # the others: test_patterns.py
+@pytest.mark.parametrize("name", MORE_INPUTS)  # the others: test_patterns.py
 @pytest.mark.parametrize("kind", PATTERNS)
 def test_equals_the_slow_definition_in_float64(kind: str, name: str) -> None:
-    inputs = make_inputs(query_heads=4, kv_heads=2, head_dim=8, dtype=torch.float64, seed=3, **INPUTS[name])
+    inputs = make_inputs(
+        query_heads=4, kv_heads=2, head_dim=8, dtype=torch.float64, seed=3, **{**INPUTS, **MORE_INPUTS}[name]
+    )
     index = index_of(PATTERNS[kind], inputs)
     mask, grid = index.to_mask(), index.grid
     for b in range(inputs.batch):

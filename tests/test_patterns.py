@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_cases import BLOCK, CASES, slow_row, slow_window
+from method_cases import BLOCK, CASES, INPUTS, slow_row, slow_window
 
 from sparseprefill import contracts
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
@@ -70,16 +70,6 @@ def test_the_window_of_sale(window: int, segment: int) -> None:
             assert (published * segment, published_local) == (own, local)
         else:
             assert own == 0
-
-
-INPUTS: dict[str, dict[str, Any]] = {
-    "plain": {"queries": 250},
-    "one-block": {"queries": 9},
-    "padded": {"batch": 2, "queries": 200, "key_valid": left_padding(200, [0, 75])},
-    "right-padded": {"batch": 2, "queries": 200, "key_valid": left_padding(200, [0, 75]).flip(1)},
-    "chunk": {"queries": 90, "keys": 250},
-    "softcap": {"queries": 150, "softcap": 1.5},
-}
 
 
 @pytest.mark.parametrize("name", INPUTS)

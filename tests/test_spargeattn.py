@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_cases import INPUTS, MORE_INPUTS
 from slow_spargeattn import self_similarity, slow_spargeattn
 
 from sparseprefill import contracts
@@ -31,26 +32,6 @@ PATTERNS = {
 }
 
 
-def with_holes(keys: int) -> torch.Tensor:
-    """bool [2, keys]: left padding, a block of nothing, and nothing right before the end."""
-    valid = left_padding(keys, [5, 40])
-    valid[0, 60:100] = False
-    valid[1, keys - 12 : keys - 9] = False
-    return valid
-
-
-INPUTS: dict[str, dict[str, Any]] = {
-    "plain": {"queries": 250},
-    "one-block": {"queries": 9},
-    "padded": {"batch": 2, "queries": 200, "key_valid": left_padding(200, [0, 75])},
-    "right-padded": {"batch": 2, "queries": 200, "key_valid": left_padding(200, [0, 75]).flip(1)},
-    "chunk": {"queries": 90, "keys": 250},
-    "softcap": {"queries": 150, "softcap": 1.5},
-    "window": {"queries": 200, "window": 100},
-    "packed": {"queries": 200, "segment": torch.tensor([[0] * 90 + [1] * 110])},
-    "static-cache": {"queries": 100, "keys": 300, "query_start": 50, "key_length": 150},
-    "holes": {"batch": 2, "queries": 120, "keys": 250, "key_valid": with_holes(250)},
-}
 RECTANGLES = [(32, 16), (16, 32), (48, 20)]
 
 
@@ -81,17 +62,21 @@ def assert_as_defined(
                 assert got == expected[first + r], f"batch row {b}, head {h}, grid row {first + r}"
 
 
-@pytest.mark.parametrize("name", ["window", "packed", "static-cache", "holes"])  # the others: test_patterns.py
+@pytest.mark.parametrize("name", MORE_INPUTS)  # the others: test_patterns.py
 @pytest.mark.parametrize("kind", PATTERNS)
 def test_equals_the_slow_definition_in_float64(kind: str, name: str) -> None:
-    inputs = make_inputs(query_heads=4, kv_heads=2, head_dim=8, dtype=torch.float64, seed=3, **INPUTS[name])
+    inputs = make_inputs(
+        query_heads=4, kv_heads=2, head_dim=8, dtype=torch.float64, seed=3, **{**INPUTS, **MORE_INPUTS}[name]
+    )
     assert_as_defined(PATTERNS[kind], inputs, (1, 2), (BLOCK, BLOCK))
 
 
 @pytest.mark.parametrize("sizes", RECTANGLES, ids=str)
 @pytest.mark.parametrize("name", ["plain", "right-padded", "chunk", "holes"])
 def test_equals_the_slow_definition_on_rectangular_tiles(name: str, sizes: tuple[int, int]) -> None:
-    inputs = make_inputs(query_heads=4, kv_heads=2, head_dim=8, dtype=torch.float64, seed=3, **INPUTS[name])
+    inputs = make_inputs(
+        query_heads=4, kv_heads=2, head_dim=8, dtype=torch.float64, seed=3, **{**INPUTS, **MORE_INPUTS}[name]
+    )
     assert_as_defined(PATTERNS["tokens"], inputs, (0, 3), sizes)
     assert_as_defined(PATTERNS["per-head"], inputs, (1,), sizes)
 
