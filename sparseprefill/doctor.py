@@ -267,7 +267,7 @@ def _version_notes() -> Iterator[str]:
         yield f"transformers {release} is outside of what was tested ({TESTED[0]} to {TESTED[1]})"
 
 
-def _profile(method: Method, options: dict[str, Any], patched: bool) -> str:
+def _profile(method: Method | None, options: dict[str, Any], patched: bool) -> str:
     if patched:
         return "see the patterns of the layers"
     if options.get("profile") is not None:
