@@ -152,7 +152,9 @@ CASES: dict[str, Refusal] = {
     "half a budget": Refusal(patching("vertical_slash", verticals=3), ValueError, "either verticals and slashes"),
     "a density of 0": Refusal(patching("minference", density=0.0), ValueError, "density must be in"),
     "an unknown budget": Refusal(patching("minference", budget="book"), ValueError, "budget='paper'"),
-    "a budget and a density": Refusal(patching(budget="paper", density=0.1), ValueError, "a budget or a density"),
+    "a budget and a density": Refusal(
+        patching("minference", budget="paper", density=0.1), ValueError, "a budget or a density"
+    ),
     "oblong tiles": Refusal(patching("vertical_slash", block_q=32, block_k=64), ValueError, "needs square tiles"),
     # how it is to run
     "tiles of nothing": Refusal(patching("dense", block_q=0), ValueError, "block_q must be at least 1"),
