@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from method_cases import INPUTS as SHARED_INPUTS
 from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
@@ -25,13 +26,8 @@ def with_holes(valid: Tensor) -> Tensor:
 
 
 INPUTS: dict[str, dict[str, Any]] = {
-    "plain": {"queries": 250},
-    "one-block": {"queries": 9},
-    "padded": {"batch": 2, "queries": 200, "key_valid": left_padding(200, [0, 75])},
-    "right-padded": {"batch": 2, "queries": 200, "key_valid": left_padding(200, [0, 75]).flip(1)},
+    **SHARED_INPUTS,
     "holes": {"batch": 2, "queries": 90, "keys": 200, "key_valid": with_holes(left_padding(200, [3, 75]))},
-    "chunk": {"queries": 90, "keys": 250},
-    "softcap": {"queries": 150, "softcap": 1.5},
     "window": {"queries": 200, "window": 61},
     "packed": {"queries": 200, "segment": torch.tensor([[0] * 90 + [1] * 110])},
     # in a group of 4 the window begins behind the last valid key
