@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockIndex
 from sparseprefill.kernels.cpu import cpu_attention, why_not_cpu
+from sparseprefill.kernels.native_attention import native_attention, why_not_native_attention
 from sparseprefill.kernels.reference import reference_attention
 
 if TYPE_CHECKING:
@@ -46,6 +47,12 @@ def _cpu(
     return cpu_attention(inputs, index, values=values, only=only, into=into)
 
 
+def _native(
+    inputs: AttentionInputs, index: BlockIndex, values: bool, only: Tensor | None, into: AttentionOutput | None
+) -> AttentionOutput:
+    return native_attention(inputs, index, values=values, only=only, into=into)
+
+
 def _why_not_triton(inputs: AttentionInputs, index: BlockIndex | None) -> str | None:
     try:
         from sparseprefill.kernels.triton_forward import why_not_triton
@@ -72,6 +79,7 @@ def device_limits(device: torch.device) -> DeviceLimits:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     # on the CPU triton is only ever an interpreter, for those who ask for it
     "triton": Implementation(_why_not_triton, _triton, automatic=lambda inputs: inputs.device.type != "cpu"),
+    "native": Implementation(why_not_native_attention, _native, automatic=lambda inputs: inputs.device.type == "cpu"),
     "cpu": Implementation(why_not_cpu, _cpu, automatic=lambda inputs: True),
     "reference": Implementation(lambda inputs, index: None, _reference, automatic=lambda inputs: False),
 }
@@ -116,7 +124,8 @@ def block_sparse_attention(
     Args:
         inputs: see `AttentionInputs`.
         index: see `BlockIndex`; must stand on the grid of these inputs.
-        impl: "triton", "cpu", "reference" (float64, slow) or "auto" (the first that can, never the reference).
+        impl: "triton", "native" (on the CPU, once built), "cpu", "reference" (float64, slow) or "auto": the first of
+            them that can, never the reference.
         values: False computes lse alone and reads no values.
         only: bool [batch, query_heads] on the device of the inputs: these heads alone are computed and written over
             those in `into`, whose other heads keep their bits. Nothing is read back from a GPU.

@@ -34,10 +34,12 @@ VARIABLE = "SPARSEPREFILL_NATIVE"
 """The environment variable that names the folder in place of the default."""
 COMMAND = "sparseprefill build-cpu"
 """What builds the library."""
-ABI = 2
+ABI = 3
 """Of the C interface; the number that `sparseprefill_abi` gives. Raised when a function changes its arguments."""
-SOURCES = (Path(__file__).with_name("native_block_max.cpp"),)
+SOURCES = tuple(map(Path(__file__).with_name, ("native_attention.cpp", "native_block_max.cpp")))
 """What is compiled."""
+HEADERS = (Path(__file__).with_name("native_vectors.h"),)
+"""What the sources include."""
 FLAGS = ("-O3", "-shared", "-fPIC", "-std=c++17", "-pthread")
 """How it is compiled, beside the flag for this processor."""
 COMPILERS = ("c++", "g++", "clang++")
@@ -45,6 +47,7 @@ COMPILERS = ("c++", "g++", "clang++")
 FUNCTIONS = (
     "sparseprefill_abi",
     "sparseprefill_instructions",
+    "sparseprefill_attention",
     "sparseprefill_block_max",
     "sparseprefill_quantize",
 )
@@ -53,7 +56,7 @@ FUNCTIONS = (
 _MOST_RECORD_BYTES, _MOST_LIBRARY_BYTES = 1 << 16, 1 << 26
 _COMPILE_SECONDS, _CHECK_SECONDS, _WAIT_SECONDS = 600, 300, 600
 # what may lie in the folder, so that `remove` takes away nothing else
-_KEY, _LIBRARY, _RECORD = re.compile("[0-9a-f]{20}"), re.compile("block_max-[0-9a-f]{16}[.]so"), "record.json"
+_KEY, _LIBRARY, _RECORD = re.compile("[0-9a-f]{20}"), re.compile("(native|block_max)-[0-9a-f]{16}[.]so"), "record.json"
 _PART = "building-"
 _LOCK = "lock"
 
@@ -302,9 +305,11 @@ def _read_record(path: Path) -> NativeLibrary:
 
 def _key() -> str:
     """Of what a library must be made from and for to be loaded here. The compiler is no part of it."""
-    parts = [str(ABI), *FLAGS, _processor_flag(), *_machine(), *(path.name for path in SOURCES)]
-    sources = [path.read_bytes() for path in SOURCES]
-    return hashlib.sha256(b"\0".join([*(part.encode() for part in parts), *sources])).hexdigest()[:20]
+    sources = [*SOURCES, *HEADERS]
+    parts = [str(ABI), *FLAGS, _processor_flag(), *_machine(), *(path.name for path in sources)]
+    return hashlib.sha256(
+        b"\0".join([*(part.encode() for part in parts), *(path.read_bytes() for path in sources)])
+    ).hexdigest()[:20]
 
 
 def _machine() -> tuple[str, ...]:
@@ -360,7 +365,7 @@ def _build(place: Path, compiler: Compiler, say: Callable[[str], None]) -> Path:
             raise ValueError(f"{compiler.describe()} made no library and said nothing of it")
         instructions = _check(made)
         sha256 = hashlib.sha256(made.read_bytes()).hexdigest()
-        path = place / f"block_max-{sha256[:16]}.so"
+        path = place / f"native-{sha256[:16]}.so"
         made.replace(path)
     seconds = round(time.monotonic() - began, 2)
     record = NativeLibrary(path.name, sha256, instructions, compiler.describe(), shlex.join(flags), seconds)

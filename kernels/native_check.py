@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid, BlockIndex
 from sparseprefill.kernels.low_bit import BITS, EstimatedLogits, LowBit, block_max, quantize, token_means
+from sparseprefill.kernels.native_attention import native_attention
 from sparseprefill.kernels.native_block_max import native_block_max, why_not_native
 from sparseprefill.kernels.native_build import use
 from sparseprefill.kernels.products import low_bit_codes
+from sparseprefill.kernels.reference import reference_attention
 
 
 def check_library(path: str | Path) -> None:
@@ -35,6 +38,10 @@ def check_library(path: str | Path) -> None:
         wanted, found = (low_bit_codes(vectors, name=way, **arguments) for way in ("torch", "native"))
         if not torch.equal(wanted.codes, found.codes) or not torch.equal(wanted.scale, found.scale):
             raise ValueError(f"{name}: other codes or scales than the reference's")
+    for name, inputs, index in attention_cases():
+        problem = why_not_attention(native_attention(inputs, index), inputs, index)
+        if problem is not None:
+            raise ValueError(f"{name}: {problem}")
 
 
 def check_cases() -> Iterator[tuple[str, EstimatedLogits]]:
@@ -66,6 +73,64 @@ def code_cases() -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
                 yield name, vectors, {
                     "mean": mean, "bits": bits, "group_size": together, "anchor": torch.tensor([0, 11]), "real": own,
                 }  # fmt: skip
+
+
+def attention_cases() -> Iterator[tuple[str, AttentionInputs, BlockIndex]]:
+    """Every dtype; odd sizes, holes, windows, soft-caps, sinks, tiles that may be skipped, and blocks nobody reads."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, head_dim, value_dim, block_q, block_k in (
+        (torch.float32, 64, 64, 64, 64), (torch.float32, 20, 33, 48, 40), (torch.bfloat16, 128, 128, 64, 64),
+        (torch.bfloat16, 33, 20, 128, 32), (torch.float16, 80, 64, 64, 64),
+    ):  # fmt: skip
+        for plain in (True, False):
+            queries, start = (3 * block_q, 0) if plain else (3 * block_q - 7, 71)
+            keys = start + queries
+            query, key, value = (
+                torch.randn(2, tokens, heads, dim, generator=generator).to(dtype).transpose(1, 2)
+                for heads, tokens, dim in ((4, queries, head_dim), (2, keys, head_dim), (2, keys, value_dim))
+            )
+            inputs = AttentionInputs(query, key, value, scale=head_dim**-0.5, query_start=start)
+            if not plain:
+                valid = torch.rand(2, keys, generator=generator) > 0.1
+                valid[1, :30] = False
+                inputs = dataclasses.replace(
+                    inputs, key_valid=valid, window=2 * block_k + 5, softcap=3.0, sinks=torch.tensor([0.5, -2, 1, 0])
+                )
+            grid = BlockGrid.of(inputs, block_q, block_k)
+            listed = torch.rand(2, 4, grid.rows, grid.key_blocks, generator=generator) < 0.6
+            listed |= torch.arange(grid.key_blocks) == grid.visible_blocks(inputs)[1][:, None, :, None] - 1
+            index = BlockIndex.from_mask(grid, listed & grid.visible_block_mask(inputs)[:, None])
+            name = f"attention in {dtype}, head_dim {head_dim}, tiles of {block_q} x {block_k}"
+            yield name if plain else f"{name}, masked", inputs, index
+            if block_q <= 64:
+                yield f"{name}, skipping", inputs, index.skipping(-0.5)
+
+
+def why_not_attention(found: AttentionOutput, inputs: AttentionInputs, index: BlockIndex) -> str | None:
+    """Why this is not attention over the listed blocks, or None. Judged by the reference in float64.
+
+    It may be off by twice what attention in the dtype of the inputs is off by, and a last place of the largest number.
+    """
+    exact, plain = (reference_attention(inputs, index, dtype=dtype) for dtype in (torch.float64, inputs.query.dtype))
+    empty = exact.lse == -torch.inf
+    if not torch.equal(found.lse == -torch.inf, empty):
+        return "other queries see nothing than should"
+    if exact.skipped is not None and (found.skipped is None or not torch.equal(found.skipped, exact.skipped)):
+        return "other tiles were skipped than should be"
+    for what, got, low, want in (
+        ("lse", found.lse, plain.lse, exact.lse), ("output", found.output, plain.output, exact.output),
+    ):  # fmt: skip
+        assert got is not None
+        assert low is not None
+        assert want is not None
+        seen = ~empty
+        if bool((got[empty] != (-torch.inf if what == "lse" else 0)).any()):
+            return f"the {what} of queries that see nothing is not empty"
+        error, rounding = ((each[seen].double() - want[seen]).abs().max() for each in (got, low))
+        allowed = 2 * (rounding + torch.finfo(inputs.query.dtype).eps * want[seen].abs().max())
+        if not error <= allowed:
+            return f"{what} is off by {float(error):.2e}, rounding explains {float(allowed):.2e}"
+    return None
 
 
 def _case(bits: int, head_dim: int, block_q: int, block_k: int, softcap: float | None) -> EstimatedLogits:

@@ -111,3 +111,11 @@ def native(native_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(native_build.VARIABLE, str(native_folder))
     assert native_build.why_not_built() is None
     return native_folder
+
+
+@pytest.fixture(autouse=True)
+def _native_where_it_is_meant(request: pytest.FixtureRequest) -> None:
+    """A test of several implementations, named by its parameter `impl`, has the native library where that is meant."""
+    called = getattr(request.node, "callspec", None)
+    if called is not None and called.params.get("impl") == "native":
+        request.getfixturevalue("native")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,18 +82,30 @@ def test_cpu_matches_the_oracle(name: str, dtype: torch.dtype) -> None:
         assert_within_budget(block_sparse_attention(inputs, index, impl="cpu"), inputs, index)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_lse_only_reads_no_values(name: str) -> None:
+def test_native_matches_the_oracle(name: str, dtype: torch.dtype, native: Path) -> None:
+    fields, (block_q, block_k) = CASES[name]
+    inputs = make_inputs(dtype=dtype, **fields)
+    for density in (0.0, 0.4, 1.0):
+        index = random_index(inputs, block_q, block_k, density)
+        assert choose_implementation(inputs, index) == "native"
+        assert_within_budget(block_sparse_attention(inputs, index), inputs, index)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "native"])
+@pytest.mark.parametrize("name", CASES)
+def test_lse_only_reads_no_values(name: str, impl: str) -> None:
     fields, (block_q, block_k) = CASES[name]
     inputs = make_inputs(**fields)
     poisoned = dataclasses.replace(inputs, value=torch.full_like(inputs.value, torch.nan))
     index = random_index(inputs, block_q, block_k, 0.4)
-    result = block_sparse_attention(poisoned, index, impl="cpu", values=False)
+    result = block_sparse_attention(poisoned, index, impl, values=False)
     assert result.output is None
     assert_within_budget(result, inputs, index)
 
 
-@pytest.mark.parametrize(("name", "impl"), [*((name, "cpu") for name in CASES), ("everything", "reference")])
+@pytest.mark.parametrize(("name", "impl"), [*itertools.product(CASES, ("cpu", "native")), ("everything", "reference")])
 def test_some_heads_into_an_earlier_result(name: str, impl: str) -> None:
     """Those heads over the other index, the others with the bits they had; nothing is computed where none is named."""
     fields, (block_q, block_k) = CASES[name]
@@ -201,18 +214,19 @@ def test_oracle_on_a_worked_example() -> None:
     torch.testing.assert_close(result.output[0, 0, 0], torch.tensor([8.0 / 5], dtype=torch.float64))
 
 
-def test_blocks_are_anchored_at_the_first_valid_key() -> None:
+@pytest.mark.parametrize("impl", ["cpu", "native"])
+def test_blocks_are_anchored_at_the_first_valid_key(impl: str) -> None:
     """The same prompt with and without left padding, one-shot and in chunks, meets the same grid."""
     alone = make_inputs(queries=200)
     index = random_index(alone, 64, 64, 0.3)
-    whole = block_sparse_attention(alone, index, impl="cpu")
+    whole = block_sparse_attention(alone, index, impl)
 
     pad = 57
     padded = make_inputs(queries=200 + pad, key_valid=left_padding(200 + pad, [pad]))
     for name in ("query", "key", "value"):
         getattr(padded, name)[:, :, pad:] = getattr(alone, name)
     shifted = BlockIndex.from_mask(BlockGrid.of(padded, 64, 64), _grown(index.to_mask(), 5, 5))
-    result = block_sparse_attention(padded, shifted, impl="cpu")
+    result = block_sparse_attention(padded, shifted, impl)
     torch.testing.assert_close(result.output[:, :, pad:], whole.output)
     torch.testing.assert_close(result.lse[:, :, pad:], whole.lse)
     assert (result.lse[:, :, :pad] == -torch.inf).all()
@@ -226,7 +240,7 @@ def test_blocks_are_anchored_at_the_first_valid_key() -> None:
         grid = BlockGrid.of(chunk, 64, 64)
         mask = index.to_mask()[:, :, start // 64 : start // 64 + grid.rows, : grid.key_blocks]
         part = block_sparse_attention(
-            chunk, BlockIndex.from_mask(grid, mask & grid.visible_block_mask(chunk)[:, None]), impl="cpu"
+            chunk, BlockIndex.from_mask(grid, mask & grid.visible_block_mask(chunk)[:, None]), impl
         )
         torch.testing.assert_close(part.output, whole.output[:, :, start:stop])
 
@@ -238,53 +252,58 @@ def _grown(mask: torch.Tensor, rows: int, blocks: int) -> torch.Tensor:
     return grown
 
 
-def test_batch_row_alone_is_the_same_row() -> None:
+@pytest.mark.parametrize("impl", ["cpu", "native"])
+def test_batch_row_alone_is_the_same_row(impl: str) -> None:
     inputs = make_inputs(batch=3, queries=200, key_valid=left_padding(200, [0, 70, 13]))
     index = random_index(inputs, 64, 64, 0.3)
-    whole = block_sparse_attention(inputs, index, impl="cpu")
+    whole = block_sparse_attention(inputs, index, impl)
     for b in range(3):
         row = dataclasses.replace(
             inputs, **{n: getattr(inputs, n)[b : b + 1] for n in ("query", "key", "value", "key_valid")}
         )
         grid = BlockGrid.of(row, 64, 64)
         part = BlockIndex(grid, index.columns, index.start[b : b + 1], index.count[b : b + 1])
-        torch.testing.assert_close(block_sparse_attention(row, part, impl="cpu").output, whole.output[b : b + 1])
+        torch.testing.assert_close(block_sparse_attention(row, part, impl).output, whole.output[b : b + 1])
 
 
-def test_more_blocks_never_lower_lse_and_kept_mass_is_a_share() -> None:
+@pytest.mark.parametrize("impl", ["cpu", "native"])
+def test_more_blocks_never_lower_lse_and_kept_mass_is_a_share(impl: str) -> None:
     inputs = make_inputs(queries=320)
     few = random_index(inputs, 64, 64, 0.2)
     many = BlockIndex.from_mask(few.grid, few.to_mask() | random_index(inputs, 64, 64, 0.5, seed=1).to_mask())
     dense = reference_attention(inputs).lse
-    lse_few, lse_many = (block_sparse_attention(inputs, i, impl="cpu").lse for i in (few, many))
+    lse_few, lse_many = (block_sparse_attention(inputs, i, impl).lse for i in (few, many))
     assert (lse_many >= lse_few - 1e-6).all()
     assert ((lse_few - dense).exp() <= 1 + 1e-5).all()
 
 
-def test_the_same_token_mask_with_another_block_size() -> None:
+@pytest.mark.parametrize("impl", ["cpu", "native"])
+def test_the_same_token_mask_with_another_block_size(impl: str) -> None:
     inputs = make_inputs(queries=256)
     coarse = random_index(inputs, 64, 64, 0.3)
     fine_mask = coarse.to_mask().repeat_interleave(4, 2).repeat_interleave(2, 3)
     grid = BlockGrid.of(inputs, 16, 32)
     fine = BlockIndex.from_mask(grid, fine_mask & grid.visible_block_mask(inputs)[:, None])
-    a, b = (block_sparse_attention(inputs, i, impl="cpu") for i in (coarse, fine))
+    a, b = (block_sparse_attention(inputs, i, impl) for i in (coarse, fine))
     torch.testing.assert_close(a.output, b.output)
     torch.testing.assert_close(a.lse, b.lse)
 
 
-def test_nothing_leaks_from_the_future() -> None:
+@pytest.mark.parametrize("impl", ["cpu", "native"])
+def test_nothing_leaks_from_the_future(impl: str) -> None:
     inputs = make_inputs(queries=300)
     index = BlockIndex.dense(inputs, BlockGrid.of(inputs, 64, 64))
     sparse = random_index(inputs, 64, 64, 0.4)
     for chosen in (index, sparse):
-        before = block_sparse_attention(inputs, chosen, impl="cpu").output
+        before = block_sparse_attention(inputs, chosen, impl).output
         key, value = inputs.key.clone(), inputs.value.clone()
         key[:, :, 150:], value[:, :, 150:] = 7.0, 1e4
-        after = block_sparse_attention(dataclasses.replace(inputs, key=key, value=value), chosen, impl="cpu").output
+        after = block_sparse_attention(dataclasses.replace(inputs, key=key, value=value), chosen, impl).output
         assert torch.equal(before[:, :, :150], after[:, :, :150])
 
 
-def test_lists_may_share_storage_and_have_slack() -> None:
+@pytest.mark.parametrize("impl", ["cpu", "native"])
+def test_lists_may_share_storage_and_have_slack(impl: str) -> None:
     inputs = make_inputs(queries=200)
     index = random_index(inputs, 64, 64, 0.4)
     blocks = index.grid.key_blocks
@@ -295,20 +314,21 @@ def test_lists_may_share_storage_and_have_slack() -> None:
     slack = BlockIndex.from_slots(index.grid, ids, index.count)
     slack.validate(inputs)
     assert torch.equal(slack.to_mask(), index.to_mask())
-    a, b = (block_sparse_attention(inputs, i, impl="cpu").output for i in (index, slack))
+    a, b = (block_sparse_attention(inputs, i, impl).output for i in (index, slack))
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("impl", ["cpu", "native"])
 @pytest.mark.parametrize("queries", [128, 100], ids=["aligned", "partial"])
 @pytest.mark.parametrize("density", [0.4, 1.0], ids=["sparse", "dense"])
 @pytest.mark.parametrize("name", ["query", "key", "value"])
-def test_any_strides(name: str, density: float, queries: int) -> None:
+def test_any_strides(name: str, density: float, queries: int, impl: str) -> None:
     """torch's fused operator takes the elements of a token for neighbours, whatever the last stride says."""
     inputs = make_inputs(query_heads=1, kv_heads=1, queries=queries)
     index = random_index(inputs, 64, 64, density)
     strided = dataclasses.replace(inputs, **{name: getattr(inputs, name).mT.contiguous().mT})
     assert getattr(strided, name).stride(-1) != 1
-    a, b = (block_sparse_attention(i, index, impl="cpu") for i in (inputs, strided))
+    a, b = (block_sparse_attention(i, index, impl) for i in (inputs, strided))
     assert torch.equal(a.output, b.output)
     assert torch.equal(a.lse, b.lse)
 
@@ -325,13 +345,21 @@ def test_merge_puts_heads_where_they_belong() -> None:
         BlockIndex.merge(parts[:1], 4)
 
 
+@pytest.mark.parametrize("impl", ["cpu", "native"])
 @settings(max_examples=40, deadline=None)
 @given(
     queries=st.integers(1, 150), past=st.integers(0, 100), block_q=st.integers(1, 70), block_k=st.integers(1, 70),
     pad=st.integers(0, 60), window=st.one_of(st.none(), st.integers(1, 200)), density=st.floats(0, 1),
 )  # fmt: skip
 def test_any_geometry(
-    queries: int, past: int, block_q: int, block_k: int, pad: int, window: int | None, density: float
+    queries: int,
+    past: int,
+    block_q: int,
+    block_k: int,
+    pad: int,
+    window: int | None,
+    density: float,
+    impl: str,
 ) -> None:
     keys = queries + past
     inputs = make_inputs(
@@ -340,13 +368,13 @@ def test_any_geometry(
     )  # fmt: skip
     index = random_index(inputs, block_q, block_k, density)
     index.validate(inputs)
-    assert_within_budget(block_sparse_attention(inputs, index, impl="cpu"), inputs, index)
+    assert_within_budget(block_sparse_attention(inputs, index, impl), inputs, index)
 
 
 def test_what_cannot_be_served_is_refused_with_a_reason() -> None:
     inputs = make_inputs(queries=130)
     index = random_index(inputs, 64, 64, 0.5)
-    with pytest.raises(ValueError, match="unknown implementation 'gpu': choose one of auto, triton, cpu"):
+    with pytest.raises(ValueError, match="unknown implementation 'gpu': choose one of auto, triton, native, cpu"):
         block_sparse_attention(inputs, index, impl="gpu")
     longer = make_inputs(queries=131)
     with pytest.raises(ValueError, match="made for 130 queries"):

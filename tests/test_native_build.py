@@ -21,10 +21,18 @@ import torch
 from click.testing import CliRunner
 
 from sparseprefill.cli import main
+from sparseprefill.contracts import AttentionOutput
 from sparseprefill.kernels import native_build
 from sparseprefill.kernels.low_bit import EstimatedLogits, block_max
-from sparseprefill.kernels.native_check import check_cases, check_library, why_not_equal
+from sparseprefill.kernels.native_check import (
+    attention_cases,
+    check_cases,
+    check_library,
+    why_not_attention,
+    why_not_equal,
+)
 from sparseprefill.kernels.products import ProductShape, choose_product, tile_scores
+from sparseprefill.kernels.reference import reference_attention
 
 CASES = dict(check_cases())
 REAL_CHECK = native_build._check
@@ -94,6 +102,7 @@ extern "C" int sparseprefill_abi(void) {{ {before} return {abi}; }}
 extern "C" const char *sparseprefill_instructions(void) {{ return "none"; }}
 extern "C" int sparseprefill_block_max(void) {{ {block_max} }}
 extern "C" int sparseprefill_quantize(void) {{ return 0; }}
+extern "C" int sparseprefill_attention(void) {{ return 0; }}
 """
 
 
@@ -303,6 +312,25 @@ class TestTheCheck:
                 native_build.build(force=True)
             assert {path: path.read_bytes() for path in standing.parent.iterdir()} == before
         assert native_build.library() is not None
+
+    def test_it_sees_what_attention_can_forget(self) -> None:
+        """The reference passes; shorter lists, no output, or a wrong count of skipped tiles do not."""
+        seen = set()
+        for name, inputs, index in attention_cases():
+            right = reference_attention(inputs, index)
+            rounded = AttentionOutput(right.output.to(inputs.query.dtype), right.lse.float(), right.skipped)
+            assert why_not_attention(rounded, inputs, index) is None, name
+            fewer = dataclasses.replace(index, count=(index.count - 1).clamp(min=1), skip=None)
+            wrong = {"fewer": reference_attention(inputs, fewer), "none": AttentionOutput(right.output * 0, right.lse)}
+            if right.skipped is not None:
+                wrong["count"] = dataclasses.replace(rounded, skipped=right.skipped + 1)
+                wrong["uncounted"] = dataclasses.replace(rounded, skipped=None)
+            if bool((right.lse == -torch.inf).any()):
+                wrong["not empty"] = dataclasses.replace(rounded, output=rounded.output + 1e-6)
+            for what, result in wrong.items():
+                assert why_not_attention(result, inputs, index) is not None, (name, what)
+            seen |= wrong.keys()
+        assert seen == {"fewer", "none", "count", "uncounted", "not empty"}
 
     @pytest.mark.slow
     def test_a_wrong_kernel_from_end_to_end(

@@ -20,7 +20,7 @@ from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid,
 from sparseprefill.coverage import coverage
 from sparseprefill.guard import Guard, guarded
 from sparseprefill.huggingface_layers import PatchedLayer, Settings
-from sparseprefill.kernels import block_sparse_attention, cpu
+from sparseprefill.kernels import block_sparse_attention, choose_implementation, cpu, why_not
 from sparseprefill.kernels.reference import computed_tiles, listed_mask, reference_attention
 from sparseprefill.kernels.tile_skip import tiles_to_compute
 from sparseprefill.patterns import Dense, LastRowsDense, PerHead
@@ -182,13 +182,18 @@ def check(result: AttentionOutput, name: str, dtype: torch.dtype) -> None:
     assert result.skipped.dtype == torch.int64
 
 
+@pytest.mark.parametrize("impl", ["cpu", "native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_the_cpu_skips_what_the_definition_skips(name: str, dtype: torch.dtype) -> None:
+def test_the_cpu_skips_what_the_definition_skips(name: str, dtype: torch.dtype, impl: str) -> None:
     inputs, index, _ = prepared(name, dtype)
-    check(block_sparse_attention(inputs, index, "cpu"), name, dtype)
+    if impl == "native" and index.grid.block_q > 64:
+        assert "rows of at most 64 queries" in (why_not(impl, inputs, index) or "")
+        assert choose_implementation(inputs, index) == "cpu"
+        return
+    check(block_sparse_attention(inputs, index, impl), name, dtype)
     unread = dataclasses.replace(inputs, value=torch.full_like(inputs.value, torch.nan))
-    check(block_sparse_attention(unread, index, "cpu", values=False), name, dtype)
+    check(block_sparse_attention(unread, index, impl, values=False), name, dtype)
 
 
 @pytest.mark.parametrize("name", ["everything", "right-padding"])
@@ -260,7 +265,7 @@ def on_host(result: AttentionOutput) -> AttentionOutput:
     return AttentionOutput(*(None if t is None else t.cpu() for t in (result.output, result.lse, result.skipped)))
 
 
-IMPLEMENTATIONS = ["reference", "cpu", pytest.param("triton", marks=linux)]
+IMPLEMENTATIONS = ["reference", "cpu", "native", pytest.param("triton", marks=linux)]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
