@@ -1,6 +1,6 @@
 """How long attention over some blocks takes, next to what a user would run instead, and whether it is right.
 
-Every ratio comes from one run on one machine: our kernel, torch's dense causal attention, and FlexAttention (compiled,
+Every ratio comes from one run on one machine: our kernels, torch's dense causal attention, and FlexAttention (compiled,
 static, warm, grouped heads enabled) on the very same mask, at its better block size of 64 and 128. Timed calls are
 interleaved, so that a machine that slows down slows all of them. A cell whose result is wrong is an error, not a ratio.
 """
@@ -20,37 +20,45 @@ from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.coverage import coverage
-from sparseprefill.kernels import block_sparse_attention, choose_implementation
+from sparseprefill.kernels import IMPLEMENTATIONS, block_sparse_attention, why_not
 from sparseprefill.kernels.reference import reference_attention
+from sparseprefill.profile_memory import available_bytes, longest_that_fits, out_of_memory
 from sparseprefill.reports import number, table
 
 _BLOCK = 64  # granularity of the masks
 
 
+RIVALS = ("dense", "flex")
+"""What a kernel is timed against: torch's dense causal attention, and compiled FlexAttention on the same mask."""
+
+
 @dataclass(frozen=True, slots=True)
 class KernelCell:
-    """One shape and density; seconds are medians."""
+    """One shape and density; seconds are medians of calls that are warm."""
 
     dtype: str  # of queries, keys and values
     head_dim: int  # of keys and values
     length: int  # tokens
     density: float  # pairs computed over visible pairs
-    kernel: str  # implementation that computed ours
-    ours: float  # seconds
+    ours: dict[str, float]  # seconds of each implementation
     dense: float  # seconds of torch's dense causal attention
-    flex: float | None  # seconds of FlexAttention on the same mask; None where it cannot be compiled
+    flex: float | None  # seconds of FlexAttention on the same mask; None where it is not a rival or cannot be compiled
     flex_block: int | None  # its better block size
-    error: float  # largest difference to the float64 oracle on sampled rows
+    error: dict[str, float]  # of each implementation, the largest difference to the float64 oracle on sampled rows
+    first: dict[str, float]  # seconds of the first call, whatever is compiled or allocated among them
 
     @property
-    def over_ideal(self) -> float:
-        """Our time over density x the time of dense attention."""
-        return self.ours / (self.density * self.dense)
+    def ideal(self) -> float:
+        """Density x the time of dense attention, seconds."""
+        return self.density * self.dense
 
-    @property
-    def over_flex(self) -> float | None:
-        """Our time over FlexAttention's."""
-        return None if self.flex is None else self.ours / self.flex
+    def over_ideal(self, kernel: str) -> float:
+        """An implementation's time over the ideal."""
+        return self.ours[kernel] / self.ideal
+
+    def over_flex(self, kernel: str) -> float | None:
+        """An implementation's time over FlexAttention's."""
+        return None if self.flex is None else self.ours[kernel] / self.flex
 
 
 def why_no_flex(device: str) -> str | None:
@@ -58,6 +66,13 @@ def why_no_flex(device: str) -> str | None:
     if device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return "no C++ compiler (g++ or clang++) is installed, and FlexAttention is compiled with one on the CPU"
     return None
+
+
+def kernels_for(inputs: AttentionInputs) -> tuple[dict[str, None], dict[str, str]]:
+    """The implementations that `auto` would ask for these inputs, in its order; and why others of them cannot serve."""
+    asked = [name for name, each in IMPLEMENTATIONS.items() if each.automatic(inputs)]
+    reasons = {name: reason for name in asked if (reason := why_not(name, inputs)) is not None}
+    return {name: None for name in asked if name not in reasons}, reasons
 
 
 def kernel_cells(
@@ -69,46 +84,84 @@ def kernel_cells(
     dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
     query_heads: int = 8,
     kv_heads: int = 2,
+    against: Sequence[str] = RIVALS,
     repeats: int = 5,
     seed: int = 0,
     progress: Callable[[int], Any] = lambda steps: None,
 ) -> list[KernelCell]:
     """Time random block masks (the diagonal always kept), the same for every contender.
 
-    Raises ValueError for lengths that are not multiples of 128, and where our result, or FlexAttention's, is not
-    attention over those blocks.
+    Every implementation that `auto` would take is timed. `against`: of RIVALS; dense attention is timed in any case, as
+    it says what is ideal.
+
+    Raises ValueError for an unknown rival, for lengths that are not multiples of 128, and where our result, or
+    FlexAttention's, is not attention over those blocks. MemoryError names the cell that did not fit, and a length
+    that should.
     """
+    for name in against:
+        if name not in RIVALS:
+            raise ValueError(f"there is no rival {name!r:.80}: name {' or '.join(RIVALS)}")
     for length in lengths:
         if length < 128 or length % 128:
             raise ValueError(f"the kernel is timed at multiples of 128 tokens, got {length}")
     cells = []
-    flex = why_no_flex(device) is None
+    flex = "flex" in against and why_no_flex(device) is None
     for dtype in dtypes:
         for head_dim in head_dims:
             for length in lengths:
-                inputs = random_inputs(query_heads, kv_heads, length, head_dim, dtype, device, seed)
-                for wanted in densities:
-                    index = _random_index(inputs, wanted, seed)
-                    cells.append(_cell(inputs, index, flex, repeats))
-                    progress(1)
+                try:
+                    inputs = random_inputs(query_heads, kv_heads, length, head_dim, dtype, device, seed)
+                    for wanted in densities:
+                        cells.append(_cell(inputs, _random_index(inputs, wanted, seed), flex, repeats))
+                        progress(1)
+                except (MemoryError, RuntimeError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    raise MemoryError(_what_fits(query_heads, kv_heads, length, head_dim, dtype, device)) from error
     return cells
 
 
+def _what_fits(query_heads: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype, device: str) -> str:
+    """What to say where a cell ran out of memory."""
+
+    def need(tokens: int) -> int:
+        numbers = tokens * head_dim * (query_heads + 2 * kv_heads)
+        outputs = tokens * head_dim * query_heads * 3
+        tiles = query_heads * (tokens // _BLOCK) ** 2
+        return numbers * (4 + dtype.itemsize) + outputs * 4 + tiles * 32  # draws are float32; ids are int64
+
+    free = available_bytes(torch.device(device))
+    longest = None if free is None else longest_that_fits(need, free, length)
+    what = f"{length} tokens at head_dim {head_dim} in {str(dtype).removeprefix('torch.')} do not fit into memory"
+    return f"{what}: {'measure shorter ones' if longest is None else f'{longest} tokens should'}"
+
+
 def _cell(inputs: AttentionInputs, index: BlockIndex, with_flex: bool, repeats: int) -> KernelCell:
-    contenders: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: _output(block_sparse_attention(inputs, index)),
-        "dense": lambda: dense_attention(inputs),
-    }
+    kernels, _ = kernels_for(inputs)
+
+    def runs(kernel: str) -> Callable[[], Tensor]:
+        return lambda: _output(block_sparse_attention(inputs, index, kernel))
+
+    contenders: dict[str, Callable[[], Tensor]] = {name: runs(name) for name in kernels}
+    contenders["dense"] = lambda: dense_attention(inputs)
     if with_flex:
         for block in (64, 128):
             contenders[f"flex {block}"] = _flex(inputs, index, block)
-    errors = {name: checked(name, inputs, index, run()) for name, run in contenders.items() if name != "dense"}
+    errors, first = {}, {}
+    for name, run in contenders.items():
+        _finish(inputs)
+        began = time.perf_counter()
+        output = run()
+        _finish(inputs)
+        first[name] = time.perf_counter() - began
+        if name != "dense":
+            errors[name] = checked(name, inputs, index, output)
     median = median_seconds(inputs, contenders, repeats)
     best = min((64, 128), key=lambda block: median[f"flex {block}"]) if with_flex else None
     return KernelCell(
         str(inputs.query.dtype).removeprefix("torch."), inputs.head_dim, inputs.queries,
-        float(coverage(inputs, index).density.mean()), choose_implementation(inputs, index), median["ours"],
-        median["dense"], median[f"flex {best}"] if with_flex else None, best, errors["ours"],
+        float(coverage(inputs, index).density.mean()), {name: median[name] for name in kernels}, median["dense"],
+        median[f"flex {best}"] if with_flex else None, best, {name: errors[name] for name in kernels}, first,
     )  # fmt: skip
 
 
@@ -240,34 +293,39 @@ def _finish(inputs: AttentionInputs) -> None:
         torch.cuda.synchronize()
 
 
-def kernel_table(cells: Sequence[KernelCell], *, markdown: bool = False) -> str:
+def kernel_table(cells: Sequence[KernelCell], *, against: Sequence[str] = RIVALS, markdown: bool = False) -> str:
     """One line a cell; ratios, because times differ from machine to machine."""
-    head = [
-        "dtype",
-        "head dim",
-        "length",
-        "density",
-        "kernel",
-        "ours s",
-        "ours / ideal",
-        "flex / ideal",
-        "ours / flex",
-        "error",
-    ]
+    kernels = list(dict.fromkeys(name for cell in cells for name in cell.ours))
+    flex = "flex" in against and any(cell.flex is not None for cell in cells)
+    head = ["dtype", "head dim", "length", "density", "dense s", *(f"{name} / ideal" for name in kernels)]
+    head += ["flex / ideal", *(f"{name} / flex" for name in kernels)] if flex else []
+    head += [f"{name} / dense" for name in kernels] if "dense" in against else []
     rows = []
     for cell in cells:
-        ideal = cell.density * cell.dense
-        rows.append([
-            cell.dtype, str(cell.head_dim), str(cell.length), number(cell.density), cell.kernel, number(cell.ours),
-            number(cell.over_ideal, 2), number(None if cell.flex is None else cell.flex / ideal, 2),
-            number(cell.over_flex, 2), f"{cell.error:.1e}",
-        ])  # fmt: skip
+        row = [cell.dtype, str(cell.head_dim), str(cell.length), number(cell.density), number(cell.dense)]
+        row += [number(cell.over_ideal(name), 2) for name in kernels]
+        if flex:
+            row.append(number(None if cell.flex is None else cell.flex / cell.ideal, 2))
+            row += [number(cell.over_flex(name), 2) for name in kernels]
+        if "dense" in against:
+            row += [number(cell.ours[name] / cell.dense, 3) for name in kernels]
+        rows.append(row)
     text = table(head, rows, markdown=markdown)
-    ratios = [cell.over_flex for cell in cells if cell.over_flex is not None]
-    if ratios:
-        mean = math.exp(statistics.fmean(map(math.log, ratios)))
-        text += f"\nours / flex over {len(ratios)} cells: geometric mean {mean:.2f}, worst {max(ratios):.2f}"
+    for name in kernels:
+        text += "\n" + _summary(f"{name} / ideal", [cell.over_ideal(name) for cell in cells])
+        if flex:
+            text += "\n" + _summary(f"{name} / flex", [o for cell in cells if (o := cell.over_flex(name)) is not None])
+    slowest = {name: max(cell.first[name] for cell in cells if name in cell.first) for name in cells[0].first}
+    text += "\nlongest first call: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in slowest.items())
+    errors = {name: max(cell.error[name] for cell in cells) for name in kernels}
+    text += "\nlargest error, checked against the float64 oracle: "
+    text += ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     return text + "\nideal = density x the time of dense causal attention"
+
+
+def _summary(what: str, ratios: Sequence[float]) -> str:
+    mean = math.exp(statistics.fmean(map(math.log, ratios)))
+    return f"{what} over {len(ratios)} cells: geometric mean {mean:.2f}, worst {max(ratios):.2f}"
 
 
 @dataclass(frozen=True, slots=True)

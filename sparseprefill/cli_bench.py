@@ -25,12 +25,13 @@ def refuse_options(ctx: click.Context) -> None:
 @click.group("bench", invoke_without_command=True)
 @click.option("--device", help="cpu or cuda; default: what is there.")
 @click.option("--lengths", type=Numbers(), help="Prompt lengths.  [default: 16k; for --calibrate by device]")
-@click.option("--densities", help="Densities.  [default: 0.1,0.25,0.5; for --calibrate 0.1,0.2,0.5]")
+@click.option("--densities", help="Densities.  [default: 0.05,0.1,0.25,0.5,0.7; for --calibrate 0.1,0.2,0.5]")
+@click.option("--against", default="flex,dense", help="Rivals of the kernel: flex, dense or both.")
 @click.option(
     "--estimator", "estimators", multiple=True, metavar="METHOD[:OPTION=VALUE,...]",
     help="Instead time how this method finds its blocks, beside dense attention; may be repeated.",
 )  # fmt: skip
-@click.option("--heads", help="For --estimator: query/KV heads.  [default: 8/2; 32/8 on a GPU]")
+@click.option("--heads", help="Query/KV heads, not for --calibrate.  [default: 8/2; 32/8 on a GPU]")
 @click.option("--ttft", type=Numbers(), help="Also time the model inside at these lengths.")
 @click.option("--calibrate", is_flag=True, help="Instead measure when sparse pays, for layers like those of --model.")
 @click.option("--model", help="For --ttft, --calibrate: hub name or folder.  [default: the model inside]")
@@ -47,7 +48,7 @@ def refuse_options(ctx: click.Context) -> None:
 @click.option("--markdown", is_flag=True, help="Print Markdown tables.")
 @click.pass_context
 def bench(
-    ctx: click.Context, device: str | None, lengths: tuple[int, ...] | None, densities: str | None,
+    ctx: click.Context, device: str | None, lengths: tuple[int, ...] | None, densities: str | None, against: str,
     estimators: tuple[str, ...],
     heads: str | None, ttft: tuple[int, ...] | None, calibrate: bool, model: str | None, dtype: str | None,
     trust_remote_code: bool, density: float | None, repeats: int, out: Path | None, markdown: bool,
@@ -74,13 +75,17 @@ def bench(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with clear_errors():
-        wanted = [float(part) for part in (densities or ("0.1,0.2,0.5" if calibrate else "0.1,0.25,0.5")).split(",")]
+        wanted = [
+            float(part) for part in (densities or ("0.1,0.2,0.5" if calibrate else "0.05,0.1,0.25,0.5,0.7")).split(",")
+        ]
         if estimators and (calibrate or ttft or densities or density is not None or model or dtype):
             raise ValueError(
                 "--estimator goes with --lengths, --heads, --repeats, --device, --out and --markdown alone"
             )
-        if heads is not None and not estimators:
-            raise ValueError("--heads is for --estimator")
+        if heads is not None and calibrate:
+            raise ValueError("--heads is not for --calibrate, which takes those of the model")
+        if ctx.get_parameter_source("against") is click.core.ParameterSource.COMMANDLINE and (calibrate or estimators):
+            raise ValueError("--against goes with the kernel, not with --calibrate or --estimator")
         if estimators:
             _time_estimators(device, estimators, lengths, heads, repeats, out, markdown)
             return
@@ -93,15 +98,21 @@ def bench(
             raise ValueError("--dtype is for --calibrate: the kernel is timed in bfloat16 and float32")
         if out is not None:
             check_folder(out)  # before minutes of measuring
-        reason = benches.why_no_flex(device)
+        rivals = tuple(part.strip() for part in against.split(","))
+        reason = benches.why_no_flex(device) if "flex" in rivals else None
         if reason:
             click.echo(f"without FlexAttention: {reason}")
+        query_heads, kv_heads = _heads(heads, device)
+        example = benches.random_inputs(query_heads, kv_heads, 128, 64, torch.float32, device, 0)
+        for name, why in benches.kernels_for(example)[1].items():
+            click.echo(f"without {name}: {why}")
         lengths = lengths or (16384,)
         with progress_bar(4 * len(lengths) * len(wanted), "kernel") as progress:
             cells = benches.kernel_cells(
-                device=device, lengths=lengths, densities=wanted, repeats=repeats, progress=progress
-            )
-        click.echo(benches.kernel_table(cells, markdown=markdown))
+                device=device, lengths=lengths, densities=wanted, query_heads=query_heads, kv_heads=kv_heads,
+                against=rivals, repeats=repeats, progress=progress,
+            )  # fmt: skip
+        click.echo(benches.kernel_table(cells, against=rivals, markdown=markdown))
         written: dict[str, Any] = {"provenance": provenance(), "kernel": [asdict(cell) for cell in cells]}
         if ttft:
             loaded, _ = load_model(model, device=device, trust_remote_code=trust_remote_code)
@@ -114,6 +125,14 @@ def bench(
         if out is not None:
             write_text(out, json.dumps(written, indent=1) + "\n")
             click.echo(f"wrote {out}")
+
+
+def _heads(text: str | None, device: str) -> tuple[int, int]:
+    """Query and KV heads from `32/8`."""
+    query_heads, slash, kv_heads = (text or ("8/2" if device == "cpu" else "32/8")).partition("/")
+    if not slash or not query_heads.isdigit() or not kv_heads.isdigit() or "0" in (query_heads, kv_heads):
+        raise ValueError(f"--heads is query/KV heads, such as 32/8, got {text!r:.80}")
+    return int(query_heads), int(kv_heads)
 
 
 def _time_estimators(
@@ -129,13 +148,11 @@ def _time_estimators(
 
     if out is not None:
         check_folder(out)
-    query_heads, slash, kv_heads = (heads or ("8/2" if device == "cpu" else "32/8")).partition("/")
-    if not slash or not query_heads.isdigit() or not kv_heads.isdigit():
-        raise ValueError(f"--heads is query/KV heads, such as 32/8, got {heads!r:.80}")
+    query_heads, kv_heads = _heads(heads, device)
     lengths = lengths or (16384,)
     with progress_bar(2 * len(lengths), "estimators") as progress:
         cells = overhead.overhead_cells(
-            methods, device=device, lengths=lengths, query_heads=int(query_heads), kv_heads=int(kv_heads),
+            methods, device=device, lengths=lengths, query_heads=query_heads, kv_heads=kv_heads,
             repeats=repeats, progress=progress,
         )  # fmt: skip
     click.echo(overhead.overhead_table(cells, markdown=markdown))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,12 +62,41 @@ def test_bench_checks_before_it_times(monkeypatch: pytest.MonkeyPatch) -> None:
         "bench", "--device", "cpu", "--lengths", "512", "--repeats", "1", "--densities", "0.3", "--ttft", "600"
     )
     assert "without FlexAttention: no compiler here" in output
-    assert output.count("cpu") >= 4
+    assert "without native: it is not built" in output
+    assert "cpu / ideal over 4 cells" in output
+    assert "longest first call: cpu" in output
     assert "vertical_slash" in output
 
     monkeypatch.setattr(benches, "_error", lambda inputs, index, output: 1.0)
-    with pytest.raises(ValueError, match="ours is wrong"):
+    with pytest.raises(ValueError, match="cpu is wrong"):
         benches.kernel_cells(device="cpu", lengths=[256], densities=[0.3], head_dims=[64], dtypes=[torch.float32])
+
+
+def test_bench_times_every_kernel_that_serves(native: Path) -> None:
+    cells = benches.kernel_cells(
+        device="cpu", lengths=[256], densities=[0.3, 1.0], head_dims=[64], dtypes=[torch.bfloat16], query_heads=4,
+        kv_heads=1, against=["dense"], repeats=1,
+    )  # fmt: skip
+    assert [list(cell.ours) for cell in cells] == [["native", "cpu"]] * 2
+    assert [list(cell.first) for cell in cells] == [["native", "cpu", "dense"]] * 2
+    assert all(cell.flex is None for cell in cells)
+    assert all(list(cell.error) == list(cell.ours) for cell in cells)
+    text = benches.kernel_table(cells, against=["dense"])
+    assert "native / ideal over 2 cells" in text
+    assert "flex" not in text
+    head, line = (text.splitlines()[n] for n in (0, 2))
+    assert "native / dense" in head
+    assert f"{cells[0].ours['native'] / cells[0].dense:.3f}" in line
+
+
+def test_bench_names_a_length_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*shape: Any, **options: Any) -> Any:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")
+
+    monkeypatch.setattr(benches, "available_bytes", lambda device: 100 << 20)
+    monkeypatch.setattr(benches, "random_inputs", full)
+    with pytest.raises(MemoryError, match=r"65536 tokens at head_dim 64 in float32 do not fit .*: (\d+) tokens should"):
+        benches.kernel_cells(device="cpu", lengths=[65536], head_dims=[64], dtypes=[torch.float32])
 
 
 def test_bench_needs_a_compiler_for_flex(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +112,9 @@ def test_errors_are_messages(tmp_path: Path) -> None:
     assert "exceed the model's window of 32768" in failed("needle", "--lengths", "64k", *out)
     assert "samples must be at least 1" in failed("needle", "--samples", "0", *out)
     assert "multiples of 128" in failed("bench", "--device", "cpu", "--lengths", "500")
+    assert "no rival 'flash'" in failed("bench", "--device", "cpu", "--against", "flash")
+    assert "--against goes with the kernel" in failed("bench", "--against", "dense", "--calibrate")
+    assert "--heads is query/KV heads" in failed("bench", "--device", "cpu", "--heads", "8/0")
     assert "too short" in failed("needle", "--lengths", "50", "--method", "dense", *out)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{")
