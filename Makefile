@@ -19,8 +19,9 @@ help: ## show this list
 
 install: .venv/installed ## create .venv with the tested versions (the other targets do it themselves)
 
+# in plain torch, native library or not, so that its times mean the same everywhere
 demo: .venv/installed ## find needles in long prompts with the model inside, dense and sparse; results in demo/
-	$(BIN)/sparseprefill demo
+	SPARSEPREFILL_NATIVE=build/none $(BIN)/sparseprefill demo
 
 test: lint types unit ## what every change must pass: lint, types and the quick tests
 

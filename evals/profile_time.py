@@ -12,7 +12,7 @@ from sparseprefill.calibration import COMMAND, load_calibration
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.huggingface import plan_patch
 from sparseprefill.huggingface_layers import Settings
-from sparseprefill.huggingface_modules import device_of, model_window, unwrap
+from sparseprefill.huggingface_modules import device_of, kernel_for, model_window, unwrap
 from sparseprefill.kernels import block_sparse_attention
 from sparseprefill.patterns import Dense
 from sparseprefill.patterns.candidates import candidates
@@ -66,7 +66,9 @@ def predicted_seconds(
     if device is None:
         return None, "time: unknown, the model has no weights yet"
     calibration = load_calibration()
-    kernel = "triton" if device.type == "cuda" else "cpu"
+    kernel, reasons = kernel_for(shape, device, model.dtype, "auto", block, block)
+    if kernel is None:
+        return None, f"time: unknown, no kernel serves these layers ({'; '.join(reasons.values())})"
     key = calibration.key(
         device, model.dtype, kernel, query_heads=shape.query_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
         value_dim=shape.value_dim, block_q=block, block_k=block,

@@ -11,7 +11,7 @@ from sparseprefill.cli_options import clear_errors
 @click.option("--force", is_flag=True, help="Build it again, even where it is built.")
 @click.option("--remove", is_flag=True, help="Instead remove what was built, for this and any other machine.")
 def build_cpu(force: bool, remove: bool) -> None:
-    """Build the native library of the CPU path of `sale`, for this machine's processor.
+    """Build the native library of the CPU, for this machine's processor: attention, and the products of `sale`.
 
     Needs a C++ compiler (g++, clang++, or what CXX names) and nothing else. It is checked against the reference before
     it is installed, in $SPARSEPREFILL_NATIVE or the user's cache; nothing is built unless this command is called.
@@ -35,4 +35,6 @@ def build_cpu(force: bool, remove: bool) -> None:
         click.echo(f"instructions    {record.instructions}")
         click.echo(f"compiled by     {record.compiler}")
         click.echo(f"with            {record.flags}")
-        click.echo(f"check           passed: scores equal the reference; {record.seconds:.1f} s with compiling")
+        click.echo(
+            f"check           passed: attention and scores equal the reference; {record.seconds:.1f} s with compiling"
+        )

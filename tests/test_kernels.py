@@ -40,6 +40,7 @@ CASES: dict[str, tuple[dict[str, object], tuple[int, int]]] = {
     "groups-of-7": ({"queries": 130, "query_heads": 7, "kv_heads": 1}, (64, 64)),
     "no-groups": ({"queries": 130, "query_heads": 3, "kv_heads": 3}, (64, 64)),
     "dim-80": ({"queries": 130, "head_dim": 80}, (64, 64)),
+    "dim-33": ({"queries": 130, "head_dim": 33, "value_dim": 21}, (64, 64)),
     "value-smaller": ({"queries": 130, "head_dim": 48, "value_dim": 32}, (64, 64)),
     "value-larger": ({"queries": 130, "head_dim": 32, "value_dim": 48}, (64, 64)),
     "wide-tiles": ({"queries": 200}, (32, 64)),
@@ -331,6 +332,47 @@ def test_any_strides(name: str, density: float, queries: int, impl: str) -> None
     a, b = (block_sparse_attention(i, index, impl) for i in (inputs, strided))
     assert torch.equal(a.output, b.output)
     assert torch.equal(a.lse, b.lse)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_expanded_tensors(dtype: torch.dtype, impl: str) -> None:
+    """Keys that the batch shares, values that all heads share, queries of one position: strides of 0."""
+    inputs = make_inputs(batch=2, queries=130, dtype=dtype)
+    expanded = dataclasses.replace(
+        inputs, key=inputs.key[:1].expand(2, -1, -1, -1), value=inputs.value[:, :1].expand(-1, 2, -1, -1),
+        query=inputs.query[:, :, :1].expand(-1, -1, 130, -1),
+    )  # fmt: skip
+    index = random_index(expanded, 64, 64, 0.5)
+    assert_within_budget(block_sparse_attention(expanded, index, impl), expanded, index)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "native"])
+def test_one_full_row_among_nearly_empty_ones(impl: str) -> None:
+    inputs = make_inputs(queries=1024)
+    grid = BlockGrid.of(inputs, 64, 64)
+    mask = torch.eye(grid.rows, dtype=torch.bool).expand(1, 4, -1, -1).clone()
+    mask[:, 1, 14, :15] = True
+    index = BlockIndex.from_mask(grid, mask)
+    assert_within_budget(block_sparse_attention(inputs, index, impl), inputs, index)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_native_leaves_out_what_no_query_sees(dtype: torch.dtype, native: Path) -> None:
+    """Padding, holes and unused slots of a cache may hold anything."""
+    for name in ("left-padding", "holes", "static-cache", "static-cache-later", "everything"):
+        fields, (block_q, block_k) = CASES[name]
+        inputs = make_inputs(dtype=dtype, **fields)
+        unseen = torch.arange(inputs.keys).expand(inputs.batch, -1) >= inputs.filled
+        if inputs.key_valid is not None:
+            unseen = unseen | ~inputs.key_valid
+        index = random_index(inputs, block_q, block_k, 0.5)
+        want = block_sparse_attention(inputs, index)
+        for tensor in (inputs.key, inputs.value):
+            tensor.masked_fill_(unseen[:, None, :, None], torch.nan)
+        found = block_sparse_attention(inputs, index)
+        assert torch.equal(found.output, want.output)
+        assert torch.equal(found.lse, want.lse)
 
 
 def test_merge_puts_heads_where_they_belong() -> None:
