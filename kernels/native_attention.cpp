@@ -75,7 +75,7 @@ struct Scratch {
     std::vector<uint8_t> edge;       // [piece] must it be masked?
     std::vector<const float *> key, value;
     alignas(64) float low[MOST_QUERIES], high[MOST_QUERIES];       // from the row's first slot
-    alignas(64) float most[MOST_QUERIES], mass[MOST_QUERIES], fade[MOST_QUERIES];
+    alignas(64) float most[MOST_QUERIES], base[MOST_QUERIES], mass[MOST_QUERIES], fade[MOST_QUERIES];
     alignas(64) float peak[MOST_QUERIES], tile_peak[MOST_QUERIES];  // where tiles may be skipped
 
     explicit Scratch(const Problem &p) : piece(p.skip ? std::max(PIECE, p.block_k) : PIECE) {
@@ -330,7 +330,7 @@ struct Item {
         pack_query();
         int64_t low_most = 0, low_least = p.keys, high_most = 0, high_least = p.keys;
         for (int64_t n = 0; n < width; ++n) {
-            s.most[n] = NOTHING, s.mass[n] = 0, s.peak[n] = NOTHING;
+            s.most[n] = NOTHING, s.base[n] = 0, s.mass[n] = 0, s.peak[n] = NOTHING;
             s.low[n] = 1, s.high[n] = 0;  // beyond the item: nothing
             if (from + n >= to) continue;
             const int64_t i = b * p.queries + from + n - p.query_start;
@@ -509,13 +509,16 @@ struct Item {
         if (n < keys) top = larger(load(x + n * width), top);
         top = larger(other, top);
         store(s.most + c * LANES, top);
-        // a query that has seen no key yet has -inf here, and -inf - -inf is NaN
-        alignas(64) float minus_base[LANES], rise[LANES];
+        // Exponents are counted from `base`, kept as it was rounded, so that a maximum that stays fades nothing. A query
+        // that has seen no key yet has -inf as its maximum, and -inf - -inf is NaN.
+        alignas(64) float minus_base[LANES], rise[LANES], earlier[LANES];
+        store(earlier, before);
         for (int q = 0; q < LANES; ++q) {
-            const float now = s.most[c * LANES + q];
-            minus_base[q] = now == NOTHING ? 0.0f : -(now * factor);
+            float &base = s.base[c * LANES + q];
+            const float now = s.most[c * LANES + q], exponent = now == NOTHING ? 0.0f : now * factor;
+            rise[q] = earlier[q] == NOTHING ? NOTHING : base - exponent;
+            base = exponent, minus_base[q] = -exponent;
         }
-        store(rise, times_plus(before, unit, load(minus_base)));
         const Float fade = two_to(load(rise)), shift = load(minus_base);
         store(s.fade + c * LANES, fade);
         // sums of a piece begin anew: fewer roundings than one long sum
@@ -553,7 +556,7 @@ struct Item {
         for (int64_t q = 0; q < to - from; ++q) {
             const int64_t i = from + q - p.query_start;
             const bool seen = !(s.mass[q] == 0);  // NaN is passed on
-            const float lse = seen ? (s.most[q] * factor + std::log2(s.mass[q])) * LN_2 : NOTHING;
+            const float lse = seen ? (s.base[q] + std::log2(s.mass[q])) * LN_2 : NOTHING;
             p.lse[(b * p.query_heads + h) * p.queries + i] = lse;
             if (!p.output) continue;
             float share = seen ? 1 / s.mass[q] : 0;

@@ -357,6 +357,14 @@ def test_one_full_row_among_nearly_empty_ones(impl: str) -> None:
     assert_within_budget(block_sparse_attention(inputs, index, impl), inputs, index)
 
 
+@pytest.mark.parametrize("impl", ["cpu", "native"])
+def test_long_lists_do_not_drift(impl: str) -> None:
+    """Many steps of the online softmax: a maximum that stays must fade nothing, not even by rounding."""
+    inputs = make_inputs(query_heads=2, queries=64, keys=1 << 14, head_dim=64)
+    index = random_index(inputs, 64, 64, 0.7)
+    assert_within_budget(block_sparse_attention(inputs, index, impl), inputs, index)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_native_leaves_out_what_no_query_sees(dtype: torch.dtype, native: Path) -> None:
     """Padding, holes and unused slots of a cache may hold anything."""
