@@ -1,6 +1,6 @@
 """Options of a patch that bound what a long prefill holds beside attention: MLPs in chunks, logits of the last token.
 
-Neither is sparse, and neither changes a model's code: each puts a function in the way of a `forward`, and takes it away.
+Neither is sparse, and neither changes a model's code: each puts a function before a `forward`, and takes it away.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def check_activations(mlp_chunk: int | None, last_logits: bool) -> None:
         raise TypeError(f"last_logits must be True or False, got {last_logits!r}")
 
 
-def decoder_layers(model: nn.Module, attention: Mapping[int, nn.Module]) -> list[nn.Module]:
+def decoder_layers(model: nn.Module, attention: Mapping[int, nn.Module]) -> nn.ModuleList:
     """All layers of the language model in their order, those without attention among them.
 
     Raises NotImplementedError where they do not stand in one list.
@@ -42,7 +42,7 @@ def decoder_layers(model: nn.Module, attention: Mapping[int, nn.Module]) -> list
         if isinstance(holder, nn.ModuleList):
             held = {id(inner) for layer in holder for inner in layer.modules()}
             if wanted <= held:
-                return list(holder)
+                return holder
     raise NotImplementedError(f"the decoder layers of {type(model).__name__} do not stand in one list")
 
 
@@ -63,7 +63,8 @@ def chunkable_mlps(model: PreTrainedModel, attention: Mapping[int, nn.Module]) -
             )
         reason = why_no_chunks(mlp)
         if reason is not None:
-            raise NotImplementedError(f"mlp_chunk: {type(mlp).__name__} of layer {number} of {cls} {reason}: {_WAY_OUT}")
+            named = f"{type(mlp).__name__} of layer {number} of {cls}"
+            raise NotImplementedError(f"mlp_chunk: {named} {reason}: {_WAY_OUT}")
         mlps.append(mlp)
     return mlps
 

@@ -82,7 +82,7 @@ class TestChunks:
     def test_experts_are_refused_by_name(self, family: str) -> None:
         model = tiny_model(family)
         before, config = state(model), model.config
-        with pytest.raises(NotImplementedError, match="routes its tokens to experts.*leave mlp_chunk out"):
+        with pytest.raises(NotImplementedError, match=r"routes its tokens to experts.*leave mlp_chunk out"):
             patch_model(model, "dense", mlp_chunk=CHUNK)
         assert state(model) == before
         assert model.config is config
