@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -308,3 +309,20 @@ class TestParts:
     def test_eager_attention_is_refused(self) -> None:
         with pytest.raises(NotImplementedError, match="attn_implementation='sdpa'"), watched(tiny_model("llama")):
             pass
+
+
+def test_the_table_of_whole_models_is_that_of_its_file() -> None:
+    """The page has the rows that `first_token_cpu.json` gives, or says where they go while there is no such file."""
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    section = (docs / "performance.md").read_text().partition("\n## The whole model\n")[2].partition("\n## ")[0]
+    file = docs / "results" / "first_token_cpu.json"
+    if not file.exists():
+        assert "<!-- the table that this printed, of results/first_token_cpu.json -->" in section
+        return
+    cells = [FirstTokenCell(**each) for each in json.loads(file.read_text())["first_token"]]
+    assert cells
+    made = [re.sub(r" +", " ", line) for line in first_token_table(cells, markdown=True).splitlines()]
+    stands = [re.sub(r" +", " ", line) for line in section.splitlines() if line.startswith("|")]
+    assert [line for line in made if line.startswith("|") and "--" not in line] == [
+        line for line in stands if "--" not in line
+    ]
