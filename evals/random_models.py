@@ -61,8 +61,10 @@ def random_model(
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices), torch.device(device):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.train(False)
+        made: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    model: PreTrainedModel = made
+    model.train(False)
+    return model
 
 
 def check_layers(layers: int, there: int) -> None:

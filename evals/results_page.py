@@ -42,7 +42,7 @@ class Source:
             found = found[-1] if isinstance(found, list) and found else found
             if isinstance(found, dict):
                 return found
-        entry = next(iter(self.data.get("entries") or ()), {})  # a calibration
+        entry: dict[str, Any] = next(iter(self.data.get("entries") or ()), {})  # a calibration
         key = entry.get("key", {})
         versions = {name: key[name] for name in ("sparseprefill", "torch", "triton") if name in key}
         return {"versions": self.data.get("versions", versions), "processor": key.get("device_name", UNDATED), **entry}

@@ -80,7 +80,8 @@ def first_token(
             "settings": {**asdict(setup), "whole_layers": whole, "repeats": repeats, "dense_limit": limit},
             "first_token": [], "out_of_memory": [], "parts": [],
         }  # fmt: skip
-        cells, lost = [], []
+        cells: list[Any] = []
+        lost: list[Any] = []
 
         def save() -> None:
             written["first_token"], written["out_of_memory"] = list(map(asdict, cells)), list(map(asdict, lost))

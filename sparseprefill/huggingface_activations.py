@@ -131,7 +131,7 @@ def check_last_logits(model: PreTrainedModel) -> None:
 def keep_last_logits(model: PreTrainedModel, undo: list[Callable[[], None]]) -> None:
     """Let a model compute the last token's logits alone, unless its caller asks for others or for a loss."""
     names = list(inspect.signature(model.forward).parameters)
-    places = {name: names.index(name) for name in ("logits_to_keep", "labels") if name in names}
+    places: dict[str, int] = {name: names.index(name) for name in ("logits_to_keep", "labels") if name in names}
     forward = functools.partial(_last_token, model.forward, places)
     _replace_forward(model, functools.update_wrapper(forward, model.forward), undo)  # generate reads its signature
 
