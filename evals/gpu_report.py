@@ -244,10 +244,14 @@ def _inputs(sizes: Sizes, device: str, length: int) -> AttentionInputs:
 
 
 def _kernel(sizes: Sizes, device: str, length: int, density: float, left: float) -> list[Any]:
-    found: list[Any] = kernel_cells(
-        device=device, lengths=[length], densities=[density], head_dims=[sizes.head_dim], dtypes=[torch.bfloat16],
-        query_heads=sizes.heads[0], kv_heads=sizes.heads[1], repeats=sizes.repeats,
-    )  # fmt: skip
+    try:
+        found: list[Any] = kernel_cells(
+            device=device, lengths=[length], densities=[density], head_dims=[sizes.head_dim], dtypes=[torch.bfloat16],
+            query_heads=sizes.heads[0], kv_heads=sizes.heads[1], repeats=sizes.repeats,
+        )  # fmt: skip
+    finally:
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # what was compiled holds its mask, and so many compilations are allowed
     return found
 
 
@@ -300,6 +304,8 @@ def _first_token_steps(sizes: Sizes, device: str) -> Iterator[Step]:
         specs = [MethodSpec("dense"), *map(MethodSpec.parse, sizes.methods)]
         cells = list(first_tokens(model, specs, [length], whole_layers=whole, repeats=sizes.repeats))
         lost = [str(each) for each in cells if isinstance(each, OutOfMemory)]
+        if (shape, length) == (sizes.shapes[-1], sizes.prompts[-1]):
+            made.clear()  # other parts follow
         return [*({"shape": shape, **asdict(each)} for each in cells if isinstance(each, FirstTokenCell)),
                 *({"shape": shape, "length": length, "out_of_memory": said} for said in lost)]  # fmt: skip
 

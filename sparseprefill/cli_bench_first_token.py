@@ -64,6 +64,8 @@ def first_token(
             check_folder(out)  # before minutes of measuring
         if dense_limit is not None and len(dense_limit) != 1:
             raise ValueError("--dense-limit is one number of tokens")
+        if not memory and device != "cpu":
+            raise ValueError("--no-memory is for the CPU: on a GPU memory is read from the runs that are timed")
         limit = dense_limit[0] if dense_limit else benches.DENSE_LIMIT if device.startswith("cuda") else None
         methods = specs(chosen or METHODS, None)
         setup = benches.ModelSetup(
@@ -101,14 +103,16 @@ def first_token(
                     save()
         finally:
             click.echo(benches.first_token_table(cells, markdown=markdown))
-        if profiled:
-            fitting = [n for n in lengths if all(n < each.length for each in lost)]
+        fitting = [n for n in lengths if all(n < each.length for each in lost)]
+        if profiled and fitting:
             with progress_bar(len(fitting) * len(methods) * (1 + repeats), "parts") as progress:
                 parts = prefill_parts(
                     loaded, methods, fitting, prefill=benches.seconds_of(loaded, offload_cache), repeats=repeats,
                     progress=progress,
                 )  # fmt: skip
             click.echo(parts_table(parts, markdown=markdown))
+            if setup.layers is not None:
+                click.echo(f"parts are of the {setup.layers} layers that ran")
             written["parts"] = [asdict(each) for each in parts]
             save()
         if out is not None:

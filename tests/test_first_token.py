@@ -64,6 +64,7 @@ class TestCommand:
         assert all(0 < (cell.density or 0) < 1 for cell in cells[1::2])
         assert said.count("(extrapolated)") == 4
         assert "2 of 4" in said
+        assert "parts are of the 2 layers that ran" in said
         assert {part for each in written["parts"] for part in each["parts"]} == set(PARTS)
 
     def test_memory_that_runs_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: list[int]) -> None:
@@ -107,6 +108,11 @@ class TestCommand:
     )
     def test_what_is_refused(self, arguments: list[str], message: str) -> None:
         assert message in invoke("--lengths", "256", "--no-memory", *arguments, code=1)
+
+    def test_memory_is_left_out_on_a_cpu_alone(self) -> None:
+        result = CliRunner().invoke(main, ["bench", "first-token", "--device", "meta", "--no-memory"])
+        assert result.exit_code == 1
+        assert "--no-memory is for the CPU" in result.output
 
     def test_options_of_the_group_do_not_stand_before_it(self) -> None:
         result = CliRunner().invoke(main, ["bench", "--lengths", "1k", "first-token"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import tiny_model, tokens, with_image
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 from ways import BLOCKS, LENGTH, WAYS, in_chunks, logits, padded
 
 from sparseprefill import explain, patch_model, register
@@ -30,6 +31,12 @@ def agree(got: Tensor, expected: Tensor) -> None:
         assert torch.equal(got, expected)
     else:
         assert (got - expected).abs().max() <= 1e-3 * (expected.std() if expected.numel() > 1 else expected.abs())
+
+
+def placed(name: str, ids: Tensor, value: Any) -> list[Any]:
+    """Arguments of a Llama without their names, up to this one."""
+    names = list(inspect.signature(LlamaForCausalLM.forward).parameters)[1:]
+    return [ids, *[None] * (names.index(name) - 1), value]
 
 
 def mlps(model: PreTrainedModel) -> list[nn.Module]:
@@ -152,8 +159,8 @@ class TestLastLogits:
             agree(logits(model, input_ids=ids, logits_to_keep=0), whole)
             agree(logits(model, input_ids=ids, logits_to_keep=7), whole[:, -7:])
             agree(model(input_ids=ids, labels=ids).loss, loss)
-            agree(model(ids, None, None, None, None, ids).loss, loss)  # labels by their place
-            agree(model(ids, None, None, None, None, None, None, 5).logits, whole[:, -5:])
+            agree(model(*placed("labels", ids, ids)).loss, loss)
+            agree(model(*placed("logits_to_keep", ids, 5)).logits, whole[:, -5:])
             agree(in_chunks(model, {"input_ids": ids}, [90, 110]), whole[:, [89, 199]])
         assert state(model) == before
         assert torch.equal(logits(model, input_ids=ids), whole)
