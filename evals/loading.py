@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+from datetime import date
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -123,19 +125,32 @@ def _way_out(path: str, reason: str) -> str:
 
 
 def provenance(model: PreTrainedModel | None = None) -> dict[str, Any]:
-    """What a result depends on besides its settings: versions, processor or GPU, threads."""
+    """What a result depends on besides its settings: the day, versions, processor or GPU and its driver, threads."""
     versions = {"python": platform.python_version()}
     for package in ("sparseprefill", "torch", "triton", "transformers"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    found: dict[str, Any] = {"versions": versions, "threads": torch.get_num_threads(), "processor": processor()}
+    found: dict[str, Any] = {
+        "date": date.today().isoformat(), "versions": versions, "threads": torch.get_num_threads(),
+        "processor": processor(),
+    }  # fmt: skip
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
+        found["gpu"], found["driver"] = torch.cuda.get_device_name(), _driver()
     if model is not None:
         found["model"] = {
             "name": Path(str(model.name_or_path)).name, "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type, "parameters": model.num_parameters(),
         }  # fmt: skip
     return found
+
+
+def _driver() -> str:
+    """Version of the NVIDIA driver, or "unknown"."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return said.partition("\n")[0].strip() or "unknown"

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from sparseprefill.cli_bench_first_token import first_token
 from sparseprefill.cli_evals import specs
 from sparseprefill.cli_options import Numbers, clear_errors, progress_bar
 
@@ -125,6 +126,9 @@ def bench(
         if out is not None:
             write_text(out, json.dumps(written, indent=1) + "\n")
             click.echo(f"wrote {out}")
+
+
+bench.add_command(first_token)
 
 
 def _heads(text: str | None, device: str) -> tuple[int, int]:

@@ -26,6 +26,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sparseprefill import huggingface_masks as masks
 from sparseprefill.contracts import AttentionInputs, BlockGrid
 from sparseprefill.guard import GuardLog
+from sparseprefill.huggingface_activations import (
+    check_activations,
+    check_last_logits,
+    chunk_mlps,
+    chunkable_mlps,
+    keep_last_logits,
+)
 from sparseprefill.huggingface_layers import (
     COUNTING,
     LAYERS,
@@ -158,6 +165,8 @@ def patch_model(
     sample_rows: int = 16,
     min_mass: float | None = None,
     calibration: str | Path | None = None,
+    mlp_chunk: int | None = None,
+    last_logits: bool = False,
     **options: Any,
 ) -> Patch:
     """Let a stock Hugging Face model prefill long prompts sparsely, until the returned handle is removed.
@@ -189,6 +198,9 @@ def patch_model(
         min_mass: guard: a head whose kept mass, sampled in each call, is below this runs again with full rows.
         calibration: the file that `sparseprefill bench --calibrate` wrote; None: the one where it writes by default,
             if it is there. Read once, here.
+        mlp_chunk: MLPs compute that many tokens at a time, so that a long prompt's activations do not decide which
+            length fits. Exact up to rounding, as each token is computed for itself; None: as they were.
+        last_logits: the last token's logits alone, where the caller gives neither `logits_to_keep` nor `labels`.
         options: of the method.
 
     Raises:
@@ -205,7 +217,7 @@ def patch_model(
     known = settings.calibration(calibration)
     plan = plan_patch(
         model, method, profile=profile, strict=strict, dense_layers=dense_layers, layers=layers, heads=heads,
-        last_rows_dense=last_rows_dense, settings=settings, **options,
+        last_rows_dense=last_rows_dense, settings=settings, mlp_chunk=mlp_chunk, last_logits=last_logits, **options,
     )  # fmt: skip
     for text in plan.warnings:
         warnings.warn(text, UserWarning, stacklevel=2)
@@ -233,6 +245,10 @@ def patch_model(
         for outer in {id(m): m for m in (inner, inner.base_model)}.values():
             undo.append(outer.register_forward_pre_hook(_refuse_attentions, with_kwargs=True).remove)
         _refuse_continuous_batching(inner, undo)
+        if mlp_chunk is not None:
+            chunk_mlps(plan.mlps, mlp_chunk, undo)
+        if last_logits:
+            keep_last_logits(inner, undo)
     except BaseException:
         patch.remove()
         raise
@@ -249,6 +265,7 @@ class PatchPlan:
     modules: dict[int, nn.Module]
     shapes: dict[int, LayerShape]
     layers: dict[int, PatchedLayer]
+    mlps: list[nn.Module] = field(default_factory=list)  # that are to compute in chunks of tokens
     warnings: dict[str, int] = field(default_factory=dict)  # what is to be warned of, how often
 
 
@@ -256,10 +273,11 @@ def plan_patch(
     model: Any, method: Method | None, *, profile: str | Path | None = None, strict: bool = False,
     dense_layers: Sequence[int] = (), layers: Mapping[int, Method] | None = None,
     heads: Mapping[tuple[int, int], Method] | None = None, last_rows_dense: int = 0, settings: Settings | None = None,
-    **options: Any,
+    mlp_chunk: int | None = None, last_logits: bool = False, **options: Any,
 ) -> PatchPlan:  # fmt: skip
     """Everything that can be checked and prepared before a model is touched. Raises what `patch_model` raises."""
     settings = settings or Settings()
+    check_activations(mlp_chunk, last_logits)
     method, options = named_method(method, profile, options)
     wrapped, model = model, unwrap(model)
     _check_overrides(dense_layers, layers, heads)
@@ -304,6 +322,9 @@ def plan_patch(
     chosen = {number: of_heads(each, part.of(all_heads[number])) for number, each in chosen.items()}
     _try_patterns(chosen, shapes, {number: device_of(module) for number, module in modules.items()}, settings)
 
+    mlps = chunkable_mlps(model, modules) if mlp_chunk is not None else []
+    if last_logits:
+        check_last_logits(model)
     previous = _previous_implementation(model, config)
     name = method if isinstance(method, str) else describe_pattern(method)
     states = {
@@ -313,7 +334,7 @@ def plan_patch(
         )
         for number in sorted(modules)
     }  # fmt: skip
-    return PatchPlan(model, config, previous, modules, shapes, states, doubts)
+    return PatchPlan(model, config, previous, modules, shapes, states, mlps, doubts)
 
 
 def _resolve(
@@ -424,6 +445,8 @@ def register(
         ("observe", "there is no handle to read a report from"),
         ("sample_rows", "there is no handle to read a report from"),
         ("strict", "the model is not known yet"),
+        ("mlp_chunk", "there is no model yet whose MLPs could be looked at"),
+        ("last_logits", "there is no model yet whose logits could be looked at"),
     ):
         if name in options:
             raise ValueError(f"register takes no {name}: {reason}; patch the model instead")

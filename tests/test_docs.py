@@ -89,8 +89,9 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_every_page_is_listed_in_the_readme() -> None:
-    """Pages of methods are listed by `sparseprefill methods`."""
+    """Pages of methods are listed by `sparseprefill methods`, those of single results on the page of results."""
     listed = {"README.md", *(row["page"] for row in methods_table())}
+    listed |= {f"docs/{link}" for link in re.findall(r"\]\((results/[^)]*\.md)\)", PAGES["docs/results.md"])}
     assert [name for name in PAGES if name not in listed and f"]({name})" not in PAGES["README.md"]] == []
 
 
@@ -120,10 +121,13 @@ def check_click_command(words: list[str]) -> None:
     name, *rest = words
     command = cli.main.commands.get(name)
     assert command is not None, f"there is no command `sparseprefill {name}`"
+    if isinstance(command, click.Group) and rest and rest[0] in command.commands:
+        name, *rest = rest
+        command = command.commands[name]
     if rest and rest != ["..."]:
         if rest[-1].startswith("--") and not is_flag(command, rest[-1]):
             rest.append("1")  # an option named without its value
-        rest = [str(ROOT / "README.md") if word == "FILE" else word for word in rest]
+        rest = [str(ROOT / "README.md") if word in ("FILE", "CONFIG") else word for word in rest]
         values = command.make_context(name, rest).params
         chosen = values.get("chosen", ())
         for method in (chosen,) if isinstance(chosen, str) else chosen or ():
@@ -137,7 +141,13 @@ def is_flag(command: click.Command, option: str) -> bool:
 
 
 def test_the_check_finds_wrong_commands() -> None:
-    for wrong in ("no_such", "needle --no-such", "needle --method no_such", "bench --lengths long"):
+    for wrong in (
+        "no_such",
+        "bench first-token --no-such",
+        "needle --no-such",
+        "needle --method no_such",
+        "bench --lengths long",
+    ):
         with pytest.raises((AssertionError, click.UsageError, ValueError)):
             check_click_command(wrong.split())
     found = sorted(commands("`sparseprefill needle\n--seed 2`\n\n    make test  # all\n"))
