@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.kernels.low_bit import EstimatedLogits, LowBit
@@ -31,7 +32,8 @@ from sparseprefill.kernels.triton_antidiagonal import (
     antidiagonal_tiling,
 )
 from sparseprefill.kernels.triton_forward import (
-    choose_tiling,
+    DeviceLimits,
+    choose_for,
     forward_kernel,
     interpreted,
     kernel_arguments,
@@ -56,6 +58,8 @@ _INSTRUCTIONS = {
     "integer": r"\b(?:w?g?mma\S*\.s32\.s8\.s8|tcgen05\.mma\S*kind::i8)",
     "fma": r"\bfma\.rn\.f32",
     "async_copy": r"\bcp\.async\.c",
+    "tma": r"\bcp\.async\.bulk\.tensor\.\d+d\.shared",
+    "exponentials": r"\bex2\.approx",
 }
 _TOKENS = 1024
 _POINTERS = {
@@ -76,6 +80,8 @@ class CompiledKernel:
     block_k: int
     warps: int
     stages: int
+    heads: int  # stacked in a tile
+    descriptors: bool  # the copy engine fetches keys and values
     estimated: int  # bytes of shared memory that the tiling reckoned with
     shared: int  # bytes a block uses
     shared_limit: int
@@ -88,6 +94,8 @@ class CompiledKernel:
     integer: int  # of these products, those of bytes
     fma: int
     async_copy: int
+    tma: int  # copies of whole tiles
+    exponentials: int
 
 
 def compile_kernel(
@@ -103,12 +111,15 @@ def compile_kernel(
     some_heads: bool = False,
     skip: bool = False,
     float32_dots: str = "ieee",
+    shared: bool = True,
+    tiling: dict[str, Any] | None = None,
     **fields: Any,
 ) -> CompiledKernel:
     """Compile as a launch would on causal inputs laid out like a model's; `fields` go to AttentionInputs.
 
-    `block_q` and `block_k` are those of the index; `skip`: its tiles may be skipped, and have an order of
-    visits. Raises ValueError where no tiling fits the architecture.
+    `block_q` and `block_k` are those of the index; `shared`: its heads share their lists; `skip`: its tiles may be
+    skipped, and have an order of visits; `tiling`: fields of the tiling to be other than chosen. Raises ValueError
+    where no tiling fits the architecture.
     """
     if interpreted():
         raise RuntimeError("nothing can be compiled under TRITON_INTERPRET=1")
@@ -117,19 +128,26 @@ def compile_kernel(
         fields["key_valid"] = torch.ones(1, _TOKENS, dtype=torch.bool)
     inputs, index = _model_like(head_dim, value_dim, dtype, block_q, block_k, fields)
     limit = SHARED_LIMITS[architecture]
-    tiling = choose_tiling(head_dim, value_dim, dtype, block_q, block_k, limit, divmod(architecture, 10), skip)
-    if tiling is None:
-        raise ValueError(f"no tiling fits {head_dim=}, {value_dim=}, {dtype} into {limit} bytes")
-    output = torch.empty(1, _TOKENS, 8, value_dim, dtype=dtype).transpose(1, 2) if values else None
-    lse = torch.empty(inputs.query.shape[:3], dtype=torch.float32)
     only = torch.ones(inputs.query.shape[:2], dtype=torch.bool) if some_heads else None
     skipped = None
+    if not shared:
+        index = replace(index, start=index.start.contiguous(), count=index.count.contiguous())
     if skip:
         index = index.skipping(0.0).visiting(torch.zeros(1, 8, index.grid.rows, index.grid.key_blocks))
         skipped = torch.zeros(8 * index.grid.rows, 1, dtype=torch.int32)
-    arguments = kernel_arguments(inputs, index, output, lse, tiling, 32 << 20, float32_dots, only, skipped)
-    tile = Tile(head_dim, value_dim, _name(dtype), tiling.block_q, tiling.block_k, tiling.warps, tiling.stages)
-    return _compiled(forward_kernel, arguments, tile, architecture, tiling.shared_bytes(head_dim, value_dim, dtype))
+    capability = divmod(architecture, 10)
+    chosen = choose_for(inputs, index, only, DeviceLimits(capability, limit, 0))
+    if chosen is None:
+        raise ValueError(f"no tiling fits {head_dim=}, {value_dim=}, {dtype} into {limit} bytes")
+    chosen = replace(chosen, **tiling or {})
+    output = torch.empty(1, _TOKENS, 8, value_dim, dtype=dtype).transpose(1, 2) if values else None
+    lse = torch.empty(inputs.query.shape[:3], dtype=torch.float32)
+    arguments = kernel_arguments(inputs, index, output, lse, chosen, 32 << 20, float32_dots, only, skipped)
+    tile = Tile(
+        head_dim, value_dim, _name(dtype), chosen.block_q, chosen.block_k, chosen.warps, chosen.stages, chosen.heads,
+        chosen.descriptors,
+    )  # fmt: skip
+    return _compiled(forward_kernel, arguments, tile, architecture, chosen.shared_bytes(head_dim, value_dim, dtype))
 
 
 def compile_rows(
@@ -254,6 +272,8 @@ class Tile:
     block_k: int
     warps: int
     stages: int
+    heads: int = 1
+    descriptors: bool = False
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -274,7 +294,7 @@ def _compiled(
     assembly = compiled.asm["ptx"]
     return CompiledKernel(
         architecture, tile.head_dim, tile.value_dim, tile.dtype,
-        tile.block_q, tile.block_k, tile.warps, tile.stages,
+        tile.block_q, tile.block_k, tile.warps, tile.stages, tile.heads, tile.descriptors,
         estimate, compiled.metadata.shared, SHARED_LIMITS[architecture],
         **_resources(compiled.asm["cubin"]),
         **{name: len(re.findall(pattern, assembly)) for name, pattern in _INSTRUCTIONS.items()},
@@ -302,6 +322,9 @@ def specialise(
             signature[parameter.name] = _POINTERS[value.dtype]
             if value.data_ptr() % 16 == 0:
                 attributes[place] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            kind = _POINTERS[value.base.dtype].removeprefix("*")
+            signature[parameter.name] = f"tensordesc<{kind}{list(value.block_shape)}>"
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if abs(value) < 1 << 31 else "i64"
             if free and value % 16 == 0:
@@ -349,8 +372,8 @@ def _cache() -> Iterator[None]:
 
 
 _COLUMNS = (
-    "architecture", "dtype", "head_dim", "value_dim", "block_q", "block_k", "warps", "stages", "shared", "estimated",
-    "registers", "stack", "local", "mma", "wgmma", "tcgen05", "integer", "async_copy",
+    "architecture", "dtype", "head_dim", "value_dim", "block_q", "block_k", "heads", "warps", "stages", "shared",
+    "estimated", "registers", "stack", "local", "mma", "wgmma", "tcgen05", "integer", "async_copy", "tma",
 )  # fmt: skip
 
 

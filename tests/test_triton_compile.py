@@ -42,6 +42,7 @@ QUICK: list[Spec] = [
     (90, 128, "int4", {}),
     (90, 128, "bfloat16", {"stride": 8}),
     (90, 64, "bfloat16", {"skip": True, "block_q": 64}),
+    (90, 128, "bfloat16", {"block_q": 64}),
 ]
 FULL: list[Spec] = [
     (80, 128, "int4", {}),
@@ -49,6 +50,12 @@ FULL: list[Spec] = [
     *((architecture, head_dim, "float16", {}) for architecture in (80, 90, 100) for head_dim in (16, 80, 96, 192)),
     *((architecture, head_dim, "float32", {}) for architecture in (80, 90, 100) for head_dim in (64, 128)),
     *((architecture, 128, "bfloat16", {"block_q": 64, "window": 300}) for architecture in (80, 90, 100)),
+    *(
+        (architecture, dim, "bfloat16", {"block_q": 64, "shared": False})
+        for architecture in (80, 90, 100)
+        for dim in (64, 128)
+    ),
+    *((architecture, 128, "bfloat16", {"tiling": {"descriptors": False}}) for architecture in (90, 100)),
     *((architecture, 128, "bfloat16", {"padded": True, "softcap": 30.0}) for architecture in (80, 90, 100)),
     *((architecture, 128, "bfloat16", {"values": False}) for architecture in (80, 90, 100)),
     *((architecture, 128, "bfloat16", {"some_heads": True}) for architecture in (80, 90, 100)),
@@ -104,7 +111,8 @@ def check(kernel: dict[str, Any]) -> None:
         assert kernel["local"] == 0, kernel
     if kernel["block_q"] == 0:
         return  # rounding multiplies nothing
-    assert kernel["async_copy"] > 0, kernel
+    assert kernel["async_copy"] + kernel["tma"] > 0, kernel
+    assert (kernel["tma"] > 0) == kernel["descriptors"], kernel
     products = {80: "mma", 90: "wgmma", 100: "tcgen05"}[kernel["architecture"]]
     if kernel["dtype"].startswith("int"):
         # Triton knows no tcgen05 products of bytes
@@ -122,12 +130,28 @@ def test_kernels_fit_and_do_not_spill() -> None:
     assert len(kernels) == len(QUICK)
     for kernel in kernels:
         check(kernel)
+    described = {(kernel["architecture"], kernel["head_dim"]) for kernel in kernels if kernel["descriptors"]}
+    assert described == {(90, 64), (90, 128), (100, 64), (100, 128)}
+    assert {kernel["heads"] for kernel in kernels} == {1, 2}
 
 
 @pytest.mark.slow
 def test_more_kernels_fit_and_do_not_spill() -> None:
     for kernel in compiled(FULL):
         check(kernel)
+
+
+@pytest.mark.slow
+def test_warps_that_do_nothing_but_fetch() -> None:
+    """Both loops take part, or the compiler fails. At head_dim 128 a few bytes spill, which only a GPU can weigh."""
+    specialise = {"tiling": {"specialise": True}}
+    for kernel in compiled(
+        [(100, dim, "bfloat16", specialise | options) for dim in (64, 128) for options in ({}, {"window": 300})]
+    ):
+        assert kernel["shared"] <= kernel["estimated"], kernel
+        assert kernel["async_copy"] == 0 < kernel["tma"], kernel
+        assert kernel["tcgen05"] > 0, kernel
+        assert kernel["stack"] <= 16 * (kernel["head_dim"] == 128), kernel
 
 
 def test_the_table(tmp_path: Any) -> None:
