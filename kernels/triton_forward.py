@@ -368,7 +368,8 @@ def _load(p_tile, m_row, o_column, N: tl.constexpr, MASK_ROWS: tl.constexpr, MAS
         return tl.load(p_tile)
 
 
-# lengths change from call to call: specialising on them would compile again and again
+# lengths change from call to call: specialising on them would compile again and again. Strides that grow with the
+# length have one type at any length, and stay specialised: that 16 divides them is what lets loads be wide
 @triton.jit(
     do_not_specialize=[
         "stride_start_b", "stride_start_h", "stride_start_r",
@@ -380,10 +381,10 @@ def forward_kernel(
     p_q, p_k, p_v, p_out, p_lse, p_sinks, p_valid, p_low,
     p_columns, p_start, p_count, p_order, p_anchor, p_first, p_hole, p_only, p_visit, p_skip, p_before, p_skipped,
     d_k, d_v,
-    stride_qb, stride_qh, stride_qt, stride_qd,
-    stride_kb, stride_kh, stride_kt, stride_kd,
-    stride_vb, stride_vh, stride_vt, stride_vd,
-    stride_ob, stride_oh, stride_ot, stride_od,
+    stride_qb: tl.int64, stride_qh: tl.int64, stride_qt, stride_qd,
+    stride_kb: tl.int64, stride_kh: tl.int64, stride_kt, stride_kd,
+    stride_vb: tl.int64, stride_vh: tl.int64, stride_vt, stride_vd,
+    stride_ob: tl.int64, stride_oh: tl.int64, stride_ot, stride_od,
     stride_start_b, stride_start_h, stride_start_r,
     stride_count_b, stride_count_h, stride_count_r,
     query_heads, rows, query_start, queries, keys, key_length, window, scale, cap,

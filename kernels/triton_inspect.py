@@ -5,6 +5,7 @@ python -m sparseprefill.kernels.triton_inspect prints a table; needs Triton's NV
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
@@ -61,7 +63,6 @@ _INSTRUCTIONS = {
     "tma": r"\bcp\.async\.bulk\.tensor\.\d+d\.shared",
     "exponentials": r"\bex2\.approx",
 }
-_TOKENS = 1024
 _POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
     torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.int8: "*i8",
@@ -98,169 +99,6 @@ class CompiledKernel:
     exponentials: int
 
 
-def compile_kernel(
-    architecture: int,
-    head_dim: int,
-    value_dim: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    block_q: int = 128,
-    block_k: int = 64,
-    values: bool = True,
-    padded: bool = False,
-    some_heads: bool = False,
-    skip: bool = False,
-    float32_dots: str = "ieee",
-    shared: bool = True,
-    tiling: dict[str, Any] | None = None,
-    **fields: Any,
-) -> CompiledKernel:
-    """Compile as a launch would on causal inputs laid out like a model's; `fields` go to AttentionInputs.
-
-    `block_q` and `block_k` are those of the index; `shared`: its heads share their lists; `skip`: its tiles may be
-    skipped, and have an order of visits; `tiling`: fields of the tiling to be other than chosen. Raises ValueError
-    where no tiling fits the architecture.
-    """
-    if interpreted():
-        raise RuntimeError("nothing can be compiled under TRITON_INTERPRET=1")
-    value_dim = value_dim or head_dim
-    if padded:
-        fields["key_valid"] = torch.ones(1, _TOKENS, dtype=torch.bool)
-    inputs, index = _model_like(head_dim, value_dim, dtype, block_q, block_k, fields)
-    limit = SHARED_LIMITS[architecture]
-    only = torch.ones(inputs.query.shape[:2], dtype=torch.bool) if some_heads else None
-    skipped = None
-    if not shared:
-        index = replace(index, start=index.start.contiguous(), count=index.count.contiguous())
-    if skip:
-        index = index.skipping(0.0).visiting(torch.zeros(1, 8, index.grid.rows, index.grid.key_blocks))
-        skipped = torch.zeros(8 * index.grid.rows, 1, dtype=torch.int32)
-    capability = divmod(architecture, 10)
-    chosen = choose_for(inputs, index, only, DeviceLimits(capability, limit, 0))
-    if chosen is None:
-        raise ValueError(f"no tiling fits {head_dim=}, {value_dim=}, {dtype} into {limit} bytes")
-    chosen = replace(chosen, **tiling or {})
-    output = torch.empty(1, _TOKENS, 8, value_dim, dtype=dtype).transpose(1, 2) if values else None
-    lse = torch.empty(inputs.query.shape[:3], dtype=torch.float32)
-    arguments = kernel_arguments(inputs, index, output, lse, chosen, 32 << 20, float32_dots, only, skipped)
-    tile = Tile(
-        head_dim, value_dim, _name(dtype), chosen.block_q, chosen.block_k, chosen.warps, chosen.stages, chosen.heads,
-        chosen.descriptors,
-    )  # fmt: skip
-    return _compiled(forward_kernel, arguments, tile, architecture, chosen.shared_bytes(head_dim, value_dim, dtype))
-
-
-def compile_rows(
-    architecture: int, head_dim: int, dtype: torch.dtype = torch.bfloat16, *, padded: bool = False, **fields: Any
-) -> CompiledKernel:
-    """As `compile_kernel`, for the kernel that computes the lse of some rows."""
-    if interpreted():
-        raise RuntimeError("nothing can be compiled under TRITON_INTERPRET=1")
-    if padded:
-        fields["key_valid"] = torch.ones(1, _TOKENS, dtype=torch.bool)
-    inputs, _ = _model_like(head_dim, head_dim, dtype, 64, 64, fields)
-    limit = SHARED_LIMITS[architecture]
-    tiling = rows_tiling(head_dim, dtype, limit, divmod(architecture, 10))
-    if tiling is None:
-        raise ValueError(f"no tiling fits {head_dim=}, {dtype} into {limit} bytes")
-    arguments, _ = rows_arguments(inputs, torch.arange(144)[None], tiling)
-    tile = Tile(head_dim, head_dim, _name(dtype), tiling.block_q, tiling.block_k, tiling.warps, tiling.stages)
-    return _compiled(rows_kernel, arguments, tile, architecture, tiling.shared_bytes(head_dim, head_dim, dtype))
-
-
-def compile_block_max(
-    architecture: int,
-    head_dim: int,
-    bits: int = 4,
-    *,
-    block_q: int = 64,
-    block_k: int = 64,
-    group: int = 4,
-    softcap: float | None = None,
-    uneven: bool = False,
-) -> CompiledKernel:
-    """As `compile_kernel`, for the kernel that scores tiles from codes of `bits` bits.
-
-    `block_q` counts the queries of all heads of a tile.
-    """
-    if interpreted():
-        raise RuntimeError("nothing can be compiled under TRITON_INTERPRET=1")
-    limit = SHARED_LIMITS[architecture]
-    tiling = low_bit_tiling(block_q, block_k, group, head_dim, bits, limit, divmod(architecture, 10))
-    if tiling is None:
-        raise ValueError(f"no tiling fits {head_dim=}, {bits=} into {limit} bytes")
-    heads, rows = 2 * group, _TOKENS // block_q
-    per_query, per_key = torch.empty(1, heads, rows * block_q), torch.empty(1, heads, _TOKENS)
-    bound = torch.zeros(1, rows * block_q, dtype=torch.int32)
-    logits = EstimatedLogits(
-        _codes(heads, rows * block_q, head_dim, bits), _codes(2, _TOKENS, head_dim, bits), per_key, per_query,
-        per_query, bound, bound, torch.zeros(1, dtype=torch.int64), block_q, block_k, _TOKENS // block_k,
-        head_dim**-0.5, softcap,
-    )  # fmt: skip
-    best = torch.empty(1, heads, rows, logits.key_blocks)
-    tile = Tile(
-        head_dim, 0, f"int{bits}", tiling.block_q * tiling.heads, tiling.block_k, tiling.warps, tiling.stages
-    )  # fmt: skip
-    arguments = block_max_arguments(logits, best, tiling, _TOKENS, uneven)
-    estimate = tiling.shared_bytes(head_dim, bits)
-    return _compiled(
-        block_max_kernel, arguments, tile, architecture, estimate, **tiling.options(uneven, softcap is not None)
-    )
-
-
-def compile_quantize(
-    architecture: int, head_dim: int, bits: int = 4, dtype: torch.dtype = torch.bfloat16, *, group_size: int = 1
-) -> CompiledKernel:
-    """As `compile_kernel`, for the kernel that rounds vectors to `bits` bits."""
-    if interpreted():
-        raise RuntimeError("nothing can be compiled under TRITON_INTERPRET=1")
-    key = torch.empty(1, 2, _TOKENS, head_dim, dtype=dtype)
-    codes, anchor = _codes(2, _TOKENS, head_dim, bits), torch.zeros(1, dtype=torch.int64)
-    arguments = quantize_arguments(key, torch.zeros(1, 2, head_dim), codes, group_size, anchor, None)
-    together = int(str(arguments["BLOCK_T"]))
-    tile = Tile(head_dim, 0, _name(dtype), 0, together, 4, 1)
-    # what a reduction may need: the numbers of a tile
-    estimate = 2 * together * code_tile(head_dim) * 4
-    return _compiled(quantize_kernel, arguments, tile, architecture, estimate, enable_fp_fusion=False)
-
-
-def compile_antidiagonal(
-    architecture: int,
-    head_dim: int,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    stride: int = 8,
-    block_k: int = 64,
-    padded: bool = False,
-    **fields: Any,
-) -> CompiledKernel:
-    """As `compile_kernel`, for the kernel that scores antidiagonals; the tile counts groups of `stride` tokens."""
-    if interpreted():
-        raise RuntimeError("nothing can be compiled under TRITON_INTERPRET=1")
-    occupied = None
-    if padded:
-        fields["key_valid"] = torch.ones(1, _TOKENS, dtype=torch.bool)
-        occupied = torch.ones(1, _TOKENS // stride, dtype=torch.bool)
-    inputs, index = _model_like(head_dim, head_dim, dtype, block_k, block_k, fields)
-    limit = SHARED_LIMITS[architecture]
-    tiling = antidiagonal_tiling(block_k, stride, inputs.group_size, head_dim, dtype, limit)
-    if tiling is None:
-        raise ValueError(f"no tiling fits {head_dim=}, {stride=}, {dtype} into {limit} bytes")
-    bound = torch.zeros(1, _TOKENS // stride, dtype=torch.int32)
-    arguments = antidiagonal_arguments(
-        inputs, torch.empty(1, 8, _TOKENS // stride, index.grid.key_blocks), tiling, stride=stride, block_k=block_k,
-        anchor=index.grid.anchor, first_group=index.grid.first, low=bound, high=bound, occupied=occupied,
-    )  # fmt: skip
-    tile = Tile(head_dim, 0, _name(dtype), tiling.groups * tiling.heads, tiling.keys, tiling.warps, tiling.stages)
-    return _compiled(antidiagonal_kernel, arguments, tile, architecture, tiling.shared_bytes(dtype))
-
-
-def _codes(heads: int, tokens: int, head_dim: int, bits: int) -> LowBit:
-    size = -(-head_dim // 8) * (8 if bits == 8 else 4)
-    codes = torch.empty(1, heads, tokens, size, dtype=torch.int8)
-    return LowBit(codes, torch.empty(1, heads, tokens), bits, head_dim)
-
-
 @dataclass(frozen=True, slots=True)
 class Tile:
     """What is compiled, for the report."""
@@ -276,29 +114,261 @@ class Tile:
     descriptors: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Where inputs stand: how many queries, the cache slot of the first, the device ("meta" holds no memory)."""
+
+    queries: int = 1024
+    query_start: int = 0
+    device: str = "cpu"
+
+    @property
+    def keys(self) -> int:
+        return self.query_start + self.queries
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel and what it would be launched with."""
+
+    kernel: Any
+    arguments: dict[str, object]
+    tile: Tile
+    estimate: int  # bytes of shared memory that the tiling reckons with
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def compile_kernel(architecture: int, head_dim: int, *args: Any, **options: Any) -> CompiledKernel:
+    """The attention kernel compiled; see `forward_launch`."""
+    return _compiled(forward_launch(architecture, head_dim, *args, **options), architecture)
+
+
+def forward_launch(
+    architecture: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    block_q: int = 128,
+    block_k: int = 64,
+    values: bool = True,
+    padded: bool = False,
+    some_heads: bool = False,
+    skip: bool = False,
+    float32_dots: str = "ieee",
+    shared: bool = True,
+    tiling: dict[str, Any] | None = None,
+    case: Case = Case(),
+    **fields: Any,
+) -> Launch:
+    """A launch on causal inputs laid out like a model's; `fields` go to AttentionInputs.
+
+    `block_q` and `block_k` are those of the index; `shared`: its heads share their lists; `skip`: its tiles may be
+    skipped, and have an order of visits; `tiling`: fields of the tiling to be other than chosen. Raises ValueError
+    where no tiling fits the architecture.
+    """
+    value_dim = value_dim or head_dim
+    inputs, index = _model_like(head_dim, value_dim, dtype, block_q, block_k, padded, case, fields)
+    limit, capability = SHARED_LIMITS[architecture], divmod(architecture, 10)
+    only = torch.ones(inputs.query.shape[:2], dtype=torch.bool, device=case.device) if some_heads else None
+    skipped = None
+    if not shared:
+        index = replace(index, start=index.start.contiguous(), count=index.count.contiguous())
+    if skip:
+        index = replace(index.skipping(0.0), visit=index.columns.clone())
+        skipped = torch.zeros(8 * index.grid.rows, 1, dtype=torch.int32, device=case.device)
+    chosen = choose_for(inputs, index, only, DeviceLimits(capability, limit, 0))
+    if chosen is None:
+        raise ValueError(f"no tiling fits {head_dim=}, {value_dim=}, {dtype} into {limit} bytes")
+    chosen = replace(chosen, **tiling or {})
+    shape = (1, case.queries, 8, value_dim)
+    output = torch.empty(shape, dtype=dtype, device=case.device).transpose(1, 2) if values else None
+    lse = torch.empty(inputs.query.shape[:3], dtype=torch.float32, device=case.device)
+    arguments = kernel_arguments(inputs, index, output, lse, chosen, 32 << 20, float32_dots, only, skipped)
+    tile = Tile(
+        head_dim, value_dim, _name(dtype), chosen.block_q, chosen.block_k, chosen.warps, chosen.stages, chosen.heads,
+        chosen.descriptors,
+    )  # fmt: skip
+    return Launch(forward_kernel, arguments, tile, chosen.shared_bytes(head_dim, value_dim, dtype))
+
+
+def compile_rows(architecture: int, head_dim: int, *args: Any, **options: Any) -> CompiledKernel:
+    """The kernel that computes the lse of some rows, compiled; see `rows_launch`."""
+    return _compiled(rows_launch(architecture, head_dim, *args, **options), architecture)
+
+
+def rows_launch(
+    architecture: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    padded: bool = False,
+    case: Case = Case(),
+    **fields: Any,
+) -> Launch:
+    """As `forward_launch`, of the kernel that computes the lse of some rows."""
+    inputs, _ = _model_like(head_dim, head_dim, dtype, 64, 64, padded, case, fields)
+    limit = SHARED_LIMITS[architecture]
+    tiling = rows_tiling(head_dim, dtype, limit, divmod(architecture, 10))
+    if tiling is None:
+        raise ValueError(f"no tiling fits {head_dim=}, {dtype} into {limit} bytes")
+    arguments, _ = rows_arguments(inputs, torch.arange(144, device=case.device)[None], tiling)
+    tile = Tile(head_dim, head_dim, _name(dtype), tiling.block_q, tiling.block_k, tiling.warps, tiling.stages)
+    return Launch(rows_kernel, arguments, tile, tiling.shared_bytes(head_dim, head_dim, dtype))
+
+
+def compile_block_max(architecture: int, head_dim: int, *args: Any, **options: Any) -> CompiledKernel:
+    """The kernel that scores tiles from codes of few bits, compiled; see `block_max_launch`."""
+    return _compiled(block_max_launch(architecture, head_dim, *args, **options), architecture)
+
+
+def block_max_launch(
+    architecture: int,
+    head_dim: int,
+    bits: int = 4,
+    *,
+    block_q: int = 64,
+    block_k: int = 64,
+    group: int = 4,
+    softcap: float | None = None,
+    uneven: bool = False,
+    case: Case = Case(),
+) -> Launch:
+    """As `forward_launch`, of the kernel that scores tiles from codes of `bits` bits.
+
+    `block_q` counts the queries of all heads of a tile.
+    """
+    limit = SHARED_LIMITS[architecture]
+    tiling = low_bit_tiling(block_q, block_k, group, head_dim, bits, limit, divmod(architecture, 10))
+    if tiling is None:
+        raise ValueError(f"no tiling fits {head_dim=}, {bits=} into {limit} bytes")
+    heads, rows, device = 2 * group, -(-case.queries // block_q), torch.device(case.device)
+    with device:
+        per_query, per_key = torch.empty(1, heads, rows * block_q), torch.empty(1, heads, case.keys)
+        bound = torch.zeros(1, rows * block_q, dtype=torch.int32)
+        logits = EstimatedLogits(
+            _codes(heads, rows * block_q, head_dim, bits), _codes(2, case.keys, head_dim, bits), per_key, per_query,
+            per_query, bound, bound, torch.zeros(1, dtype=torch.int64), block_q, block_k, -(-case.keys // block_k),
+            head_dim**-0.5, softcap,
+        )  # fmt: skip
+        best = torch.empty(1, heads, rows, logits.key_blocks)
+    tile = Tile(
+        head_dim, 0, f"int{bits}", tiling.block_q * tiling.heads, tiling.block_k, tiling.warps, tiling.stages
+    )  # fmt: skip
+    arguments = block_max_arguments(logits, best, tiling, case.keys, uneven)
+    options = tiling.options(uneven, softcap is not None)
+    return Launch(block_max_kernel, arguments, tile, tiling.shared_bytes(head_dim, bits), options)
+
+
+def compile_quantize(architecture: int, head_dim: int, *args: Any, **options: Any) -> CompiledKernel:
+    """The kernel that rounds vectors to few bits, compiled; see `quantize_launch`."""
+    return _compiled(quantize_launch(head_dim, *args, **options), architecture)
+
+
+def quantize_launch(
+    head_dim: int,
+    bits: int = 4,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    group_size: int = 1,
+    case: Case = Case(),
+) -> Launch:
+    """As `forward_launch`, of the kernel that rounds vectors to `bits` bits."""
+    with torch.device(case.device):
+        key = torch.empty(1, 2, case.keys, head_dim, dtype=dtype)
+        codes, anchor = _codes(2, case.keys, head_dim, bits), torch.zeros(1, dtype=torch.int64)
+        arguments = quantize_arguments(key, torch.zeros(1, 2, head_dim), codes, group_size, anchor, None)
+    together = int(str(arguments["BLOCK_T"]))
+    tile = Tile(head_dim, 0, _name(dtype), 0, together, 4, 1)
+    # what a reduction may need: the numbers of a tile
+    estimate = 2 * together * code_tile(head_dim) * 4
+    return Launch(quantize_kernel, arguments, tile, estimate, {"enable_fp_fusion": False})
+
+
+def compile_antidiagonal(architecture: int, head_dim: int, *args: Any, **options: Any) -> CompiledKernel:
+    """The kernel that scores antidiagonals, compiled; see `antidiagonal_launch`."""
+    return _compiled(antidiagonal_launch(architecture, head_dim, *args, **options), architecture)
+
+
+def antidiagonal_launch(
+    architecture: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    stride: int = 8,
+    block_k: int = 64,
+    padded: bool = False,
+    case: Case = Case(),
+    **fields: Any,
+) -> Launch:
+    """As `forward_launch`, of the kernel that scores antidiagonals; the tile counts groups of `stride` tokens."""
+    inputs, index = _model_like(head_dim, head_dim, dtype, block_k, block_k, padded, case, fields)
+    limit = SHARED_LIMITS[architecture]
+    tiling = antidiagonal_tiling(block_k, stride, inputs.group_size, head_dim, dtype, limit)
+    if tiling is None:
+        raise ValueError(f"no tiling fits {head_dim=}, {stride=}, {dtype} into {limit} bytes")
+    groups = -(-case.queries // stride)
+    with torch.device(case.device):
+        occupied = torch.ones(1, -(-case.keys // stride), dtype=torch.bool) if padded else None
+        bound = torch.zeros(1, groups, dtype=torch.int32)
+        lse = torch.empty(1, 8, groups, index.grid.key_blocks)
+    arguments = antidiagonal_arguments(
+        inputs, lse, tiling, stride=stride, block_k=block_k,
+        anchor=index.grid.anchor, first_group=index.grid.first, low=bound, high=bound, occupied=occupied,
+    )  # fmt: skip
+    tile = Tile(head_dim, 0, _name(dtype), tiling.groups * tiling.heads, tiling.keys, tiling.warps, tiling.stages)
+    return Launch(antidiagonal_kernel, arguments, tile, tiling.shared_bytes(dtype))
+
+
+def _codes(heads: int, tokens: int, head_dim: int, bits: int) -> LowBit:
+    size = -(-head_dim // 8) * (8 if bits == 8 else 4)
+    codes = torch.empty(1, heads, tokens, size, dtype=torch.int8)
+    return LowBit(codes, torch.empty(1, heads, tokens), bits, head_dim)
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _compiled(
-    kernel: Any, arguments: dict[str, object], tile: Tile, architecture: int, estimate: int, **options: Any
-) -> CompiledKernel:
-    signature, constants, attributes = specialise(arguments, kernel)
-    source = ASTSource(kernel, signature, constants, attributes)
+def _compiled(launch: Launch, architecture: int) -> CompiledKernel:
+    if interpreted():
+        raise RuntimeError("nothing can be compiled under TRITON_INTERPRET=1")
+    tile = launch.tile
+    signature, constants, attributes = specialise(launch.arguments, launch.kernel)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
     with _cache():
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", architecture, 32),
-            options={"num_warps": tile.warps, "num_stages": tile.stages, **options},
+            options={"num_warps": tile.warps, "num_stages": tile.stages, **launch.options},
         )
     assembly = compiled.asm["ptx"]
     return CompiledKernel(
         architecture, tile.head_dim, tile.value_dim, tile.dtype,
         tile.block_q, tile.block_k, tile.warps, tile.stages, tile.heads, tile.descriptors,
-        estimate, compiled.metadata.shared, SHARED_LIMITS[architecture],
+        launch.estimate, compiled.metadata.shared, SHARED_LIMITS[architecture],
         **_resources(compiled.asm["cubin"]),
         **{name: len(re.findall(pattern, assembly)) for name, pattern in _INSTRUCTIONS.items()},
     )  # fmt: skip
+
+
+def specialisation_key(launch: Launch, architecture: int = 90) -> str:
+    """What Triton looks a compiled kernel up by: types, constants, divisibility, options. Its own code says it.
+
+    Launches of equal keys share what was compiled once. Raises RuntimeError under the interpreter, which has none.
+    """
+    if interpreted():
+        raise RuntimeError("there is nothing to look up under TRITON_INTERPRET=1")
+    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, **launch.options}
+    _, found, _ = _binder(launch.kernel, architecture)(**launch.arguments, **options)
+    names = (parameter.name for parameter in launch.kernel.params)
+    return str([*zip(names, found, strict=True), *sorted(options.items())])
+
+
+@functools.lru_cache
+def _binder(kernel: Any, architecture: int) -> Any:
+    backend = make_backend(GPUTarget("cuda", architecture, 32))
+    return create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
 def specialise(
@@ -326,7 +396,7 @@ def specialise(
             kind = _POINTERS[value.base.dtype].removeprefix("*")
             signature[parameter.name] = f"tensordesc<{kind}{list(value.block_shape)}>"
         elif isinstance(value, int):
-            signature[parameter.name] = "i32" if abs(value) < 1 << 31 else "i64"
+            signature[parameter.name] = parameter.annotation_type or ("i32" if abs(value) < 1 << 31 else "i64")
             if free and value % 16 == 0:
                 attributes[place] = [["tt.divisibility", 16]]
         else:
@@ -335,13 +405,23 @@ def specialise(
 
 
 def _model_like(
-    head_dim: int, value_dim: int, dtype: torch.dtype, block_q: int, block_k: int, fields: dict[str, Any]
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    block_q: int,
+    block_k: int,
+    padded: bool,
+    case: Case,
+    fields: dict[str, Any],
 ) -> tuple[AttentionInputs, BlockIndex]:
     """Eight query heads over two KV heads; tokens outside heads for the query, inside for the cache."""
-    query = torch.empty(1, _TOKENS, 8, head_dim, dtype=dtype).transpose(1, 2)
-    key = torch.empty(1, 2, _TOKENS, head_dim, dtype=dtype)
-    value = torch.empty(1, 2, _TOKENS, value_dim, dtype=dtype)
-    inputs = AttentionInputs(query, key, value, head_dim**-0.5, **fields)
+    with torch.device(case.device):
+        query = torch.empty(1, case.queries, 8, head_dim, dtype=dtype).transpose(1, 2)
+        key = torch.empty(1, 2, case.keys, head_dim, dtype=dtype)
+        value = torch.empty(1, 2, case.keys, value_dim, dtype=dtype)
+        if padded:
+            fields["key_valid"] = torch.ones(1, case.keys, dtype=torch.bool)
+    inputs = AttentionInputs(query, key, value, head_dim**-0.5, query_start=case.query_start, **fields)
     return inputs, BlockIndex.dense(inputs, BlockGrid.of(inputs, block_q, block_k))
 
 
