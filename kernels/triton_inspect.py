@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.kernels.low_bit import EstimatedLogits, LowBit
+from sparseprefill.kernels.roofline import ACCELERATORS, Bound, Step, bound, programs_that_fit
 from sparseprefill.kernels.triton_antidiagonal import (
     antidiagonal_arguments,
     antidiagonal_kernel,
@@ -330,18 +331,26 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _compiled(launch: Launch, architecture: int) -> CompiledKernel:
+def _built(launch: Launch, architecture: int) -> Any:
+    """What Triton's compiler returns."""
     if interpreted():
         raise RuntimeError("nothing can be compiled under TRITON_INTERPRET=1")
-    tile = launch.tile
     signature, constants, attributes = specialise(launch.arguments, launch.kernel)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     with _cache():
-        compiled = triton.compile(
+        return triton.compile(
             source,
             target=GPUTarget("cuda", architecture, 32),
-            options={"num_warps": tile.warps, "num_stages": tile.stages, **launch.options},
+            options={"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, **launch.options},
         )
+
+
+def _compiled(launch: Launch, architecture: int) -> CompiledKernel:
+    return _read(launch, architecture, _built(launch, architecture))
+
+
+def _read(launch: Launch, architecture: int, compiled: Any) -> CompiledKernel:
+    tile = launch.tile
     assembly = compiled.asm["ptx"]
     return CompiledKernel(
         architecture, tile.head_dim, tile.value_dim, tile.dtype,
@@ -425,14 +434,45 @@ def _model_like(
     return inputs, BlockIndex.dense(inputs, BlockGrid.of(inputs, block_q, block_k))
 
 
-def _resources(binary: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _asked(tool: str, option: str, binary: bytes) -> str:
+    """What one of NVIDIA's tools that come with Triton says of a binary."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        report = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+        return subprocess.run([path, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def step_instructions(disassembly: str) -> int:
+    """Instructions of the shortest loop that multiplies on the tensor cores: a step without masks.
+
+    A loop is what lies between a branch back and where it goes; waits for copies stand in loops of their own, and are
+    counted once.
+    """
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in disassembly.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(found[1])
+    back = (
+        (labels.get(target[1], len(instructions)), place + 1)
+        for place, text in enumerate(instructions)
+        if (target := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", text))
+    )
+    lengths = [
+        stop - start
+        for start, stop in back
+        if start < stop and any(re.search(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", each) for each in instructions[start:stop])
+    ]
+    if not lengths:
+        raise ValueError("no loop multiplies on the tensor cores: a kernel of float16 or bfloat16 is needed")
+    return min(lengths)
+
+
+def _resources(binary: bytes) -> dict[str, int]:
+    report = _asked("cuobjdump", "--dump-resource-usage", binary)
     found = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
     return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"]}
 
@@ -451,6 +491,75 @@ def _cache() -> Iterator[None]:
             del os.environ["TRITON_CACHE_DIR"]
 
 
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """What was compiled for an architecture, and what bounds it on each of its GPUs. Counted, not timed."""
+
+    kernel: CompiledKernel
+    step: Step
+    instructions: int  # of a warp, in a step without masks
+    programs: int  # that a multiprocessor holds
+    bounds: dict[str, Bound]  # by the GPU's name
+
+
+def roofline(architecture: int, head_dim: int, **options: Any) -> Roofline:
+    """Compile the attention kernel as `forward_launch` says, in a half precision, and reckon."""
+    launch = forward_launch(architecture, head_dim, **options)
+    compiled = _built(launch, architecture)
+    kernel = _read(launch, architecture, compiled)
+    step = Step(kernel.block_q, kernel.block_k, kernel.head_dim, kernel.value_dim)
+    instructions = step_instructions(_asked("nvdisasm", "-c", compiled.asm["cubin"]))
+    programs = programs_that_fit(architecture, kernel.registers, kernel.warps, kernel.shared)
+    bounds = {
+        each.name: bound(step, each, instructions, kernel.warps)
+        for each in ACCELERATORS
+        if each.architecture == architecture
+    }
+    return Roofline(kernel, step, instructions, programs, bounds)
+
+
+def roofline_tables(rooflines: Sequence[Roofline]) -> list[tuple[list[str], list[list[str]]]]:
+    """Titles and rows of two tables: what the compiler made, and what bounds it."""
+    made = [
+        "capability", "head_dim", "tile", "heads", "warps", "registers", "spills", "shared KiB", "programs",
+        "mma / wgmma / tcgen05", "TMA", "instructions", "KiB loaded", "MFLOP", "FLOP / byte", "FLOP / exp",
+    ]  # fmt: skip
+    bounds = [
+        "GPU", "head_dim", "tensor cores", "exponentials", "instructions", "bound by", "overlapped", "in turn",
+        "L2 at peak, TB/s", "reuse in L2",
+    ]  # fmt: skip
+    rows, bound_rows = [], []
+    for each in rooflines:
+        kernel, step = each.kernel, each.step
+        rows.append([
+            f"{kernel.architecture / 10:.1f}", str(kernel.head_dim), f"{kernel.block_q} x {kernel.block_k}",
+            str(kernel.heads), str(kernel.warps), str(kernel.registers), str(kernel.stack + kernel.local),
+            f"{kernel.shared / 1024:.0f}", str(each.programs), f"{kernel.mma} / {kernel.wgmma} / {kernel.tcgen05}",
+            str(kernel.tma), str(each.instructions), f"{step.loaded / 1024:.0f}", f"{step.flops / 1e6:.1f}",
+            f"{step.intensity:.0f}", f"{step.flops / step.exponentials:.0f}",
+        ])  # fmt: skip
+        for accelerator in ACCELERATORS:
+            if accelerator.name not in each.bounds:
+                continue
+            found = each.bounds[accelerator.name]
+            bound_rows.append([
+                accelerator.name, str(kernel.head_dim), f"{found.tensor:.0f}", f"{found.exponential:.0f}",
+                f"{found.issue:.0f}", found.resource, f"{found.overlapped:.0%}", f"{found.in_turn:.0%}",
+                f"{accelerator.flops / step.intensity / 1e12:.1f}", f"{found.reuse:.1f}",
+            ])  # fmt: skip
+    return [(made, rows), (bounds, bound_rows)]
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> str:
+    if markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows)]
+        return "\n".join(line.replace("| --- ", "|---").replace("|--- |", "|---|") for line in lines)
+    widths = [max(len(row[place]) for row in (titles, *rows)) for place in range(len(titles))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (titles, *rows)
+    )
+
+
 _COLUMNS = (
     "architecture", "dtype", "head_dim", "value_dim", "block_q", "block_k", "heads", "warps", "stages", "shared",
     "estimated", "registers", "stack", "local", "mma", "wgmma", "tcgen05", "integer", "async_copy", "tma",
@@ -466,6 +575,10 @@ _COLUMNS = (
 @click.option("--window", type=int, help="Compile the kernel for sliding windows.")
 @click.option("--float32-dots", default="ieee", show_default=True, type=click.Choice(["ieee", "tf32x3"]))
 @click.option("--bits", type=int, help="The kernel that scores tiles from codes of 2, 4 or 8 bits instead.")
+@click.option(
+    "--roofline", "as_roofline", is_flag=True, help="What bounds a step on published rates: counted, not timed."
+)
+@click.option("--markdown", is_flag=True, help="With --roofline: tables for a page.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON list instead of a table.")
 def main(
     architectures: tuple[int, ...],
@@ -476,9 +589,25 @@ def main(
     window: int | None,
     float32_dots: str,
     bits: int | None,
+    as_roofline: bool,
+    markdown: bool,
     as_json: bool,
 ) -> None:
     """What the compiler makes of the kernel: shared memory, registers, spills and instructions."""
+    if markdown and not as_roofline:
+        raise click.UsageError("--markdown goes with --roofline")
+    if as_roofline:
+        if dtypes or bits is not None or as_json:
+            raise click.UsageError("--roofline goes with none of --dtype, --bits and --json: it is of bfloat16")
+        found = [
+            roofline(each, dim, block_q=block_q, block_k=block_k, window=window)
+            for each in architectures or tuple(SHARED_LIMITS)
+            for dim in head_dims or (64, 128)
+        ]
+        click.echo(f"counted, not timed (triton {triton.__version__}, bfloat16, blocks of {block_q} x {block_k})")
+        for titles, rows in roofline_tables(found):
+            click.echo("\n" + _table(titles, rows, markdown))
+        return
     everywhere = [(each, dim) for each in architectures or tuple(SHARED_LIMITS) for dim in head_dims or (64, 128, 256)]
     if bits is not None:
         if dtypes or window is not None:

@@ -206,7 +206,7 @@ def test_what_was_compiled_serves_every_length(places: list[tuple[int, int, str]
 
 @pytest.mark.slow
 def test_warps_that_do_nothing_but_fetch() -> None:
-    """Both loops take part, or the compiler fails. At head_dim 128 a few bytes spill, which only a GPU can weigh."""
+    """Both loops take part, or the compiler fails. A few bytes spill, which only a GPU can weigh."""
     specialise = {"tiling": {"specialise": True}}
     for kernel in compiled(
         [(100, dim, "bfloat16", specialise | options) for dim in (64, 128) for options in ({}, {"window": 300})]
@@ -214,7 +214,7 @@ def test_warps_that_do_nothing_but_fetch() -> None:
         assert kernel["shared"] <= kernel["estimated"], kernel
         assert kernel["async_copy"] == 0 < kernel["tma"], kernel
         assert kernel["tcgen05"] > 0, kernel
-        assert kernel["stack"] <= 16 * (kernel["head_dim"] == 128), kernel
+        assert kernel["stack"] <= 16, kernel
 
 
 def test_the_table(tmp_path: Any) -> None:
