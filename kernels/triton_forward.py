@@ -733,7 +733,9 @@ def choose_for(inputs: AttentionInputs, index: BlockIndex, only: Tensor | None, 
     )  # fmt: skip
     if tiling is None:
         return None
-    return dataclasses.replace(tiling, descriptors=why_not_descriptors(inputs, limits.capability) is None)
+    clear = index.grid.block_k % tiling.block_k == 0  # else no tile goes without a mask
+    described = clear and why_not_descriptors(inputs, limits.capability) is None
+    return dataclasses.replace(tiling, descriptors=described)
 
 
 def _refuse_tiling(

@@ -605,8 +605,8 @@ def main(
             for dim in head_dims or (64, 128)
         ]
         click.echo(f"counted, not timed (triton {triton.__version__}, bfloat16, blocks of {block_q} x {block_k})")
-        for titles, rows in roofline_tables(found):
-            click.echo("\n" + _table(titles, rows, markdown))
+        for titles, cells in roofline_tables(found):
+            click.echo("\n" + _table(titles, cells, markdown))
         return
     everywhere = [(each, dim) for each in architectures or tuple(SHARED_LIMITS) for dim in head_dims or (64, 128, 256)]
     if bits is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseprefill.kernels.roofline import ACCELERATORS, Step, bound, programs_that_fit
+from sparseprefill.kernels.roofline import ACCELERATORS, Step, bound, idle_share, programs_that_fit
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 NAMED = {each.name: each for each in ACCELERATORS}
@@ -57,6 +57,25 @@ def test_how_many_programs_fit() -> None:
     assert programs_that_fit(90, 32, 4, 113 << 10) == 2  # shared memory, 1 KiB of it taken by each
     assert programs_that_fit(90, 32, 4, 114 << 10) == 1
     assert programs_that_fit(80, 16, 32, 1 << 10) == 2  # warps
+
+
+def test_how_much_of_a_gpu_idles() -> None:
+    """The counts on the page: rows of 128 queries, blocks of 64 keys, 32k tokens, 32 heads, 132 multiprocessors."""
+    assert idle_share([4, 2, 2], 2) == 0
+    assert idle_share([6, 1, 1], 2) == pytest.approx(1 / 3)
+    assert idle_share([2, 3, 2, 3, 2], 2) == pytest.approx(1 - 12 / 14)  # the order is longest first, not the best
+    full = [2 * row for row in range(1, 257)]
+    window = [min(64, count) for count in full]
+    lists = {
+        "dense": full, "a_shape": window, "tri_shape": [*window[:-1], full[-1]], "5 %": [max(1, c // 20) for c in full],
+        "one full row": [1] * 255 + full[-1:],
+    }  # fmt: skip
+    idle = {name: idle_share(counts * 32, 132) for name, counts in lists.items()}
+    assert max(idle[name] for name in ("dense", "a_shape", "tri_shape", "5 %")) < 0.0015
+    assert f"{idle['one full row']:.0%}" == "64%"
+    assert f"{idle_share(full, 132):.0%}" == "3%"
+    assert all(0.025 < idle_share(full[-rows:] * 32, 132) < 0.045 for rows in (4, 16))
+    assert f"{idle_share(full[-1:] * 32, 132):.0%}" == "76%"
 
 
 def rows(title: str) -> list[dict[str, str]]:
