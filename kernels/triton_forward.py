@@ -120,10 +120,12 @@ def choose_tiling(
         most_queries, most_keys, most_stages = 64, 32, 2
     for keys in (most_keys, most_keys // 2, most_keys // 4):
         for queries in (most_queries, most_queries // 2, most_queries // 4):
-            for stages in range(most_stages, 0, -1):
-                tile_q, tile_k = _tile_of(block_q, max(16, queries)), _tile_of(block_k, max(16, keys))
-                stacked = min(heads, max(1, queries // tile_q))
-                small = stacked * tile_q <= 64 and widest <= (64 if skip else 128) and dtype != torch.float32
+            tile_q, tile_k = _tile_of(block_q, max(16, queries)), _tile_of(block_k, max(16, keys))
+            stacked = min(heads, max(1, queries // tile_q))
+            small = stacked * tile_q <= 64 and widest <= (64 if skip else 128) and dtype != torch.float32
+            # a third stage of wide tiles would take the room of a second program of 4 warps
+            deepest = min(2, most_stages) if small and widest > 64 and capability >= (9, 0) else most_stages
+            for stages in range(deepest, 0, -1):
                 tiling = Tiling(stacked * tile_q, tile_k, 4 if small else 8, stages, stacked)
                 if tiling.shared_bytes(head_dim, value_dim, dtype) <= shared_limit:
                     return tiling

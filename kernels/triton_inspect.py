@@ -578,6 +578,7 @@ _COLUMNS = (
 @click.option(
     "--roofline", "as_roofline", is_flag=True, help="What bounds a step on published rates: counted, not timed."
 )
+@click.option("--own-lists", is_flag=True, help="Heads do not share their lists, and are not stacked in a tile.")
 @click.option("--markdown", is_flag=True, help="With --roofline: tables for a page.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON list instead of a table.")
 def main(
@@ -590,6 +591,7 @@ def main(
     float32_dots: str,
     bits: int | None,
     as_roofline: bool,
+    own_lists: bool,
     markdown: bool,
     as_json: bool,
 ) -> None:
@@ -597,10 +599,12 @@ def main(
     if markdown and not as_roofline:
         raise click.UsageError("--markdown goes with --roofline")
     if as_roofline:
-        if dtypes or bits is not None or as_json:
-            raise click.UsageError("--roofline goes with none of --dtype, --bits and --json: it is of bfloat16")
+        if dtypes or bits is not None or as_json or float32_dots != "ieee":
+            raise click.UsageError(
+                "--roofline goes with none of --dtype, --float32-dots, --bits and --json: it is of bfloat16"
+            )
         found = [
-            roofline(each, dim, block_q=block_q, block_k=block_k, window=window)
+            roofline(each, dim, block_q=block_q, block_k=block_k, window=window, shared=not own_lists)
             for each in architectures or tuple(SHARED_LIMITS)
             for dim in head_dims or (64, 128)
         ]
@@ -610,14 +614,14 @@ def main(
         return
     everywhere = [(each, dim) for each in architectures or tuple(SHARED_LIMITS) for dim in head_dims or (64, 128, 256)]
     if bits is not None:
-        if dtypes or window is not None:
-            raise click.UsageError("--bits goes with neither --dtype nor --window: codes are whole numbers")
+        if dtypes or window is not None or own_lists:
+            raise click.UsageError("--bits goes with none of --dtype, --window and --own-lists: it scores codes")
         kernels = [compile_block_max(*each, bits, block_q=block_q, block_k=block_k) for each in everywhere]
     else:
         kernels = [
             compile_kernel(
                 architecture, head_dim, dtype=getattr(torch, dtype), block_q=block_q, block_k=block_k,
-                float32_dots=float32_dots, window=window,
+                float32_dots=float32_dots, window=window, shared=not own_lists,
             )
             for dtype in dtypes or ("bfloat16",)
             for architecture, head_dim in everywhere

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from sparseprefill.kernels.roofline import programs_that_fit
+
 if sys.platform != "linux":
     pytest.importorskip("triton", reason="triton is published for Linux only")
 
@@ -80,6 +82,7 @@ QUICK: list[Spec] = [
     (90, 128, "bfloat16", {"stride": 8}),
     (90, 64, "bfloat16", {"skip": True, "block_q": 64}),
     (90, 128, "bfloat16", {"block_q": 64}),
+    (90, 128, "bfloat16", {"block_q": 64, "shared": False}),
 ]
 FULL: list[Spec] = [
     (80, 128, "int4", {}),
@@ -93,6 +96,12 @@ FULL: list[Spec] = [
         for dim in (64, 128)
     ),
     *((architecture, 128, "bfloat16", {"tiling": {"descriptors": False}}) for architecture in (90, 100)),
+    *((90, dim, "bfloat16", {"block_k": 128, "padded": True, "window": 300}) for dim in (48, 64)),
+    *(
+        (90, 64, "float16", {"block_k": 128, **more})
+        for more in ({"softcap": 30.0}, {"block_q": 64}, {"values": False})
+    ),
+    (90, 64, "bfloat16", {"block_k": 128, "block_q": 64, "shared": False}),
     *((architecture, 128, "bfloat16", {"padded": True, "softcap": 30.0}) for architecture in (80, 90, 100)),
     *((architecture, 128, "bfloat16", {"values": False}) for architecture in (80, 90, 100)),
     *((architecture, 128, "bfloat16", {"some_heads": True}) for architecture in (80, 90, 100)),
@@ -167,6 +176,10 @@ def check(kernel: dict[str, Any]) -> None:
         assert kernel["fma"] > 0, kernel
 
 
+def programs(kernel: dict[str, Any]) -> int:
+    return programs_that_fit(kernel["architecture"], kernel["registers"], kernel["warps"], kernel["shared"])
+
+
 def test_kernels_fit_and_do_not_spill() -> None:
     kernels = compiled(QUICK)
     assert len(kernels) == len(QUICK)
@@ -174,13 +187,16 @@ def test_kernels_fit_and_do_not_spill() -> None:
         check(kernel)
     described = {(kernel["architecture"], kernel["head_dim"]) for kernel in kernels if kernel["descriptors"]}
     assert described == {(90, 64), (90, 128), (100, 64), (100, 128)}
-    assert {kernel["heads"] for kernel in kernels} == {1, 2}
+    assert [kernel["heads"] for kernel in kernels[-2:]] == [2, 1]
+    assert [programs(kernel) for kernel in kernels[-2:]] == [1, 2]
 
 
 @pytest.mark.slow
 def test_more_kernels_fit_and_do_not_spill() -> None:
-    for kernel in compiled(FULL):
+    for (_, _, _, options), kernel in zip(FULL, compiled(FULL), strict=True):
         check(kernel)
+        if options.get("shared") is False:  # tiles of 64 rows: one program waits while another multiplies
+            assert programs(kernel) >= 2, kernel
 
 
 PLACES: list[tuple[int, int, str]] = [
