@@ -2,8 +2,8 @@
 
     python scripts/time_tilings.py --head-dim 128 --dtype bfloat16
     python scripts/time_tilings.py --head-dim 128 --dtype float32 --float32-dots tf32x3
-    python scripts/time_tilings.py --density 1 --sharing       (heads that share a list in one tile, against one a tile)
-    python scripts/time_tilings.py --density 1 --descriptors   (tiles fetched by the copy engine, against pointers)
+    python scripts/time_tilings.py --density 1 --sharing       (heads that share a list in one tile, or alone)
+    python scripts/time_tilings.py --density 1 --descriptors   (tiles fetched by the copy engine, or by pointers)
     python scripts/time_tilings.py --density 1 --specialise    (warps that do nothing but fetch; capability 10.0)
     python scripts/time_tilings.py --order          (longest rows first in cache-sized groups of heads, or of all heads)
     python scripts/time_tilings.py --length 4096 --profile          (every device operation of one call)
@@ -35,6 +35,7 @@ from sparseprefill.kernels.triton_forward import (
     DeviceLimits,
     Tiling,
     choose_for,
+    choose_tiling,
     device_limits,
     triton_attention,
     why_not_descriptors,
@@ -64,8 +65,11 @@ def variants(args: argparse.Namespace, chosen: Tiling, inputs: AttentionInputs, 
     if args.sharing:
         if chosen.heads == 1:
             raise SystemExit(f"heads are not stacked here: {chosen} is full with one; give a smaller --block")
-        alone = dataclasses.replace(chosen, heads=1, block_q=chosen.queries)
-        return [chosen, alone, dataclasses.replace(alone, warps=4)]
+        alone = choose_tiling(
+            args.head_dim, args.head_dim, inputs.query.dtype, args.block, args.block, limits.shared, limits.capability
+        )
+        assert alone is not None
+        return [chosen, dataclasses.replace(alone, descriptors=chosen.descriptors)]
     if args.descriptors:
         reason = why_not_descriptors(inputs, limits.capability)
         if reason is not None:
