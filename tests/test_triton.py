@@ -311,7 +311,7 @@ SHARED_CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", some_slow(SHARED_CASES, "chunk_inside_a_block", "sinks", "everything"))
+@pytest.mark.parametrize("name", some_slow(SHARED_CASES, "sinks", "everything"))
 def test_heads_that_share_a_list_are_stacked(name: str) -> None:
     """In one tile, each with its own queries, sink and places in memory; the same as head by head."""
     blocks, density, fields = next(each.values for each in CASES if each.id == name)
@@ -372,7 +372,7 @@ DESCRIBED_CASES = [
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the same cases run with what its capability gives")
-@pytest.mark.parametrize("name", some_slow(DESCRIBED_CASES, "second_turn_with_holes", "softcap_bf16", "static_cache"))
+@pytest.mark.parametrize("name", some_slow(DESCRIBED_CASES, "softcap_bf16", "static_cache"))
 def test_descriptors_fetch_the_same(name: str) -> None:
     """And so do warps that do nothing but fetch, where no later token's value is NaN. To the bit."""
     blocks, density, fields = next(each.values for each in CASES if each.id == name)
