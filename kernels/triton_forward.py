@@ -1,5 +1,8 @@
 """The GPU path: one Triton program for each listed row (a grid row of one head of one batch row), forward only.
 
+Where neighbouring heads of a KV group share their lists, one program takes the row of several of them, stacked in its
+tile, so that each tile of keys and values is loaded once for all of them.
+
 A program walks its list in ascending order. Tiles that all its queries see entirely lie in one stretch of the list and
 run without any mask; the few before (window, segments) and after them (diagonal, key_length, holes) run with one.
 Rows are launched longest first, heads that fit the L2 cache together, so that no long row is left for the end.
