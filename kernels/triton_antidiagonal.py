@@ -90,8 +90,8 @@ def antidiagonal_tiling(
 )  # fmt: skip
 def antidiagonal_kernel(
     p_q, p_k, p_valid, p_occupied, p_anchor, p_first, p_low, p_high, p_out,
-    stride_qb, stride_qh, stride_qt, stride_qd,
-    stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_qb: tl.int64, stride_qh: tl.int64, stride_qt, stride_qd,
+    stride_kb: tl.int64, stride_kh: tl.int64, stride_kt, stride_kd,
     kv_heads, groups, query_start, queries, keys, last_key, key_groups, blocks, scale, cap,
     GROUP: tl.constexpr, D: tl.constexpr, STRIDE: tl.constexpr, SPAN: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -1,5 +1,8 @@
 """The GPU path: one Triton program for each listed row (a grid row of one head of one batch row), forward only.
 
+Where neighbouring heads of a KV group share their lists, one program takes the row of several of them, stacked in its
+tile, so that each tile of keys and values is loaded once for all of them.
+
 A program walks its list in ascending order. Tiles that all its queries see entirely lie in one stretch of the list and
 run without any mask; the few before (window, segments) and after them (diagonal, key_length, holes) run with one.
 Rows are launched longest first, heads that fit the L2 cache together, so that no long row is left for the end.
@@ -15,6 +18,7 @@ SPAN_Q x SPAN_K are the block sizes of the index, BLOCK_Q x BLOCK_K the tile tha
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -24,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockIndex
 
@@ -36,10 +41,18 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class Tiling:
     """How one program is laid out on the hardware."""
 
-    block_q: int  # queries of a tile, a power of two
+    block_q: int  # rows of a tile, a power of two: queries of all its heads
     block_k: int  # keys of a tile, a power of two
     warps: int
     stages: int  # tiles of keys and values in flight, the one at work included
+    heads: int = 1  # query heads of a tile, a power of two: they share a list and a KV head
+    descriptors: bool = False  # the copy engine (TMA) fetches the tiles that need no mask; see `why_not_descriptors`
+    specialise: bool = False  # some warps do nothing but fetch, never chosen; see `why_not_specialised`
+
+    @property
+    def queries(self) -> int:
+        """Queries of a tile, of each of its heads."""
+        return self.block_q // self.heads
 
     def shared_bytes(self, head_dim: int, value_dim: int, dtype: torch.dtype) -> int:
         """Upper estimate of the shared memory of one program.
@@ -84,8 +97,12 @@ def choose_tiling(
     shared_limit: int,
     capability: tuple[int, int] = (8, 0),
     skip: bool = False,
+    heads: int = 1,
 ) -> Tiling | None:
     """The first tiling, most wanted first, that serves blocks of block_q x block_k and fits; None if none does.
+
+    `heads`: so many may be stacked in a tile (`stackable_heads`). They are where their queries leave room, so that a
+    key loaded once meets as many rows as registers hold: 64 queries of two heads take what 128 of one take.
 
     Registers set the largest tile (`python -m sparseprefill.kernels.triton_inspect` shows spills), shared memory the
     rest. From capability 9.0 on the tensor cores read their operands from shared memory, which leaves registers for
@@ -95,6 +112,9 @@ def choose_tiling(
     widest = max(sum(split_dim(head_dim)), sum(split_dim(value_dim)))
     if dtype == torch.float32:
         most_queries, most_keys, most_stages = (32, 32, 2) if widest <= 64 else (32, 16, 2)
+    elif widest <= 64 and (9, 0) <= capability < (10, 0) and not skip:
+        # what a step costs beside its products is nearly the same for twice the keys; on 10.0 these spill
+        most_queries, most_keys, most_stages = 128, 128, 3
     elif capability >= (9, 0):
         most_queries, most_keys, most_stages = (128, 64, 3) if widest <= 128 else (64, 64, 2)
     elif widest <= 128:
@@ -103,10 +123,13 @@ def choose_tiling(
         most_queries, most_keys, most_stages = 64, 32, 2
     for keys in (most_keys, most_keys // 2, most_keys // 4):
         for queries in (most_queries, most_queries // 2, most_queries // 4):
-            for stages in range(most_stages, 0, -1):
-                tile_q, tile_k = _tile_of(block_q, max(16, queries)), _tile_of(block_k, max(16, keys))
-                small = tile_q <= 64 and widest <= (64 if skip else 128) and dtype != torch.float32
-                tiling = Tiling(tile_q, tile_k, 4 if small else 8, stages)
+            tile_q, tile_k = _tile_of(block_q, max(16, queries)), _tile_of(block_k, max(16, keys))
+            stacked = min(heads, max(1, queries // tile_q))
+            small = stacked * tile_q <= 64 and widest <= (64 if skip else 128) and dtype != torch.float32
+            # a third stage of wide tiles would take the room of a second program of 4 warps
+            deepest = min(2, most_stages) if small and widest > 64 and capability >= (9, 0) else most_stages
+            for stages in range(deepest, 0, -1):
+                tiling = Tiling(stacked * tile_q, tile_k, 4 if small else 8, stages, stacked)
                 if tiling.shared_bytes(head_dim, value_dim, dtype) <= shared_limit:
                     return tiling
     return None
@@ -189,9 +212,10 @@ def _row_peaks(b_s, WIDEN: tl.constexpr):
 
 @triton.jit
 def _logits(
-    b_q0, b_q1, p_k, stride_kt, stride_kd, i_block, n_tile, n_anchor, n_stop, scale, cap,
+    b_q0, b_q1, p_k, d_k, i_b, i_kv, stride_kt, stride_kd, i_block, n_tile, n_anchor, n_stop, scale, cap,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SPAN_K: tl.constexpr, BLOCK_K: tl.constexpr,
-    MASKED: tl.constexpr, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIBED: tl.constexpr, HAS_CAP: tl.constexpr,
+    PRECISION: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Products of all queries with tile `n_tile` of a block, before the scale but for a soft-cap; which keys exist."""
     n_key = n_anchor + i_block * SPAN_K + n_tile
@@ -204,7 +228,10 @@ def _logits(
         m_k &= o_k < SPAN_K - n_tile
     # [BLOCK_K, D0], [BLOCK_K, D1]
     p_tile = p_k + n_key.to(tl.int64) * stride_kt + o_k[:, None].to(tl.int64) * stride_kt
-    b_k0 = _load(p_tile + o_d0[None, :].to(tl.int64) * stride_kd, m_k, o_d0, D, MASKED, D0 > D)
+    if DESCRIBED:
+        b_k0 = d_k.load([i_b, i_kv, n_key, 0]).reshape(BLOCK_K, D0)
+    else:
+        b_k0 = _load(p_tile + o_d0[None, :].to(tl.int64) * stride_kd, m_k, o_d0, D, MASKED, D0 > D)
     # [BLOCK_Q, BLOCK_K]
     b_s = _dot(b_q0, tl.trans(b_k0), None, PRECISION, WIDEN)
     if D1 > 0:
@@ -236,19 +263,19 @@ def _seen(
 @triton.jit
 def _attend(
     b_m, b_l, b_o0, b_o1, b_q0, b_q1, b_low, b_high,
-    p_k, p_v, p_valid, stride_kt, stride_kd, stride_vt, stride_vd,
+    p_k, p_v, p_valid, d_k, d_v, i_b, i_kv, stride_kt, stride_kd, stride_vt, stride_vd,
     i_block, i_t, n_anchor, n_stop, scale, cap,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     SPAN_K: tl.constexpr, BLOCK_K: tl.constexpr,
-    MASKED: tl.constexpr, HAS_LOW: tl.constexpr, HAS_VALID: tl.constexpr, HAS_CAP: tl.constexpr,
-    VALUES: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIBED: tl.constexpr, HAS_LOW: tl.constexpr, HAS_VALID: tl.constexpr,
+    HAS_CAP: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax, over tile `i_t` of block `i_block`."""
     n_tile = i_t * BLOCK_K
     n_key = n_anchor + i_block * SPAN_K + n_tile
     b_s, m_k = _logits(
-        b_q0, b_q1, p_k, stride_kt, stride_kd, i_block, n_tile, n_anchor, n_stop, scale, cap,
-        D, D0, D1, SPAN_K, BLOCK_K, MASKED, HAS_CAP, PRECISION, PRECISE, WIDEN,
+        b_q0, b_q1, p_k, d_k, i_b, i_kv, stride_kt, stride_kd, i_block, n_tile, n_anchor, n_stop, scale, cap,
+        D, D0, D1, SPAN_K, BLOCK_K, MASKED, DESCRIBED, HAS_CAP, PRECISION, PRECISE, WIDEN,
     )  # fmt: skip
     if HAS_CAP:
         scale = 1.0
@@ -258,17 +285,18 @@ def _attend(
     # [BLOCK_Q]; scale is positive, so that it may be applied after the maximum
     b_peak = tl.maximum(b_m, tl.max(b_s, 1) * scale)
     b_l, b_o0, b_o1 = _add(
-        b_peak, b_m, b_l, b_o0, b_o1, b_s, m_k, p_v, stride_vt, stride_vd, n_key, scale,
-        V, V0, V1, BLOCK_K, MASKED, VALUES, PRECISION, WIDEN,
+        b_peak, b_m, b_l, b_o0, b_o1, b_s, m_k, p_v, d_v, i_b, i_kv, stride_vt, stride_vd, n_key, scale,
+        V, V0, V1, BLOCK_K, MASKED, DESCRIBED, VALUES, PRECISION, WIDEN,
     )  # fmt: skip
     return b_peak, b_l, b_o0, b_o1
 
 
 @triton.jit
 def _add(
-    b_peak, b_m, b_l, b_o0, b_o1, b_s, m_k, p_v, stride_vt, stride_vd, n_key, scale,
+    b_peak, b_m, b_l, b_o0, b_o1, b_s, m_k, p_v, d_v, i_b, i_kv, stride_vt, stride_vd, n_key, scale,
     V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_K: tl.constexpr,
-    MASKED: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIBED: tl.constexpr,
+    VALUES: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Add the weights of a tile and its weighted values, as the maximum rises from `b_m` to `b_peak`."""
     # a query that has seen no key yet has -inf here, and -inf - -inf is NaN
@@ -281,7 +309,10 @@ def _add(
         o_v0, o_v1 = tl.arange(0, V0), V0 + tl.arange(0, V1 if V1 > 0 else 1)
         # [BLOCK_K, V0], [BLOCK_K, V1]
         p_tile = p_v + n_key.to(tl.int64) * stride_vt + o_k[:, None].to(tl.int64) * stride_vt
-        b_v0 = _load(p_tile + o_v0[None, :].to(tl.int64) * stride_vd, m_k, o_v0, V, MASKED, V0 > V)
+        if DESCRIBED:
+            b_v0 = d_v.load([i_b, i_kv, n_key, 0]).reshape(BLOCK_K, V0)
+        else:
+            b_v0 = _load(p_tile + o_v0[None, :].to(tl.int64) * stride_vd, m_k, o_v0, V, MASKED, V0 > V)
         b_p = b_p.to(b_v0.dtype)
         b_o0 = _dot(b_p, b_v0, b_o0 * b_fade[:, None], PRECISION, WIDEN)
         if V1 > 0:
@@ -303,8 +334,8 @@ def _attend_or_skip(
     n_tile = i_t * BLOCK_K
     n_key = n_anchor + i_block * SPAN_K + n_tile
     b_s, m_k = _logits(
-        b_q0, b_q1, p_k, stride_kt, stride_kd, i_block, n_tile, n_anchor, n_stop, scale, cap,
-        D, D0, D1, SPAN_K, BLOCK_K, True, HAS_CAP, PRECISION, PRECISE, WIDEN,
+        b_q0, b_q1, p_k, None, 0, 0, stride_kt, stride_kd, i_block, n_tile, n_anchor, n_stop, scale, cap,
+        D, D0, D1, SPAN_K, BLOCK_K, True, False, HAS_CAP, PRECISION, PRECISE, WIDEN,
     )  # fmt: skip
     if HAS_CAP:
         scale = 1.0
@@ -320,8 +351,8 @@ def _attend_or_skip(
     if tl.max(m_matters.to(tl.int32), 0) > 0:
         b_peak = _nan_or_larger(b_m, b_t)
         b_l, b_o0, b_o1 = _add(
-            b_peak, b_m, b_l, b_o0, b_o1, b_s, m_k, p_v, stride_vt, stride_vd, n_key, scale,
-            V, V0, V1, BLOCK_K, True, VALUES, PRECISION, WIDEN,
+            b_peak, b_m, b_l, b_o0, b_o1, b_s, m_k, p_v, None, 0, 0, stride_vt, stride_vd, n_key, scale,
+            V, V0, V1, BLOCK_K, True, False, VALUES, PRECISION, WIDEN,
         )  # fmt: skip
         b_m = b_peak
     else:
@@ -345,7 +376,8 @@ def _load(p_tile, m_row, o_column, N: tl.constexpr, MASK_ROWS: tl.constexpr, MAS
         return tl.load(p_tile)
 
 
-# lengths change from call to call: specialising on them would compile again and again
+# lengths change from call to call: specialising on them would compile again and again. Strides that grow with the
+# length have one type at any length, and stay specialised: that 16 divides them is what lets loads be wide
 @triton.jit(
     do_not_specialize=[
         "stride_start_b", "stride_start_h", "stride_start_r",
@@ -356,29 +388,38 @@ def _load(p_tile, m_row, o_column, N: tl.constexpr, MASK_ROWS: tl.constexpr, MAS
 def forward_kernel(
     p_q, p_k, p_v, p_out, p_lse, p_sinks, p_valid, p_low,
     p_columns, p_start, p_count, p_order, p_anchor, p_first, p_hole, p_only, p_visit, p_skip, p_before, p_skipped,
-    stride_qb, stride_qh, stride_qt, stride_qd,
-    stride_kb, stride_kh, stride_kt, stride_kd,
-    stride_vb, stride_vh, stride_vt, stride_vd,
-    stride_ob, stride_oh, stride_ot, stride_od,
+    d_k, d_v,
+    stride_qb: tl.int64, stride_qh: tl.int64, stride_qt, stride_qd,
+    stride_kb: tl.int64, stride_kh: tl.int64, stride_kt, stride_kd,
+    stride_vb: tl.int64, stride_vh: tl.int64, stride_vt, stride_vd,
+    stride_ob: tl.int64, stride_oh: tl.int64, stride_ot, stride_od,
     stride_start_b, stride_start_h, stride_start_r,
     stride_count_b, stride_count_h, stride_count_r,
     query_heads, rows, query_start, queries, keys, key_length, window, scale, cap,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     SPAN_Q: tl.constexpr, SPAN_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SEGMENT: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_ONLY: tl.constexpr, HAS_VISIT: tl.constexpr, HAS_SKIP: tl.constexpr,
     VALUES: tl.constexpr, PRECISION: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
+    DESCRIBED: tl.constexpr, SPECIALISE: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of queries over the listed key blocks.
 
-    program_id(0) walks p_order, program_id(1) the query tiles of a row where SPAN_Q > BLOCK_Q. With p_only, programs of
-    heads that it does not mark write nothing at all. p_skipped is zero wherever no program adds to it.
+    program_id(0) walks p_order, program_id(1) the query tiles of a row where SPAN_Q > TILE_Q. A tile holds TILE_Q
+    queries of each of HEADS heads that share a list and a KV head, one head after the other. With p_only, programs of
+    heads that it does not mark write nothing at all. p_skipped is zero wherever no program adds to it. d_k and d_v
+    describe keys and values to the copy engine, which fetches the tiles that need no mask where DESCRIBED, and all
+    where SPECIALISE: then some warps do nothing but fetch.
     """
     HAS_LOW: tl.constexpr = HAS_WINDOW or HAS_SEGMENT
     TILES: tl.constexpr = (SPAN_K + BLOCK_K - 1) // BLOCK_K
+    TILE_Q: tl.constexpr = BLOCK_Q // HEADS
+    n_lists = query_heads // HEADS
     i_row = tl.load(p_order + tl.program_id(0))
-    i_b, i_h, i_r = i_row // (query_heads * rows), i_row // rows % query_heads, i_row % rows
+    i_b, i_h, i_r = i_row // (n_lists * rows), i_row // rows % n_lists * HEADS, i_row % rows
+    i_kv = i_h // GROUP
+    i_b32, i_kv32 = i_b.to(tl.int32), i_kv.to(tl.int32)  # as a descriptor takes them
     if HAS_ONLY:  # noqa: SIM102  (with `and` the load would be compiled where there is no pointer)
         if tl.load(p_only + i_b * query_heads + i_h) == 0:
             return
@@ -386,8 +427,8 @@ def forward_kernel(
     n_end = query_start + queries
 
     p_q += i_b * stride_qb + i_h * stride_qh
-    p_k += i_b * stride_kb + i_h // GROUP * stride_kh
-    p_v += i_b * stride_vb + i_h // GROUP * stride_vh
+    p_k += i_b * stride_kb + i_kv * stride_kh
+    p_v += i_b * stride_vb + i_kv * stride_vh
     if VALUES:
         p_out += i_b * stride_ob + i_h * stride_oh
     p_lse += (i_b * query_heads + i_h) * queries
@@ -395,13 +436,23 @@ def forward_kernel(
         p_valid += i_b * keys
 
     o_q = tl.arange(0, BLOCK_Q)
+    if HEADS > 1:
+        # each row of the tile reads and writes from its own head on
+        o_h = (o_q // TILE_Q).to(tl.int64)
+        o_q = o_q % TILE_Q
+        p_q += o_h[:, None] * stride_qh
+        p_lse += o_h * queries
+        if VALUES:
+            p_out += o_h[:, None] * stride_oh
+        if HAS_SINKS:
+            p_sinks += o_h
     o_d0, o_d1 = tl.arange(0, D0), D0 + tl.arange(0, D1 if D1 > 0 else 1)
     o_v0, o_v1 = tl.arange(0, V0), V0 + tl.arange(0, V1 if V1 > 0 else 1)
 
     # queries before the anchor stand in no row: the first program writes theirs
     if i_r + tl.program_id(1) == 0:
         n_pad = tl.minimum(n_anchor, n_end) - query_start
-        for i_pad in range(0, n_pad, BLOCK_Q):
+        for i_pad in range(0, n_pad, TILE_Q):
             o_pad = i_pad + o_q
             tl.store(p_lse + o_pad, tl.full([BLOCK_Q], float("-inf"), tl.float32), mask=o_pad < n_pad)
             if VALUES:
@@ -416,9 +467,9 @@ def forward_kernel(
 
     # slots [n_from, n_to) are asked of this program
     n_block = n_anchor + (tl.load(p_first + i_b) + i_r).to(tl.int32) * SPAN_Q
-    n_slot = n_block + tl.program_id(1) * BLOCK_Q
+    n_slot = n_block + tl.program_id(1) * TILE_Q
     n_from = tl.maximum(n_slot, query_start)
-    n_to = tl.minimum(tl.minimum(n_slot + BLOCK_Q, n_block + SPAN_Q), n_end)
+    n_to = tl.minimum(tl.minimum(n_slot + TILE_Q, n_block + SPAN_Q), n_end)
     if n_from >= n_to:
         return
 
@@ -480,29 +531,29 @@ def forward_kernel(
         n_clear = i_mixed - i_clear
         # each block's id is read one step ahead, so that no address waits for it
         i_next = _block_of(p_list, n_list, i_clear, TILES)
-        for i_t in range(i_clear, i_mixed):
+        for i_t in tl.range(i_clear, i_mixed, warp_specialize=SPECIALISE):
             i_block = i_next
             i_next = _block_of(p_list, n_list, i_t + 1, TILES)
             b_m, b_l, b_o0, b_o1 = _attend(
                 b_m, b_l, b_o0, b_o1, b_q0, b_q1, b_low, b_high,
-                p_k, p_v, p_valid, stride_kt, stride_kd, stride_vt, stride_vd,
+                p_k, p_v, p_valid, d_k, d_v, i_b32, i_kv32, stride_kt, stride_kd, stride_vt, stride_vd,
                 i_block, i_t % TILES, n_anchor, n_stop, scale, cap, D, D0, D1, V, V0, V1, SPAN_K, BLOCK_K,
-                False, HAS_LOW, HAS_VALID, HAS_CAP, VALUES, PRECISION, PRECISE, WIDEN,
+                False, DESCRIBED, HAS_LOW, HAS_VALID, HAS_CAP, VALUES, PRECISION, PRECISE, WIDEN,
             )  # fmt: skip
     if HAS_SKIP:
         i_stop = tl.where(n_threshold > float("-inf"), i_start, i_stop)
         n_clear = tl.where(n_threshold > float("-inf"), 0, n_clear)
     # the softmax does not mind the order: the clear stretch came first and is stepped over here
     i_next = _block_of(p_list, n_list, _step_over(i_start, i_clear, n_clear), TILES)
-    for i_edge in range(i_start, i_stop - n_clear):
+    for i_edge in tl.range(i_start, i_stop - n_clear, warp_specialize=SPECIALISE):
         i_t = _step_over(i_edge, i_clear, n_clear)
         i_block = i_next
         i_next = _block_of(p_list, n_list, _step_over(i_edge + 1, i_clear, n_clear), TILES)
         b_m, b_l, b_o0, b_o1 = _attend(
             b_m, b_l, b_o0, b_o1, b_q0, b_q1, b_low, b_high,
-            p_k, p_v, p_valid, stride_kt, stride_kd, stride_vt, stride_vd,
+            p_k, p_v, p_valid, d_k, d_v, i_b32, i_kv32, stride_kt, stride_kd, stride_vt, stride_vd,
             i_block, i_t % TILES, n_anchor, n_stop, scale, cap, D, D0, D1, V, V0, V1, SPAN_K, BLOCK_K,
-            True, HAS_LOW, HAS_VALID, HAS_CAP, VALUES, PRECISION, PRECISE, WIDEN,
+            True, SPECIALISE, HAS_LOW, HAS_VALID, HAS_CAP, VALUES, PRECISION, PRECISE, WIDEN,
         )  # fmt: skip
 
     if HAS_SKIP:
@@ -538,9 +589,9 @@ def forward_kernel(
     if VALUES:
         b_base = tl.where(m_seen, b_m, 0.0)
         if HAS_SINKS:
-            n_sink = tl.load(p_sinks + i_h).to(tl.float32) / _LN2
-            b_top = tl.maximum(b_base, n_sink)
-            b_l = b_l * tl.exp2(b_base - b_top) + tl.exp2(n_sink - b_top)
+            b_sink = tl.load(p_sinks + i_h).to(tl.float32) / _LN2
+            b_top = tl.maximum(b_base, b_sink)
+            b_l = b_l * tl.exp2(b_base - b_top) + tl.exp2(b_sink - b_top)
             b_share = tl.exp2(b_base - b_top) / b_l
         else:
             b_share = 1.0 / b_l
@@ -629,6 +680,96 @@ def heads_that_share(inputs: AttentionInputs, cache: int) -> int:
     return kv_heads * inputs.group_size
 
 
+def stackable_heads(inputs: AttentionInputs, index: BlockIndex, only: Tensor | None = None) -> int:
+    """How many query heads one tile may hold: a power of two of neighbours that share a list and a KV head.
+
+    Known on the host. One where only some heads are computed, or where each skips tiles of its own.
+    """
+    if only is not None or index.skip is not None:
+        return 1
+    together = math.gcd(index.shared_by, inputs.group_size)
+    return together & -together
+
+
+def why_not_descriptors(inputs: AttentionInputs, capability: tuple[int, int]) -> str | None:
+    """Why the copy engine cannot fetch tiles of these keys and values, or None. Looks at shapes and strides alone.
+
+    What it needs: compute capability 9.0; a head's numbers side by side in memory, as many as a power of two; every
+    other stride, and where the tensor begins, a multiple of 16 bytes; no token, head or batch row that stands for
+    several (a stride of 0). float32, whose products take their operands from registers, spills with them.
+    """
+    if capability < (9, 0):
+        return f"compute capability 9.0 is needed, this one is {capability[0]}.{capability[1]}"
+    if inputs.key.dtype == torch.float32:
+        return "float32 tiles that arrive in shared memory make registers spill"
+    for name, tensor in (("key", inputs.key), ("value", inputs.value)):
+        dim, size = tensor.shape[3], tensor.element_size()
+        if split_dim(dim) != (dim, 0):
+            return f"a {name} has {dim} numbers, which is no power of two of at least 16"
+        if tensor.stride(3) != 1:
+            return f"the numbers of a {name} do not lie side by side"
+        if tensor.data_ptr() % 16:
+            return f"the {name}s do not begin at a multiple of 16 bytes"
+        for stride, length in zip(tensor.stride()[:3], tensor.shape[:3], strict=True):
+            if length > 1 and (stride <= 0 or stride * size % 16):
+                return f"the {name}s have a stride of {stride * size} bytes, which is no multiple of 16"
+    return None
+
+
+def why_not_specialised(tiling: Tiling, capability: tuple[int, int]) -> str | None:
+    """Why warps cannot be given jobs of their own in this tiling, or None.
+
+    Tiles at the edge of what a query sees are then fetched whole: a value that is no number, of a token that the query
+    does not see but that shares the tile, reaches it. The compiler (triton 3.4 to 3.7) does it for both loops on
+    capability 10.0; on 9.0 it leaves programs of 8 warps as they are and fails with 4.
+    """
+    if capability < (10, 0):
+        return f"compute capability 10.0 is needed, this one is {capability[0]}.{capability[1]}"
+    if not tiling.descriptors:
+        return "tiles must be fetched by descriptors"
+    return None
+
+
+def choose_for(inputs: AttentionInputs, index: BlockIndex, only: Tensor | None, limits: DeviceLimits) -> Tiling | None:
+    """The tiling of a launch: `choose_tiling`, with heads stacked where they may be, descriptors where they serve."""
+    tiling = choose_tiling(
+        inputs.head_dim, inputs.value_dim, inputs.query.dtype, index.grid.block_q, index.grid.block_k,
+        limits.shared, limits.capability, index.skip is not None, stackable_heads(inputs, index, only),
+    )  # fmt: skip
+    if tiling is None:
+        return None
+    clear = index.grid.block_k % tiling.block_k == 0  # else no tile goes without a mask
+    described = clear and why_not_descriptors(inputs, limits.capability) is None
+    return dataclasses.replace(tiling, descriptors=described)
+
+
+def _refuse_tiling(
+    tiling: Tiling, inputs: AttentionInputs, index: BlockIndex, only: Tensor | None, capability: tuple[int, int]
+) -> None:
+    """Raise ValueError for a tiling that a caller chose and that cannot be had."""
+    capability = (10, 0) if interpreted() else capability
+    stackable = stackable_heads(inputs, index, only)
+    if tiling.heads < 1 or stackable % tiling.heads:
+        raise ValueError(f"{tiling.heads} heads cannot be stacked here: {stackable} share a list and a KV head")
+    reason = why_not_descriptors(inputs, capability) if tiling.descriptors else None
+    if reason is not None:
+        raise ValueError(f"tiles cannot be fetched by descriptors: {reason}")
+    reason = why_not_specialised(tiling, capability) if tiling.specialise else None
+    if reason is not None:
+        raise ValueError(f"warps cannot be specialised: {reason}")
+
+
+def _described(tensor: Tensor, last_key: int, rows: int) -> TensorDescriptor:
+    """Keys or values [batch, kv_heads, keys, dim] for the copy engine, in tiles of `rows` tokens.
+
+    What lies from `last_key` on arrives as zeros: a cache's unused slots may hold anything.
+    """
+    batch, kv_heads, _, dim = tensor.shape
+    # a stride along which there is one step may be anything, which the copy engine minds
+    strides = [stride if length > 1 else dim for stride, length in zip(tensor.stride(), tensor.shape, strict=True)]
+    return TensorDescriptor(tensor, [batch, kv_heads, max(1, last_key), dim], [*strides[:3], 1], [1, 1, rows, dim])
+
+
 def first_hole(inputs: AttentionInputs, anchor: Tensor) -> Tensor | None:
     """int64 [batch]: the first invalid key after the anchor (left padding has none: then the number of keys)."""
     if inputs.key_valid is None:
@@ -650,6 +791,7 @@ def kernel_arguments(
 ) -> dict[str, object]:
     """What `forward_kernel` is launched with, by name."""
     grid = index.grid
+    values = output is not None
     low = inputs.visible_range()[0].to(torch.int32) if inputs.segment is not None else None
     valid = None if inputs.key_valid is None else inputs.key_valid.contiguous().view(torch.uint8)
     (d0, d1), (v0, v1) = split_dim(inputs.head_dim), split_dim(inputs.value_dim)
@@ -665,11 +807,15 @@ def kernel_arguments(
         "p_q": inputs.query, "p_k": inputs.key, "p_v": inputs.value, "p_out": output, "p_lse": lse,
         "p_sinks": inputs.sinks, "p_valid": valid, "p_low": low,
         "p_columns": index.columns.contiguous(), "p_start": index.start, "p_count": index.count,
-        "p_order": longest_first(index.count, heads_that_share(inputs, cache)),
+        "p_order": longest_first(
+            index.count[:, :: tiling.heads], heads_that_share(inputs, cache) // tiling.heads
+        ),
         "p_anchor": grid.anchor, "p_first": grid.first, "p_hole": first_hole(inputs, grid.anchor),
         "p_only": None if only is None else only.contiguous().view(torch.uint8),
         "p_visit": None if visit is None else visit.contiguous(),
         "p_skip": None if index.skip is None else index.skip.contiguous(), "p_before": before, "p_skipped": skipped,
+        "d_k": _described(inputs.key, inputs.last_key, tiling.block_k) if tiling.descriptors else None,
+        "d_v": _described(inputs.value, inputs.last_key, tiling.block_k) if tiling.descriptors and values else None,
     }  # fmt: skip
     for letter, tensor in (("q", inputs.query), ("k", inputs.key), ("v", inputs.value), ("o", output)):
         strides = (0, 0, 0, 1) if tensor is None else tensor.stride()
@@ -679,13 +825,14 @@ def kernel_arguments(
     return arguments | {
         "query_heads": inputs.query_heads, "rows": grid.rows, "query_start": inputs.query_start,
         "queries": inputs.queries, "keys": inputs.keys, "key_length": inputs.filled, "window": inputs.window or 0,
-        "scale": scale, "cap": cap, "GROUP": inputs.group_size,
+        "scale": scale, "cap": cap, "GROUP": inputs.group_size, "HEADS": tiling.heads,
         "D": inputs.head_dim, "D0": d0, "D1": d1, "V": inputs.value_dim, "V0": v0, "V1": v1,
         "SPAN_Q": grid.block_q, "SPAN_K": grid.block_k, "BLOCK_Q": tiling.block_q, "BLOCK_K": tiling.block_k,
         "HAS_SINKS": inputs.sinks is not None, "HAS_VALID": valid is not None, "HAS_WINDOW": inputs.window is not None,
         "HAS_SEGMENT": low is not None, "HAS_CAP": inputs.softcap is not None, "HAS_ONLY": only is not None,
-        "HAS_VISIT": visit is not None, "HAS_SKIP": index.skip is not None, "VALUES": output is not None,
+        "HAS_VISIT": visit is not None, "HAS_SKIP": index.skip is not None, "VALUES": values,
         "PRECISION": float32_dots, "PRECISE": inputs.query.dtype == torch.float32, "WIDEN": interpreted(),
+        "DESCRIBED": tiling.descriptors, "SPECIALISE": tiling.specialise,
     }  # fmt: skip
 
 
@@ -709,10 +856,9 @@ def triton_attention(
     limits = device_limits(inputs.device)
     grid = index.grid
     if tiling is None:
-        tiling = choose_tiling(
-            inputs.head_dim, inputs.value_dim, inputs.query.dtype, grid.block_q, grid.block_k,
-            limits.shared, limits.capability, index.skip is not None,
-        )  # fmt: skip
+        tiling = choose_for(inputs, index, only, limits)
+    else:
+        _refuse_tiling(tiling, inputs, index, only, limits.capability)
     if tiling is None:
         raise NotImplementedError(f"triton cannot compute this: {why_not_triton(inputs, index)}")
     if into is None:
@@ -723,7 +869,8 @@ def triton_attention(
         output, lse = into.output, into.lse
         if lse.dtype != torch.float32 or not lse.is_contiguous():
             raise ValueError("into must be an earlier result of this kernel: its lse is float32 and contiguous")
-    programs = (inputs.batch * inputs.query_heads * grid.rows, triton.cdiv(grid.block_q, tiling.block_q))
+    lists = inputs.query_heads // tiling.heads
+    programs = (inputs.batch * lists * grid.rows, triton.cdiv(grid.block_q, tiling.queries))
     parts = None
     if index.skip is not None:
         parts = torch.zeros(programs, dtype=torch.int32, device=inputs.device)

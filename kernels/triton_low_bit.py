@@ -377,7 +377,7 @@ def _write(
 @triton.jit(do_not_specialize=["heads", "tokens"])
 def quantize_kernel(
     p_x, p_mean, p_real, p_anchor, p_codes, p_scale,
-    stride_xb, stride_xh, stride_xt, stride_xd, heads, tokens,
+    stride_xb: tl.int64, stride_xh: tl.int64, stride_xt, stride_xd, heads, tokens,
     D: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr, BLOCK_C: tl.constexpr,
     SPAN: tl.constexpr, BLOCK_T: tl.constexpr, MOST: tl.constexpr,
     HAS_REAL: tl.constexpr, HAS_ANCHOR: tl.constexpr, PACKED: tl.constexpr,

@@ -39,7 +39,7 @@ _SPAN = 1024  # keys of a program
 )  # fmt: skip
 def rows_kernel(
     p_q, p_k, p_low, p_high, p_valid, p_part,
-    stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_kb: tl.int64, stride_kh: tl.int64, stride_kt, stride_kd,
     kv_heads, rows, queries_together, keys, last_key, scale, cap,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     SPAN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,

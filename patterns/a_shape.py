@@ -42,9 +42,7 @@ class AShape:
         keep = (block < sink) | (block >= first_local[..., None])
         keep &= (block >= low[..., None]) & (block < high[..., None])
         # the list of a row is short where it has a window: rows share nothing, but heads do
-        index = BlockIndex.from_mask(grid, keep[:, None])
-        shape = (inputs.batch, inputs.query_heads, grid.rows)
-        return BlockIndex(grid, index.columns, index.start.expand(shape), index.count.expand(shape))
+        return BlockIndex.from_mask(grid, keep[:, None]).for_heads(inputs.query_heads)
 
     def expected_density(self, keys: int) -> float:
         return kept_share(self.window if isinstance(self.window, float) else self.sink + self.window, keys)

@@ -103,4 +103,5 @@ class LastRowsDense:
             sparse.unjudged,
             None if sparse.visit is None else torch.cat([dense.columns, sparse.visit]),
             None if sparse.skip is None else sparse.skip.masked_fill(last, -torch.inf),
+            sparse.shared_by,
         )

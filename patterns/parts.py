@@ -66,4 +66,4 @@ def parts_coverage(parts: Sequence[Part], skipped: Tensor | None = None) -> Cove
 
 def without_heads(index: BlockIndex, heads: Tensor) -> BlockIndex:
     """The lists of these heads (bool [batch, query_heads]) made empty."""
-    return dataclasses.replace(index, count=index.count.masked_fill(heads[..., None], 0))
+    return dataclasses.replace(index, count=index.count.masked_fill(heads[..., None], 0), alike=1)

@@ -208,6 +208,6 @@ def _own(inputs: AttentionInputs, grid: BlockGrid, since: Tensor, until: Tensor)
     """All visible blocks but those behind each row, the same for all heads."""
     block = torch.arange(grid.key_blocks, device=inputs.device)
     behind = (block >= since[..., None]) & (block < until[..., None])
-    index = BlockIndex.from_mask(grid, (grid.visible_block_mask(inputs) & ~behind)[:, None])
-    shape = (inputs.batch, inputs.query_heads, grid.rows)
-    return BlockIndex(grid, index.columns, index.start.expand(shape), index.count.expand(shape))
+    return BlockIndex.from_mask(grid, (grid.visible_block_mask(inputs) & ~behind)[:, None]).for_heads(
+        inputs.query_heads
+    )

@@ -378,10 +378,42 @@ class BlockIndex:
     unjudged: Tensor | None = None  # int64 [batch, query_heads], queries whose row was kept whole as none could choose
     visit: Tensor | None = None  # int32 [capacity], each list as in `columns`, in the order of visits; None: ascending
     skip: Tensor | None = None  # float32 [batch, query_heads, rows], natural log of lambda <= 1 for each list
+    alike: int = 1  # so many neighbouring heads have the same lists, as whoever made them promises; ask `shared_by`
 
     @property
     def query_heads(self) -> int:
         return self.start.shape[1]
+
+    @property
+    def shared_by(self) -> int:
+        """How many neighbouring query heads one list serves, as far as the host knows: a divisor of their number.
+
+        All of them where the lists are expanded over the heads. A kernel may then load a key block once for several.
+        """
+        if self.start.stride(1) == self.count.stride(1) == 0:
+            return self.query_heads
+        return self.alike
+
+    def for_heads(self, query_heads: int) -> BlockIndex:
+        """The same lists for more heads, each for query_heads / self.query_heads neighbours; nothing is copied but
+        where lists begin and how long they are. One list a KV head becomes one for each head of its group.
+
+        Raises ValueError where the number of heads is no multiple.
+        """
+        many, rest = divmod(query_heads, self.query_heads)
+        if rest or not many:
+            raise ValueError(f"lists of {self.query_heads} heads cannot be shared by {query_heads}: give a multiple")
+
+        def spread(tensor: Tensor) -> Tensor:
+            if self.query_heads == 1:
+                return tensor.expand(-1, query_heads, *tensor.shape[2:])
+            return tensor.repeat_interleave(many, 1)
+
+        unjudged, skip = (None if each is None else spread(each) for each in (self.unjudged, self.skip))
+        return BlockIndex(
+            self.grid, self.columns, spread(self.start), spread(self.count), unjudged, self.visit, skip,
+            many * self.shared_by,
+        )  # fmt: skip
 
     @staticmethod
     def dense(inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
@@ -474,6 +506,7 @@ class BlockIndex:
             torch.stack(counted).sum(0) if counted else None,
             visit=_joined_visit(slabs),
             skip=_joined_skip(slabs, 2),
+            alike=math.gcd(*(slab.shared_by for slab in slabs)),
         )
 
     @staticmethod
@@ -615,6 +648,14 @@ class BlockIndex:
             raise ValueError(
                 "a list names a block that its queries cannot see (future, outside the window, or no block)"
             )
+        if self.shared_by < 1 or self.query_heads % self.shared_by:
+            raise ValueError(f"alike must divide the {self.query_heads} heads, got {self.shared_by}")
+        for name, tensor in (("start", self.start), ("count", self.count)):
+            first = tensor[:, :: self.shared_by].repeat_interleave(self.shared_by, 1)
+            if not torch.equal(first, tensor):
+                raise ValueError(
+                    f"every {self.shared_by} heads should share their lists, but {name} differs among them"
+                )
         if self.visit is not None:
             if self.visit.shape != self.columns.shape or self.visit.dtype != torch.int32:
                 raise ValueError(

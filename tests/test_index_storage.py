@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from sparseprefill.contracts import BlockGrid, BlockIndex
 from sparseprefill.estimators import relative_attention
-from sparseprefill.patterns import Sale, sale
+from sparseprefill.patterns import AShape, Dense, Sale, TriShape, sale
+from sparseprefill.patterns.parts import without_heads
 from support import left_padding, make_inputs, random_index
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -95,3 +97,46 @@ def test_sale_off_the_cpu_lists_the_same(options: dict[str, Any], monkeypatch: p
     index.validate(inputs)
     assert torch.equal(index.to_mask(), want.to_mask())
     assert torch.equal(index.unjudged, want.unjudged)  # type: ignore[arg-type]
+
+
+def test_one_list_serves_several_heads() -> None:
+    inputs = make_inputs(query_heads=6, kv_heads=2, queries=100, keys=130, head_dim=8)
+    few = dataclasses.replace(inputs, query=inputs.query[:, :2])
+    own = random_index(few, 16, 16, 0.5).skipping(-4.0)
+    own = dataclasses.replace(own, unjudged=torch.tensor([[3, 5]]))
+    index = own.for_heads(6)
+    index.validate(inputs)
+    assert index.shared_by == 3
+    assert index.columns is own.columns
+    assert torch.equal(index.to_mask(), own.to_mask().repeat_interleave(3, 1))
+    assert index.unjudged is not None
+    assert index.unjudged.tolist() == [[3, 3, 3, 5, 5, 5]]
+    assert index.skip is not None
+    assert index.skip.shape == index.count.shape
+    assert own.shared_by == random_index(inputs, 16, 16, 0.5).shared_by == 1
+    with pytest.raises(ValueError, match="lists of 2 heads cannot be shared by 5"):
+        own.for_heads(5)
+    with pytest.raises(ValueError, match="every 2 heads should share their lists, but start differs"):
+        dataclasses.replace(random_index(inputs, 16, 16, 0.5), alike=2).validate(inputs)
+    with pytest.raises(ValueError, match="alike must divide the 6 heads, got 4"):
+        dataclasses.replace(own.for_heads(6), alike=4).validate(inputs)
+
+
+@pytest.mark.parametrize(
+    "pattern", [Dense(), AShape(16, 32), TriShape(16, 32, 20)], ids=["dense", "a_shape", "tri_shape"]
+)
+def test_static_lists_are_shared_by_all_heads(pattern: Any) -> None:
+    inputs = make_inputs(batch=2, query_heads=6, kv_heads=2, queries=100, keys=130, head_dim=8)
+    grid = BlockGrid.of(inputs, 16, 16)
+    index = pattern.build_index(inputs, grid)
+    index.validate(inputs)
+    assert index.shared_by == 6
+    assert without_heads(index, torch.eye(2, 6, dtype=torch.bool)).shared_by == 1
+
+
+def test_slabs_share_what_each_of_them_shares() -> None:
+    inputs = make_inputs(query_heads=4, kv_heads=1, queries=64, head_dim=8)
+    one = random_index(dataclasses.replace(inputs, query=inputs.query[:, :1]), 16, 16, 0.5).for_heads(4)
+    two = random_index(dataclasses.replace(inputs, query=inputs.query[:, :2]), 16, 16, 0.5).for_heads(4)
+    assert BlockIndex.stack([one, one]).shared_by == 4
+    assert BlockIndex.stack([one, two]).shared_by == 2

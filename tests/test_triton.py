@@ -23,13 +23,17 @@ from sparseprefill.kernels.reference import reference_attention  # noqa: E402  (
 from sparseprefill.kernels.row_lse import row_lse  # noqa: E402  (after the skip above)
 from sparseprefill.kernels.triton_forward import (  # noqa: E402  (after the skip above)
     Tiling,
+    choose_for,
     choose_tiling,
     first_hole,
     heads_that_share,
     interpreted,
     longest_first,
     split_dim,
+    stackable_heads,
     triton_attention,
+    why_not_descriptors,
+    why_not_specialised,
     why_not_triton,
 )
 
@@ -287,6 +291,154 @@ def test_the_tile_does_not_matter(tiling: Tiling) -> None:
     inputs = make_inputs(query_heads=1, kv_heads=1, queries=150, keys=170, window=60, device=DEVICE, dtype=FP16)
     index = random_index(inputs, 64, 32, 0.6)
     assert_within_budget(attend(inputs, index, tiling=tiling), inputs, index)
+
+
+def shared_lists(inputs: AttentionInputs, blocks: tuple[int, int], lists: int, density: float = 0.6) -> BlockIndex:
+    """One list for each of `lists` runs of neighbouring heads."""
+    few = dataclasses.replace(
+        inputs, query=inputs.query[:, :lists], key=inputs.key[:, :1], value=inputs.value[:, :1], sinks=None
+    )
+    return random_index(few, *blocks, density).for_heads(inputs.query_heads)
+
+
+def some_slow(names: list[str], *quick: str) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
+
+
+SHARED_CASES = [
+    "length_63", "dim_80_tall_columns", "chunk_inside_a_block", "blocks_48", "left_padding", "row_of_padding",
+    "second_turn_with_holes", "window_30", "segments", "static_cache", "sinks", "everything",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", some_slow(SHARED_CASES, "sinks", "everything"))
+def test_heads_that_share_a_list_are_stacked(name: str) -> None:
+    """In one tile, each with its own queries, sink and places in memory; the same as head by head."""
+    blocks, density, fields = next(each.values for each in CASES if each.id == name)
+    lists = 1 if name in ("sinks", "left_padding") else 2
+    moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
+    inputs = make_inputs(**({"dtype": FP16} | moved | {"query_heads": 4, "kv_heads": 2}), device=DEVICE)
+    index = shared_lists(inputs, (min(blocks[0], 32), blocks[1]), lists, density)
+    limits = triton_forward.device_limits(inputs.device)
+    tiling = choose_for(inputs, index, None, limits)
+    assert tiling is not None
+    assert tiling.heads == 2
+    result = attend(inputs, index)
+    assert_within_budget(result, inputs, index)
+    alone = attend(inputs, index, tiling=dataclasses.replace(tiling, heads=1, block_q=tiling.queries))
+    assert torch.allclose(result.lse, alone.lse, rtol=1e-5, atol=1e-5)
+
+
+def test_four_heads_of_a_dense_group_fill_a_tile() -> None:
+    inputs = make_inputs(query_heads=8, kv_heads=2, queries=70, keys=100, device=DEVICE, dtype=FP16)
+    index = dense(inputs, 32, 32)
+    tiling = choose_for(inputs, index, None, triton_forward.device_limits(inputs.device))
+    assert tiling is not None
+    assert (tiling.heads, tiling.queries, tiling.block_q) == (4, 32, 128)
+    assert_within_budget(attend(inputs, index), inputs, None)
+
+
+def test_which_heads_are_stacked() -> None:
+    """What the host knows of the lists decides, nothing that stands on the device."""
+    inputs = make_inputs(query_heads=12, kv_heads=2, queries=40, device=DEVICE)
+    index = dense(inputs, 16, 16)
+    only = torch.ones(1, 12, dtype=torch.bool, device=DEVICE)
+    assert stackable_heads(inputs, index) == 2  # of 6 heads a group
+    assert stackable_heads(inputs, index, only) == 1
+    assert stackable_heads(inputs, index.skipping(-5.0)) == 1
+    assert stackable_heads(inputs, shared_lists(inputs, (16, 16), 3)) == 2
+    assert stackable_heads(inputs, shared_lists(inputs, (16, 16), 4)) == 1
+    assert stackable_heads(inputs, random_index(inputs, 16, 16, 0.5)) == 1
+    assert stackable_heads(dataclasses.replace(inputs, key=inputs.key[:, :1], value=inputs.value[:, :1]), index) == 4
+
+
+def test_tilings_stack_heads_where_their_queries_leave_room() -> None:
+    def tile(block_q: int, heads: int, capability: tuple[int, int] = (9, 0)) -> tuple[int, int, int]:
+        chosen = choose_tiling(128, 128, BF16, block_q, 64, 227 << 10, capability, heads=heads)
+        assert chosen is not None
+        return chosen.block_q, chosen.heads, chosen.warps
+
+    assert tile(128, 4) == (128, 1, 8)
+    assert tile(64, 4) == tile(64, 2) == (128, 2, 8)
+    assert tile(64, 1) == (64, 1, 4)
+    assert tile(32, 8, (8, 0)) == (128, 4, 8)
+    assert tile(16, 2) == (32, 2, 4)
+
+
+DESCRIBED_CASES = [
+    "length_63", "length_200_wide_rows", "groups_of_7", "chunk_inside_a_block", "blocks_24_by_40", "left_padding",
+    "second_turn_with_holes", "window_30", "softcap_bf16", "segments", "static_cache", "nothing_filled",
+]  # fmt: skip
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the same cases run with what its capability gives")
+@pytest.mark.parametrize("name", some_slow(DESCRIBED_CASES, "softcap_bf16", "static_cache"))
+def test_descriptors_fetch_the_same(name: str) -> None:
+    """And so do warps that do nothing but fetch, where no later token's value is NaN. To the bit."""
+    blocks, density, fields = next(each.values for each in CASES if each.id == name)
+    inputs = make_inputs(**({"dtype": FP16} | fields))
+    if inputs.filled < inputs.keys:
+        inputs.key[:, :, inputs.filled :] = inputs.value[:, :, inputs.filled :] = torch.nan
+    index = random_index(inputs, *blocks, density)
+    tiling = choose_for(inputs, index, None, triton_forward.device_limits(inputs.device))
+    assert tiling is not None
+    plain = attend(inputs, index, tiling=tiling)
+    for specialise in (False, True):
+        other = dataclasses.replace(tiling, descriptors=True, specialise=specialise)
+        result = attend(inputs, index, tiling=other)
+        assert torch.equal(result.output, plain.output)  # type: ignore[arg-type]
+        assert torch.equal(result.lse, plain.lse)
+
+
+def test_descriptors_read_strides_of_every_layout() -> None:
+    """Tokens outside heads in memory, one batch row of an odd stride, more slots than are filled."""
+    stored = torch.randn(1, 90, 2, 2, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE, BF16)
+    key, value = stored.permute(3, 0, 2, 1, 4)
+    query = make_inputs(query_heads=4, queries=70, head_dim=32, dtype=BF16, device=DEVICE).query
+    inputs = AttentionInputs(query, key, value, 0.2, query_start=10, key_length=80)
+    index = random_index(inputs, 32, 16, 0.5)
+    assert why_not_descriptors(inputs, (9, 0)) is None
+    result = attend(inputs, index, tiling=Tiling(32, 16, 4, 1, descriptors=interpreted()))
+    assert_within_budget(result, inputs, index)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda key: key.float(), "float32"),
+        (lambda key: key[..., :24], "24 numbers"),
+        (lambda key: torch.cat([key, key], 3)[..., ::2], "side by side"),
+        (lambda key: torch.cat([key.flatten(), key.new_zeros(1)])[1:].view_as(key), "begin at a multiple"),
+        (lambda key: torch.cat([key, key[..., :1]], 3)[..., :-1], "stride of 66 bytes"),
+        (lambda key: key[:, :1].expand(-1, 2, -1, -1), "stride of 0 bytes"),
+        (lambda key: key, None),
+        (lambda key: key[:, :1], None),
+    ],
+    ids=["float32", "dim", "spread", "offset", "stride", "expanded", "fits", "one-head"],
+)
+def test_says_why_descriptors_cannot_serve(change: Any, reason: str | None) -> None:
+    key = torch.zeros(1, 2, 40, 32, dtype=FP16)
+    changed = change(key)
+    query = changed.new_zeros(1, 2, 40, changed.shape[3])
+    inputs = AttentionInputs(query, changed, changed, 1.0)
+    said = why_not_descriptors(inputs, (9, 0))
+    assert (said is None) if reason is None else (reason in (said or ""))
+    assert "8.6" in (why_not_descriptors(inputs, (8, 6)) or "")
+
+
+def test_refuses_tilings_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(query_heads=4, kv_heads=2, queries=40, head_dim=24, dtype=FP16, device=DEVICE)
+    index = dense(inputs, 16, 16)
+    for tiling, reason in (
+        (Tiling(64, 16, 4, 1, heads=4), "4 heads cannot be stacked here: 2 share"),
+        (Tiling(16, 16, 4, 1, descriptors=True), "no power of two"),
+        (Tiling(16, 16, 4, 1, specialise=True), "by descriptors"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            triton_attention(inputs, index, tiling=tiling)
+    described = Tiling(16, 16, 4, 1, descriptors=True)
+    assert "10.0 is needed, this one is 9.0" in (why_not_specialised(described, (9, 0)) or "")
+    assert why_not_specialised(described, (10, 0)) is None
 
 
 @pytest.mark.gpu

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from sparseprefill.kernels.roofline import programs_that_fit
+
 if sys.platform != "linux":
     pytest.importorskip("triton", reason="triton is published for Linux only")
 
@@ -32,6 +34,43 @@ kernels = [compiled(*each) for each in json.load(sys.stdin)]
 print(json.dumps([dataclasses.asdict(kernel) for kernel in kernels]))
 """
 
+# prints, for each kind of launch, the keys that Triton would look it up by, one for each place
+KEYS = """
+import json, sys, torch
+from sparseprefill.kernels.triton_inspect import (
+    Case, antidiagonal_launch, block_max_launch, forward_launch, quantize_launch, rows_launch, specialisation_key
+)
+def kinds(case):
+    segment = torch.zeros(1, case.keys, dtype=torch.int64, device=case.device)
+    return {
+        "dense": forward_launch(90, 128, case=case),
+        "head_dim 80": forward_launch(90, 80, case=case),
+        "pointers": forward_launch(80, 128, case=case),
+        "own lists": forward_launch(90, 128, block_q=64, shared=False, case=case),
+        "window": forward_launch(90, 128, window=300, case=case),
+        "padding": forward_launch(90, 128, padded=True, case=case),
+        "segments": forward_launch(90, 128, segment=segment, case=case),
+        "sinks": forward_launch(90, 128, sinks=torch.zeros(8, device=case.device), case=case),
+        "soft-cap": forward_launch(90, 128, softcap=30.0, case=case),
+        "skip": forward_launch(90, 128, skip=True, padded=True, case=case),
+        "some heads": forward_launch(90, 128, some_heads=True, case=case),
+        "lse alone": forward_launch(90, 128, values=False, case=case),
+        "rows": rows_launch(90, 128, case=case),
+        "rows, padding and window": rows_launch(90, 128, padded=True, window=100, case=case),
+        "codes": block_max_launch(90, 128, case=case),
+        "codes, uneven": block_max_launch(90, 128, uneven=True, softcap=30.0, case=case),
+        "rounding": quantize_launch(128, case=case),
+        "rounding in groups": quantize_launch(128, group_size=32, case=case),
+        "antidiagonals": antidiagonal_launch(90, 128, case=case),
+        "antidiagonals, padding": antidiagonal_launch(90, 128, padded=True, case=case),
+    }
+keys = {}
+for place in json.load(sys.stdin):
+    for kind, launch in kinds(Case(*place)).items():
+        keys.setdefault(kind, []).append(specialisation_key(launch))
+print(json.dumps(keys))
+"""
+
 Spec = tuple[int, int, str, dict[str, Any]]
 
 QUICK: list[Spec] = [
@@ -42,6 +81,8 @@ QUICK: list[Spec] = [
     (90, 128, "int4", {}),
     (90, 128, "bfloat16", {"stride": 8}),
     (90, 64, "bfloat16", {"skip": True, "block_q": 64}),
+    (90, 128, "bfloat16", {"block_q": 64}),
+    (90, 128, "bfloat16", {"block_q": 64, "shared": False}),
 ]
 FULL: list[Spec] = [
     (80, 128, "int4", {}),
@@ -49,6 +90,18 @@ FULL: list[Spec] = [
     *((architecture, head_dim, "float16", {}) for architecture in (80, 90, 100) for head_dim in (16, 80, 96, 192)),
     *((architecture, head_dim, "float32", {}) for architecture in (80, 90, 100) for head_dim in (64, 128)),
     *((architecture, 128, "bfloat16", {"block_q": 64, "window": 300}) for architecture in (80, 90, 100)),
+    *(
+        (architecture, dim, "bfloat16", {"block_q": 64, "shared": False})
+        for architecture in (80, 90, 100)
+        for dim in (64, 128)
+    ),
+    *((architecture, 128, "bfloat16", {"tiling": {"descriptors": False}}) for architecture in (90, 100)),
+    *((90, dim, "bfloat16", {"block_k": 128, "padded": True, "window": 300}) for dim in (48, 64)),
+    *(
+        (90, 64, "float16", {"block_k": 128, **more})
+        for more in ({"softcap": 30.0}, {"block_q": 64}, {"values": False})
+    ),
+    (90, 64, "bfloat16", {"block_k": 128, "block_q": 64, "shared": False}),
     *((architecture, 128, "bfloat16", {"padded": True, "softcap": 30.0}) for architecture in (80, 90, 100)),
     *((architecture, 128, "bfloat16", {"values": False}) for architecture in (80, 90, 100)),
     *((architecture, 128, "bfloat16", {"some_heads": True}) for architecture in (80, 90, 100)),
@@ -86,14 +139,19 @@ FULL: list[Spec] = [
 ]
 
 
-def compiled(specs: list[Spec]) -> list[dict[str, Any]]:
+def elsewhere(script: str, given: Any) -> Any:
+    """What a script prints in a process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        input=json.dumps(specs), text=True, env=environment, capture_output=True, check=False,
+        [sys.executable, "-c", script],
+        input=json.dumps(given), text=True, env=environment, capture_output=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    kernels: list[dict[str, Any]] = json.loads(run.stdout)
+    return json.loads(run.stdout)
+
+
+def compiled(specs: list[Spec]) -> list[dict[str, Any]]:
+    kernels: list[dict[str, Any]] = elsewhere(SCRIPT, specs)
     return kernels
 
 
@@ -104,7 +162,8 @@ def check(kernel: dict[str, Any]) -> None:
         assert kernel["local"] == 0, kernel
     if kernel["block_q"] == 0:
         return  # rounding multiplies nothing
-    assert kernel["async_copy"] > 0, kernel
+    assert kernel["async_copy"] + kernel["tma"] > 0, kernel
+    assert (kernel["tma"] > 0) == kernel["descriptors"], kernel
     products = {80: "mma", 90: "wgmma", 100: "tcgen05"}[kernel["architecture"]]
     if kernel["dtype"].startswith("int"):
         # Triton knows no tcgen05 products of bytes
@@ -117,17 +176,61 @@ def check(kernel: dict[str, Any]) -> None:
         assert kernel["fma"] > 0, kernel
 
 
+def programs(kernel: dict[str, Any]) -> int:
+    return programs_that_fit(kernel["architecture"], kernel["registers"], kernel["warps"], kernel["shared"])
+
+
 def test_kernels_fit_and_do_not_spill() -> None:
     kernels = compiled(QUICK)
     assert len(kernels) == len(QUICK)
     for kernel in kernels:
         check(kernel)
+    described = {(kernel["architecture"], kernel["head_dim"]) for kernel in kernels if kernel["descriptors"]}
+    assert described == {(90, 64), (90, 128), (100, 64), (100, 128)}
+    assert [kernel["heads"] for kernel in kernels[-2:]] == [2, 1]
+    assert [programs(kernel) for kernel in kernels[-2:]] == [1, 2]
 
 
 @pytest.mark.slow
 def test_more_kernels_fit_and_do_not_spill() -> None:
-    for kernel in compiled(FULL):
+    for (_, _, _, options), kernel in zip(FULL, compiled(FULL), strict=True):
         check(kernel)
+        if options.get("shared") is False:  # tiles of 64 rows: one program waits while another multiplies
+            assert programs(kernel) >= 2, kernel
+
+
+PLACES: list[tuple[int, int, str]] = [
+    *((length, 0, "cpu") for length in (4096, 5000, 5001, 100_003)),
+    *((length, start, "cpu") for length in (4096, 5001) for start in (1, 4096)),
+]
+
+
+@pytest.mark.parametrize(
+    "places",
+    # the last is so long that some strides need 64 bits; nothing of it is held
+    [PLACES, pytest.param([PLACES[0], (2_200_001, 0, "meta")], marks=pytest.mark.slow)],
+    ids=["lengths", "millions"],
+)
+def test_what_was_compiled_serves_every_length(places: list[tuple[int, int, str]]) -> None:
+    """Lengths odd and even, and a chunk's start: each kind of mask of each kernel has one key."""
+    keys = elsewhere(KEYS, places)
+    for kind, found in keys.items():
+        assert len(found) == len(places)
+        assert len(set(found)) == 1, f"{kind} is compiled again: {set(found)}"
+    assert len({found[0] for found in keys.values()}) == len(keys), "a key that says nothing"
+
+
+@pytest.mark.slow
+def test_warps_that_do_nothing_but_fetch() -> None:
+    """Both loops take part, or the compiler fails. A few bytes spill, which only a GPU can weigh."""
+    specialise = {"tiling": {"specialise": True}}
+    for kernel in compiled(
+        [(100, dim, "bfloat16", specialise | options) for dim in (64, 128) for options in ({}, {"window": 300})]
+    ):
+        assert kernel["shared"] <= kernel["estimated"], kernel
+        assert kernel["async_copy"] == 0 < kernel["tma"], kernel
+        assert kernel["tcgen05"] > 0, kernel
+        assert kernel["stack"] <= 16, kernel
 
 
 def test_the_table(tmp_path: Any) -> None:
