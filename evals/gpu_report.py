@@ -22,12 +22,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sparseprefill import __version__
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.evals.bench import KernelCell, dense_attention, kernel_cells, kernel_table, median_seconds
 from sparseprefill.evals.bench import random_inputs as drawn
+from sparseprefill.evals.dense_rivals import RIVALS as DENSE_RIVALS
+from sparseprefill.evals.dense_rivals import dense_flops, ready
 from sparseprefill.evals.first_token import FirstTokenCell, ModelSetup, OutOfMemory, first_token_table, first_tokens
 from sparseprefill.evals.loading import provenance
 from sparseprefill.evals.methods import MethodSpec
@@ -123,8 +124,10 @@ class RivalCell:
     """One way of dense causal attention on the same queries, keys and values."""
 
     name: str
+    version: str
     length: int  # tokens
     seconds: float | None  # median; None where it does not run here
+    teraflops: float | None  # a second, over the pairs that a causal mask leaves
     why_not: str  # or ""
 
 
@@ -187,6 +190,7 @@ def all_parts(sizes: Sizes, device: str, root: Path) -> list[tuple[str, float, l
 
 
 CORRECTNESS, RIVALS, KERNEL = "correctness", "dense attention by others", "kernel"
+OURS = "ours, every block"
 OVERHEAD, FIRST_TOKEN = "finding the blocks", "time to first token"
 
 
@@ -255,33 +259,24 @@ def _kernel(sizes: Sizes, device: str, length: int, density: float, left: float)
     return found
 
 
-def dense_rivals() -> dict[str, Callable[[AttentionInputs], Tensor]]:
-    """Ways of computing dense causal attention with what is installed, by name; one may refuse to run."""
-
-    def by(backend: SDPBackend, inputs: AttentionInputs) -> Tensor:
-        with sdpa_kernel(backend):
-            return dense_attention(inputs)
-
-    backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-    torch_own = {f"torch SDPA, {each.name.lower()}": functools.partial(by, each) for each in backends}
-    return {"torch SDPA, its own choice": dense_attention, **torch_own}
-
-
 def _rivals(sizes: Sizes, device: str, length: int, left: float) -> list[Any]:
     """Rivals and our kernel with every block listed, in turns; `KERNEL` holds that to the oracle."""
     inputs = _inputs(sizes, device, length)
     index = BlockIndex.dense(inputs, BlockGrid.of(inputs, _BLOCK, _BLOCK))
-    contenders: dict[str, Callable[[], Any]] = {"ours, every block": lambda: block_sparse_attention(inputs, index)}
-    missing = []
-    for name, attend in dense_rivals().items():
-        try:
-            attend(inputs)
-        except Exception as error:  # whatever a backend says that does not serve this
-            missing.append(RivalCell(name, length, None, f"{error}".partition("\n")[0][:200]))
-        else:
-            contenders[name] = functools.partial(attend, inputs)
+    calls, reasons = ready(inputs)
+    contenders: dict[str, Callable[[], Any]] = {
+        OURS: lambda: block_sparse_attention(inputs, index), "sdpa": functools.partial(dense_attention, inputs), **calls
+    }  # fmt: skip
     found = median_seconds(inputs, contenders, sizes.repeats)
-    return [*(RivalCell(name, length, seconds, "") for name, seconds in found.items()), *missing]
+    flops = dense_flops(inputs)
+    timed = [RivalCell(name, _rival_version(name), length, s, flops / s / 1e12, "") for name, s in found.items()]
+    return [*timed, *(RivalCell(name, "-", length, None, None, reason) for name, reason in reasons.items())]
+
+
+def _rival_version(name: str) -> str:
+    if name in DENSE_RIVALS:
+        return DENSE_RIVALS[name].version()
+    return f"sparseprefill {__version__}" if name == OURS else f"torch {torch.__version__}"
 
 
 def _overhead(sizes: Sizes, device: str, length: int, left: float) -> list[Any]:
@@ -414,11 +409,13 @@ def _render_rivals(results: list[dict[str, Any]]) -> str:
         for n in {each["length"] for each in results}
     }
     rows = [
-        [str(each["length"]), each["name"], number(each["seconds"], 5),
+        [str(each["length"]), each["name"], each["version"], number(each["seconds"], 5), number(each["teraflops"], 1),
          each["why_not"] or f"{each['seconds'] / best[each['length']]:.2f}"]
         for each in results
     ]  # fmt: skip
-    return table(["length", "dense attention", "seconds", "over the fastest"], rows, markdown=True)
+    return table(
+        ["length", "dense attention", "version", "seconds", "TFLOP/s", "over the fastest"], rows, markdown=True
+    )
 
 
 def _render_first_token(results: list[dict[str, Any]]) -> str:
