@@ -278,7 +278,7 @@ void pair_values(const uint16_t *const *value, int64_t keys, int64_t dim, uint32
 
 #endif
 
-constexpr bool pairs_of(int64_t kind) {
+constexpr bool in_pairs(int64_t kind) {
 #ifdef SPARSEPREFILL_PAIRS
     return kind == BFLOAT16;
 #else
@@ -344,6 +344,31 @@ void write(const Problem &p, int64_t b, int64_t h, int64_t slot, float most, flo
             reinterpret_cast<float *>(out)[d] = seen ? sum[d * step] * share : 0;
 }
 
+// pairs of the queries of slots [from, to) and the keys [first, last) that they see
+int64_t pairs_of(const Problem &p, int64_t b, int64_t from, int64_t to, int64_t first, int64_t last) {
+    int64_t sum = 0;
+    for (int64_t slot = from; slot < to; ++slot) {
+        const int64_t i = b * p.queries + slot - p.query_start;
+        const int64_t lower = std::max<int64_t>(first, p.low[i]), upper = std::min<int64_t>(last, p.high[i]);
+        if (lower >= upper) continue;
+        const int32_t *before = p.before ? p.before + b * (p.keys + 1) : nullptr;
+        sum += before ? before[upper] - before[lower] : upper - lower;
+    }
+    return sum;
+}
+
+// does a tile matter, whose largest logits these are, one for each query of slots [from, to)? If so, raises their peaks.
+// One that is NaN is not above anything, and matters.
+bool raise(const Problem &p, int64_t b, int64_t from, int64_t to, float threshold, const float *tile, float *peak) {
+    bool any = false;
+    for (int64_t q = 0; q < to - from; ++q)
+        any |= (!p.valid || p.valid[b * p.keys + from + q]) && tile[q] != NOTHING && !(tile[q] <= peak[q] + threshold);
+    if (any)
+        for (int64_t q = 0; q < to - from; ++q)
+            if (!(tile[q] <= peak[q]) && peak[q] == peak[q]) peak[q] = tile[q];
+    return any;
+}
+
 struct Item {
     const Problem &p;
     Scratch &s;
@@ -358,7 +383,7 @@ struct Item {
     Item(const Problem &problem, Scratch &scratch, int64_t batch, int64_t head, int64_t r, int64_t first, int64_t last)
         : p(problem), s(scratch), b(batch), h(head), row(r), from(first), to(last) {
         columns = (to - from + LANES - 1) / LANES, width = columns * LANES;
-        pairs = pairs_of(p.kind);
+        pairs = in_pairs(p.kind);
         factor = p.softcap > 0 ? LOG2_E : p.scale * LOG2_E;
     }
 
@@ -396,7 +421,7 @@ struct Item {
             if (matters(threshold, base))
                 add(base, true);
             else
-                dropped += pairs_in(first, last), keys = 0, masked = false;
+                dropped += pairs_of(p, b, from, to, first, last), keys = 0, masked = false;
         }
         if (keys) add(base);
         if (p.skipped) p.skipped[list] += dropped;
@@ -466,34 +491,16 @@ struct Item {
     bool matters(float threshold, int64_t base) {
         score(base);
         const float unit = p.softcap > 0 ? 1.0f : p.scale;
-        bool any = false;
         for (int64_t q = 0; q < to - from; ++q) {
             float top = NOTHING;
             for (int64_t n = 0; n < keys; ++n) {
                 const float x = s.logits.at[n * width + q];
-                if (!(x <= top)) top = x;  // NaN stays: nothing is not above it
+                if (!(x <= top)) top = x;  // NaN stays
                 if (top != top) break;
             }
             s.tile_peak[q] = top * unit;
-            const bool counts = !p.valid || p.valid[b * p.keys + from + q];
-            any |= counts && top != NOTHING && !(s.tile_peak[q] <= s.peak[q] + threshold);
         }
-        if (any)
-            for (int64_t q = 0; q < to - from; ++q)
-                if (!(s.tile_peak[q] <= s.peak[q]) && s.peak[q] == s.peak[q]) s.peak[q] = s.tile_peak[q];
-        return any;
-    }
-
-    int64_t pairs_in(int64_t first, int64_t last) const {
-        int64_t sum = 0;
-        for (int64_t slot = from; slot < to; ++slot) {
-            const int64_t i = b * p.queries + slot - p.query_start;
-            const int64_t lower = std::max<int64_t>(first, p.low[i]), upper = std::min<int64_t>(last, p.high[i]);
-            if (lower >= upper) continue;
-            const int32_t *before = p.before ? p.before + b * (p.keys + 1) : nullptr;
-            sum += before ? before[upper] - before[lower] : upper - lower;
-        }
-        return sum;
+        return raise(p, b, from, to, threshold, s.tile_peak, s.peak);
     }
 
     // one step of the online softmax over the keys at hand
@@ -585,7 +592,7 @@ struct Item {
 // ---- the same with tiles: queries in rows, keys (then channels of the output) in columns
 
 constexpr int64_t GROUP = 32;  // keys that are packed together: what one product of tiles sums over
-constexpr int64_t MOST_GROUPS = PIECE / GROUP, MOST_TILES = MOST_QUERIES / TILE_ROWS;
+constexpr int64_t MOST_TILES = MOST_QUERIES / TILE_ROWS;
 static_assert(GROUP == 2 * LANES && LANES == TILE_ROWS, "a vector of 32-bit numbers is a row of a tile");
 
 // rows and columns of 16 x 16 numbers of 32 bits exchanged
@@ -702,20 +709,31 @@ struct Packed {
 
 // what one thread works with
 struct TileScratch {
-    const int64_t score_row = PIECE + LANES, output_row;  // rows a little apart, so that they do not share a place in cache
+    const int64_t most_groups;            // at hand; where tiles may be skipped, of a block that begins and ends in a group
+    const int64_t score_row, output_row;  // rows a little apart, so that they do not share a place in cache
     Room<uint8_t> query;   // tiles [MOST_TILES, key_steps]
     Room<float> logits;    // [MOST_QUERIES, score_row]
-    Room<uint8_t> weight;  // tiles [MOST_GROUPS, MOST_TILES]
+    Room<uint8_t> weight;  // tiles [most_groups, MOST_TILES]
     Room<float> output;    // [MOST_QUERIES, output_row]
+    struct Group {
+        int64_t number;
+        int64_t first, last;  // keys of it that are listed, from its first
+    };
+    std::vector<Group> group;            // [most_groups]
+    std::vector<const uint8_t *> value;  // [most_groups]
     alignas(64) float most[MOST_QUERIES], fade[MOST_QUERIES], minus_base[MOST_QUERIES];
     alignas(64) float mass[MOST_QUERIES][LANES];
+    alignas(64) float peak[MOST_QUERIES], tile_peak[MOST_QUERIES];  // where tiles may be skipped
     TileThread tiles;
 
-    TileScratch(const Packed &packed) : output_row(packed.value_tiles * TILE_ROWS + LANES) {
+    explicit TileScratch(const Packed &packed)
+        : most_groups(std::max(PIECE / GROUP, packed.p.skip ? packed.p.block_k / GROUP + 2 : 0)),
+          score_row(most_groups * GROUP + LANES), output_row(packed.value_tiles * TILE_ROWS + LANES), group(most_groups),
+          value(most_groups) {
         query.hold(MOST_TILES * packed.key_steps * TILE_BYTES);
         logits.hold(MOST_QUERIES * score_row);
-        weight.hold(MOST_GROUPS * MOST_TILES * TILE_BYTES);
-        std::memset(weight.at, 0, MOST_GROUPS * MOST_TILES * TILE_BYTES);  // of the rows that no query fills
+        weight.hold(most_groups * MOST_TILES * TILE_BYTES);
+        std::memset(weight.at, 0, most_groups * MOST_TILES * TILE_BYTES);  // of the rows that no query fills
         output.hold(MOST_QUERIES * output_row);
     }
 };
@@ -728,11 +746,7 @@ struct TileItem {
     int64_t queries, tiles, kv_head;
     float factor;  // what logits in memory are multiplied by to be exponents of two
     Bounds seen;
-    struct Group {
-        int64_t number;
-        int64_t first, last;  // keys of it that are listed, from its first
-    } group[MOST_GROUPS];
-    int64_t held = 0;   // groups at hand
+    int64_t held = 0, scored = 0;  // groups at hand, and how many of them have logits
     bool fresh = true;  // nothing is in the output yet
 
     TileItem(const Packed &packing, TileScratch &scratch, int64_t batch, int64_t head, int64_t first, int64_t last)
@@ -744,27 +758,37 @@ struct TileItem {
 
     void run(int64_t row) {
         for (int64_t q = 0; q < MOST_QUERIES; ++q) {
-            s.most[q] = NOTHING;
+            s.most[q] = NOTHING, s.peak[q] = NOTHING;
             std::fill_n(s.mass[q], LANES, 0.0f);
         }
         copy_query();
         const int64_t list = (b * p.query_heads + h) * p.rows + row, anchor = p.anchor[b];
-        const int32_t *block = p.columns + p.start[list];
+        const float threshold = p.skip ? p.skip[list] : NOTHING;
+        const bool skips = threshold > NOTHING;
+        const int32_t *block = (skips ? p.visit : p.columns) + p.start[list];
+        int64_t dropped = 0;
         for (int64_t t = 0; t < p.count[list]; ++t) {
             const int64_t begin = block[t] * p.block_k;
             const int64_t first = std::max(begin, seen.low_least - anchor);
             const int64_t last = std::min(begin + p.block_k, seen.high_most - anchor);
-            for (int64_t n = first / GROUP; first < last && n * GROUP < last; ++n) {
+            if (first >= last) continue;
+            if (skips && held + (last - 1) / GROUP - first / GROUP + 1 > s.most_groups) add();
+            const int64_t before = held;
+            for (int64_t n = first / GROUP; n * GROUP < last; ++n) {
                 const int64_t lower = std::max<int64_t>(first - n * GROUP, 0), upper = std::min(last - n * GROUP, GROUP);
-                if (held && group[held - 1].number == n && group[held - 1].last == lower) {
-                    group[held - 1].last = upper;
+                TileScratch::Group *left = held && !skips ? &s.group[held - 1] : nullptr;
+                if (left && left->number == n && left->last == lower) {
+                    left->last = upper;
                     continue;
                 }
-                if (held == MOST_GROUPS) add();
-                group[held++] = {n, lower, upper};
+                if (held == s.most_groups) add();
+                s.group[held++] = {n, lower, upper};
             }
+            if (skips && !matters(before, threshold))
+                dropped += pairs_of(p, b, from, to, anchor + first, anchor + last), held = scored = before;
         }
         if (held) add();
+        if (p.skipped) p.skipped[list] += dropped;
         for (int64_t q = 0; q < queries; ++q)
             write(p, b, h, from + q, s.most[q], _mm512_reduce_add_ps(load(s.mass[q])), factor,
                   s.output.at + q * s.output_row, 1);
@@ -781,21 +805,47 @@ struct TileItem {
         }
     }
 
-    // one step of the online softmax over the groups at hand
-    void add() {
-        for (int64_t g = 0; g < held; ++g) {
-            const uint8_t *key = packed.key.at + packed.place(b, kv_head, group[g].number) * packed.key_bytes;
+    // does any query have a logit above its maximum so far and the threshold in the groups from `begin` on?
+    bool matters(int64_t begin, float threshold) {
+        score();
+        for (int64_t q = 0; q < queries; ++q) {
+            const float *x = s.logits.at + q * s.score_row;
+            Float top = all(NOTHING);
+            __mmask16 strange = 0;
+            for (int64_t n = begin * GROUP; n < held * GROUP; n += LANES) {
+                top = larger(load(x + n), top);
+                strange |= _mm512_cmp_ps_mask(load(x + n), load(x + n), _CMP_UNORD_Q);
+            }
+            const float unit = p.softcap > 0 ? 1.0f : p.scale;
+            s.tile_peak[q] = strange ? std::numeric_limits<float>::quiet_NaN() : largest(top) * unit;
+        }
+        return raise(p, b, from, to, threshold, s.tile_peak, s.peak);
+    }
+
+    // logits of the groups that have none yet, soft-capped and masked, before the scale where there is no soft-cap
+    void score() {
+        for (int64_t g = scored; g < held; ++g) {
+            const uint8_t *key = packed.key.at + packed.place(b, kv_head, s.group[g].number) * packed.key_bytes;
             for (int64_t m = 0; m < tiles; m += 2) {
-                const auto multiply = tiles - m > 1 ? &TileItem::score<2> : &TileItem::score<1>;
+                const auto multiply = tiles - m > 1 ? &TileItem::products<2> : &TileItem::products<1>;
                 (this->*multiply)(m, g, key);
             }
+            if (p.softcap > 0)
+                for (int64_t q = 0; q < queries; ++q)
+                    cap(s.logits.at + q * s.score_row + g * GROUP, GROUP, p.scale, p.softcap);
+            mask(g);
         }
-        if (p.softcap > 0)
-            for (int64_t q = 0; q < queries; ++q) cap(s.logits.at + q * s.score_row, held * GROUP, p.scale, p.softcap);
-        for (int64_t g = 0; g < held; ++g) mask(g);
+        scored = held;
+    }
+
+    // one step of the online softmax over the groups at hand
+    void add() {
+        score();
         for (int64_t m = 0; m < tiles; ++m) weigh(m);
         if (p.output) {
             fade_output();
+            for (int64_t g = 0; g < held; ++g)
+                s.value[g] = packed.value.at + packed.place(b, kv_head, s.group[g].number) * packed.value_bytes;
             for (int64_t c = 0; c < packed.value_tiles; c += 2)
                 for (int64_t m = 0; m < tiles; m += 2) {
                     const bool two = packed.value_tiles - c > 1;
@@ -805,11 +855,11 @@ struct TileItem {
                 }
             fresh = false;
         }
-        held = 0;
+        held = scored = 0;
     }
 
     template <int M>
-    void score(int64_t m, int64_t g, const uint8_t *key) {
+    void products(int64_t m, int64_t g, const uint8_t *key) {
         const int64_t steps = packed.key_steps;
         tile_products<M, 2>(
             steps, true, s.score_row * 4,
@@ -820,20 +870,17 @@ struct TileItem {
 
     template <int M, int N>
     void gather(int64_t m, int64_t c) {
-        const uint8_t *value[MOST_GROUPS];
-        for (int64_t g = 0; g < held; ++g)
-            value[g] = packed.value.at + packed.place(b, kv_head, group[g].number) * packed.value_bytes + c * TILE_BYTES;
         tile_products<M, N>(
             held, fresh, s.output_row * 4,
             [&](int i, int64_t k) { return s.weight.at + (k * MOST_TILES + m + i) * TILE_BYTES; },
-            [&](int n, int64_t k) { return value[k] + n * TILE_BYTES; },
+            [&](int n, int64_t k) { return s.value[k] + (c + n) * TILE_BYTES; },
             [&](int i, int n) { return s.output.at + (m + i) * TILE_ROWS * s.output_row + (c + n) * TILE_ROWS; });
     }
 
     // -inf where a query does not see a key of the group, or it is not listed
     void mask(int64_t g) {
-        const int64_t slot = p.anchor[b] + group[g].number * GROUP;
-        const int64_t first = slot + group[g].first, last = slot + group[g].last;
+        const int64_t slot = p.anchor[b] + s.group[g].number * GROUP;
+        const int64_t first = slot + s.group[g].first, last = slot + s.group[g].last;
         const int32_t *before = p.before ? p.before + b * (p.keys + 1) : nullptr;
         const bool holes = before && before[last] - before[first] < last - first;
         if (last - first == GROUP && first >= seen.low_most && last <= seen.high_least && !holes) return;
@@ -921,7 +968,7 @@ extern "C" int sparseprefill_attention(const int64_t *shape, const void *const *
     p.lse = const_cast<float *>(floats(19));
     p.scale = numbers[0], p.softcap = numbers[1];
     if (p.kind < FLOAT32 || p.kind > FLOAT16 || p.query_heads % p.kv_heads || threads < 1) return 1;
-    if (pairs_of(p.kind) && p.head_dim % 2) return 1;
+    if (in_pairs(p.kind) && p.head_dim % 2) return 1;
     if (p.skip && p.block_q > MOST_QUERIES) return 1;
     const int64_t parts = (p.block_q + MOST_QUERIES - 1) / MOST_QUERIES, heads = p.batch * p.query_heads;
     // calls work(b, h, row, first, last) with the queries of an item
@@ -938,7 +985,7 @@ extern "C" int sparseprefill_attention(const int64_t *shape, const void *const *
         });
     };
 #ifdef SPARSEPREFILL_TILES
-    if (p.kind == BFLOAT16 && !p.skip && tiles_allowed()) {
+    if (p.kind == BFLOAT16 && tiles_allowed()) {
         try {
             Packed packed(p);
             const int64_t both = p.batch * p.kv_heads, groups = packed.groups;
