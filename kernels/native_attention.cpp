@@ -194,6 +194,8 @@ inline Int paired(Float even, Float odd) {
 template <template <int, int> class Work, int C, class... Given>
 inline void some_rows(int64_t rows, int64_t column, const Given &...given) {
     int64_t row = 0;
+    if constexpr (C == 1 && ROWS < 6)  // or too few sums are under way
+        for (; row + 2 * ROWS <= rows; row += 2 * ROWS) Work<2 * ROWS, C>::run(row, column, given...);
     for (; row + ROWS <= rows; row += ROWS) Work<ROWS, C>::run(row, column, given...);
     switch (rows - row) {
         case 5: if constexpr (ROWS > 5) Work<5, C>::run(row, column, given...); break;

@@ -128,8 +128,27 @@ def built() -> tuple[Path, NativeLibrary] | None:
 
 def describe_native() -> str:
     """One line: which instructions the library was built for and where it lies, or why there is none."""
-    found = built()
-    return why_not_built() or "" if found is None else f"built for {found[1].instructions}: {found[0]}"
+    found, slower = built(), why_torch_is_faster()
+    if found is None:
+        return why_not_built() or ""
+    left = "" if slower is None else f"; attention runs in torch all the same: {slower}"
+    return f"built for {found[1].instructions}: {found[0]}{left}"
+
+
+def why_torch_is_faster() -> str | None:
+    """Why attention in torch is expected to be faster than in the library, or None: then `auto` takes that.
+
+    So it is where the compiler could not say which processor it compiles for: torch chooses as it starts.
+    """
+    native = library()
+    if native is None or native.sparseprefill_instructions() != b"portable":
+        return None
+    import torch
+
+    own = torch.backends.cpu.get_cpu_capability()
+    if not own.startswith("AVX"):
+        return None
+    return f"the library was built for any processor of this kind, torch uses {own} (impl='native' takes the library)"
 
 
 def use(path: Path) -> None:

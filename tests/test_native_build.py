@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 from sparseprefill.cli import main
 from sparseprefill.contracts import AttentionOutput
-from sparseprefill.kernels import native_build
+from sparseprefill.kernels import choose_implementation, native_build, why_not
 from sparseprefill.kernels.low_bit import EstimatedLogits, block_max
 from sparseprefill.kernels.native_check import (
     attention_cases,
@@ -328,6 +328,14 @@ class TestTheCheck:
         assert loaded is not None
         assert loaded._name == str(made)
         assert not loaded.sparseprefill_instructions().startswith(b"avx512")
+        # torch with wider vectors is faster than a library without, and is taken unless this is asked for by name
+        inputs, index = next(iter(attention_cases()))[1:]
+        portable = loaded.sparseprefill_instructions() == b"portable"
+        wider = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        assert portable == (without != "-mno-avx512f")
+        assert choose_implementation(inputs, index) == ("cpu" if portable and wider else "native")
+        assert why_not("native", inputs, index) is None
+        assert ("torch uses AVX" in (native_build.why_torch_is_faster() or "")) == (portable and wider)
 
     def test_what_fails_is_never_installed(
         self, standing: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, check: Check
