@@ -297,7 +297,12 @@ void widen(const uint8_t *row, int64_t count, int64_t kind, int64_t step, float 
         for (int64_t n = 0; n < count; ++n) out[n * step] = from[n];
     } else {
         const uint16_t *from = reinterpret_cast<const uint16_t *>(row);
-        for (int64_t n = 0; n < count; ++n) out[n * step] = widened(from[n], kind == BFLOAT16);
+        int64_t n = 0;
+#ifdef SPARSEPREFILL_HALVES
+        if (kind == FLOAT16 && step == 1)
+            for (; n + LANES <= count; n += LANES) store(out + n, load_halves(from + n));
+#endif
+        for (; n < count; ++n) out[n * step] = widened(from[n], kind == BFLOAT16);
     }
 }
 
@@ -326,24 +331,18 @@ struct Bounds {
     }
 };
 
-// one query's result: `most` is its largest logit, in units of which `factor` makes exponents of two, `mass` the sum of its
-// weights and `sum` that of the weighted values, `step` numbers apart
-void write(const Problem &p, int64_t b, int64_t h, int64_t slot, float most, float mass, float factor, const float *sum,
-           int64_t step) {
-    const int64_t i = slot - p.query_start;
+// writes a query's lse and gives what its sum of weighted values is to be multiplied by, 0 where it has seen nothing: `most`
+// is its largest logit, in units of which `factor` makes exponents of two, `mass` the sum of its weights
+float share_of(const Problem &p, int64_t b, int64_t h, int64_t slot, float most, float mass, float factor) {
     const bool seen = !(mass == 0);  // NaN is passed on
     const float lse = seen ? (most * factor + std::log2(mass)) * LN_2 : NOTHING;
-    p.lse[(b * p.query_heads + h) * p.queries + i] = lse;
-    if (!p.output) return;
-    float share = seen ? 1 / mass : 0;
-    if (p.sinks && seen) share /= 1 + std::exp(p.sinks[h] - lse);
-    uint8_t *out = p.output + (b * p.o_batch + h * p.o_head + i * p.o_token) * (p.kind == BFLOAT16 ? 2 : 4);
-    if (p.kind == BFLOAT16)
-        for (int64_t d = 0; d < p.value_dim; ++d)
-            reinterpret_cast<uint16_t *>(out)[d] = to_bfloat16(seen ? sum[d * step] * share : 0);
-    else
-        for (int64_t d = 0; d < p.value_dim; ++d)
-            reinterpret_cast<float *>(out)[d] = seen ? sum[d * step] * share : 0;
+    p.lse[(b * p.query_heads + h) * p.queries + slot - p.query_start] = lse;
+    return (seen ? 1 / mass : 0) / (p.sinks && seen ? 1 + std::exp(p.sinks[h] - lse) : 1);
+}
+
+uint8_t *output_of(const Problem &p, int64_t b, int64_t h, int64_t slot) {
+    const int64_t at = b * p.o_batch + h * p.o_head + (slot - p.query_start) * p.o_token;
+    return p.output + at * (p.kind == BFLOAT16 ? 2 : 4);
 }
 
 // pairs of the queries of slots [from, to) and the keys [first, last) that they see
@@ -584,8 +583,19 @@ struct Item {
     }
 
     void finish() {
-        for (int64_t q = 0; q < to - from; ++q)
-            write(p, b, h, from + q, s.most[q], s.mass[q], factor, s.output.at + q, width);
+        for (int64_t q = 0; q < to - from; ++q) {
+            const float share = share_of(p, b, h, from + q, s.most[q], s.mass[q], factor);
+            if (!p.output) continue;
+            const bool seen = share != 0;
+            uint8_t *out = output_of(p, b, h, from + q);
+            const float *sum = s.output.at + q;
+            if (p.kind == BFLOAT16)
+                for (int64_t d = 0; d < p.value_dim; ++d)
+                    reinterpret_cast<uint16_t *>(out)[d] = to_bfloat16(seen ? sum[d * width] * share : 0);
+            else
+                for (int64_t d = 0; d < p.value_dim; ++d)
+                    reinterpret_cast<float *>(out)[d] = seen ? sum[d * width] * share : 0;
+        }
     }
 };
 
@@ -791,12 +801,22 @@ struct TileItem {
         }
         if (held) add();
         if (p.skipped) p.skipped[list] += dropped;
-        for (int64_t q = 0; q < queries; ++q)
-            write(p, b, h, from + q, s.most[q], _mm512_reduce_add_ps(load(s.mass[q])), factor,
-                  s.output.at + q * s.output_row, 1);
+        for (int64_t q = 0; q < queries; ++q) finish(q);
     }
 
   private:
+    void finish(int64_t q) {
+        const float share = share_of(p, b, h, from + q, s.most[q], _mm512_reduce_add_ps(load(s.mass[q])), factor);
+        if (!p.output) return;
+        uint16_t *out = reinterpret_cast<uint16_t *>(output_of(p, b, h, from + q));
+        const float *sum = s.output.at + q * s.output_row;
+        for (int64_t c = 0; c < p.value_dim; c += LANES) {
+            const Float x = share == 0 ? all(0.0f) : times(load(sum + c), all(share));  // where nothing was seen no sum is
+            const __mmask16 kept = static_cast<__mmask16>((1u << std::min<int64_t>(p.value_dim - c, LANES)) - 1);
+            _mm256_mask_storeu_epi16(out + c, kept, (__m256i)_mm512_cvtneps_pbh(x));
+        }
+    }
+
     void copy_query() {
         std::memset(s.query.at, 0, tiles * packed.key_steps * TILE_BYTES);
         for (int64_t q = 0; q < queries; ++q) {

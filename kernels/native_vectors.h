@@ -61,6 +61,8 @@ inline Float visible(Float x, Float low, Float high, Float key) {
     const __mmask16 seen = _mm512_cmp_ps_mask(low, key, _CMP_LE_OQ) & _mm512_cmp_ps_mask(key, high, _CMP_LT_OQ);
     return _mm512_mask_blend_ps(seen, all(NOTHING), x);
 }
+#define SPARSEPREFILL_HALVES
+inline Float load_halves(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i *>(p))); }
 inline Float whole(Float x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // x * 2 ** n, n whole and at most 0
 inline Float scaled(Float x, Float n) { return _mm512_scalef_ps(x, n); }
@@ -120,6 +122,10 @@ inline Float visible(Float x, Float low, Float high, Float key) {
     const Float seen = _mm256_and_ps(_mm256_cmp_ps(low, key, _CMP_LE_OQ), _mm256_cmp_ps(key, high, _CMP_LT_OQ));
     return _mm256_blendv_ps(all(NOTHING), x, seen);
 }
+#if defined(__F16C__)
+#define SPARSEPREFILL_HALVES
+inline Float load_halves(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i *>(p))); }
+#endif
 inline Float whole(Float x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Float scaled(Float x, Float n) {  // 0 below the normal numbers
     const Int bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(larger(all(-127.0f), n)), all_int(127)), 23);
