@@ -12,6 +12,7 @@ from torch import Tensor
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockIndex
 from sparseprefill.kernels.cpu import cpu_attention, why_not_cpu
 from sparseprefill.kernels.native_attention import native_attention, why_not_native_attention
+from sparseprefill.kernels.native_build import why_torch_is_faster
 from sparseprefill.kernels.reference import reference_attention
 
 if TYPE_CHECKING:
@@ -79,7 +80,11 @@ def device_limits(device: torch.device) -> DeviceLimits:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     # on the CPU triton is only ever an interpreter, for those who ask for it
     "triton": Implementation(_why_not_triton, _triton, automatic=lambda inputs: inputs.device.type != "cpu"),
-    "native": Implementation(why_not_native_attention, _native, automatic=lambda inputs: inputs.device.type == "cpu"),
+    "native": Implementation(
+        why_not_native_attention,
+        _native,
+        automatic=lambda inputs: inputs.device.type == "cpu" and why_torch_is_faster() is None,
+    ),
     "cpu": Implementation(why_not_cpu, _cpu, automatic=lambda inputs: True),
     "reference": Implementation(lambda inputs, index: None, _reference, automatic=lambda inputs: False),
 }

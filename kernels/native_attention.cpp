@@ -8,7 +8,8 @@
 // are left out one by one. PIECE keys are multiplied before the running maximum is raised.
 //
 // bfloat16 is multiplied in pairs where the processor can (vdpbf16ps), which takes pairs of values beside each other;
-// else, as float16 always, it is widened piece by piece. Plain C interface, no dependencies.
+// else, as float16 always, it is widened piece by piece. Where the processor multiplies tiles (AMX), bfloat16 goes another
+// way, as tiles want both operands in an order of their own: see Packed and TileItem. Plain C interface, no dependencies.
 
 #include <algorithm>
 #include <cmath>
@@ -17,6 +18,7 @@
 #include <memory>
 #include <vector>
 
+#include "native_tiles.h"
 #include "native_vectors.h"
 
 namespace {
@@ -25,10 +27,6 @@ using namespace sparseprefill;
 
 constexpr int64_t MOST_QUERIES = 64, PIECE = 256;
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
-
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__)
-#define SPARSEPREFILL_PAIRS
-#endif
 
 enum Kind : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -196,6 +194,8 @@ inline Int paired(Float even, Float odd) {
 template <template <int, int> class Work, int C, class... Given>
 inline void some_rows(int64_t rows, int64_t column, const Given &...given) {
     int64_t row = 0;
+    if constexpr (C == 1 && ROWS < 6)  // or too few sums are under way
+        for (; row + 2 * ROWS <= rows; row += 2 * ROWS) Work<2 * ROWS, C>::run(row, column, given...);
     for (; row + ROWS <= rows; row += ROWS) Work<ROWS, C>::run(row, column, given...);
     switch (rows - row) {
         case 5: if constexpr (ROWS > 5) Work<5, C>::run(row, column, given...); break;
@@ -280,7 +280,7 @@ void pair_values(const uint16_t *const *value, int64_t keys, int64_t dim, uint32
 
 #endif
 
-constexpr bool pairs_of(int64_t kind) {
+constexpr bool in_pairs(int64_t kind) {
 #ifdef SPARSEPREFILL_PAIRS
     return kind == BFLOAT16;
 #else
@@ -297,7 +297,12 @@ void widen(const uint8_t *row, int64_t count, int64_t kind, int64_t step, float 
         for (int64_t n = 0; n < count; ++n) out[n * step] = from[n];
     } else {
         const uint16_t *from = reinterpret_cast<const uint16_t *>(row);
-        for (int64_t n = 0; n < count; ++n) out[n * step] = widened(from[n], kind == BFLOAT16);
+        int64_t n = 0;
+#ifdef SPARSEPREFILL_HALVES
+        if (kind == FLOAT16 && step == 1)
+            for (; n + LANES <= count; n += LANES) store(out + n, load_halves(from + n));
+#endif
+        for (; n < count; ++n) out[n * step] = widened(from[n], kind == BFLOAT16);
     }
 }
 
@@ -306,6 +311,63 @@ uint16_t to_bfloat16(float x) {
     std::memcpy(&bits, &x, 4);
     if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40u);
     return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+// products soft-capped; a multiple of LANES
+void cap(float *x, int64_t count, float scale, float softcap) {
+    const Float unit = all(scale / softcap);
+    for (int64_t n = 0; n < count; n += LANES) store(x + n, times(tanh_of(times(load(x + n), unit)), all(softcap)));
+}
+
+// what the queries of slots [from, to) see: keys [low, high), each its own
+struct Bounds {
+    int64_t low_least, low_most = 0, high_least, high_most = 0;
+
+    Bounds(const Problem &p, int64_t b, int64_t from, int64_t to) : low_least(p.keys), high_least(p.keys) {
+        for (int64_t i = b * p.queries + from - p.query_start; i < b * p.queries + to - p.query_start; ++i) {
+            low_most = std::max<int64_t>(low_most, p.low[i]), low_least = std::min<int64_t>(low_least, p.low[i]);
+            high_most = std::max<int64_t>(high_most, p.high[i]), high_least = std::min<int64_t>(high_least, p.high[i]);
+        }
+    }
+};
+
+// writes a query's lse and gives what its sum of weighted values is to be multiplied by, 0 where it has seen nothing: `mass`
+// is the sum of its weights, exponents of two counted from `base`
+float share_of(const Problem &p, int64_t b, int64_t h, int64_t slot, float base, float mass) {
+    const bool seen = !(mass == 0);  // NaN is passed on
+    const float lse = seen ? (base + std::log2(mass)) * LN_2 : NOTHING;
+    p.lse[(b * p.query_heads + h) * p.queries + slot - p.query_start] = lse;
+    return (seen ? 1 / mass : 0) / (p.sinks && seen ? 1 + std::exp(p.sinks[h] - lse) : 1);
+}
+
+uint8_t *output_of(const Problem &p, int64_t b, int64_t h, int64_t slot) {
+    const int64_t at = b * p.o_batch + h * p.o_head + (slot - p.query_start) * p.o_token;
+    return p.output + at * (p.kind == BFLOAT16 ? 2 : 4);
+}
+
+// pairs of the queries of slots [from, to) and the keys [first, last) that they see
+int64_t pairs_of(const Problem &p, int64_t b, int64_t from, int64_t to, int64_t first, int64_t last) {
+    int64_t sum = 0;
+    for (int64_t slot = from; slot < to; ++slot) {
+        const int64_t i = b * p.queries + slot - p.query_start;
+        const int64_t lower = std::max<int64_t>(first, p.low[i]), upper = std::min<int64_t>(last, p.high[i]);
+        if (lower >= upper) continue;
+        const int32_t *before = p.before ? p.before + b * (p.keys + 1) : nullptr;
+        sum += before ? before[upper] - before[lower] : upper - lower;
+    }
+    return sum;
+}
+
+// does a tile matter, whose largest logits these are, one for each query of slots [from, to)? If so, raises their peaks.
+// One that is NaN is not above anything, and matters.
+bool raise(const Problem &p, int64_t b, int64_t from, int64_t to, float threshold, const float *tile, float *peak) {
+    bool any = false;
+    for (int64_t q = 0; q < to - from; ++q)
+        any |= (!p.valid || p.valid[b * p.keys + from + q]) && tile[q] != NOTHING && !(tile[q] <= peak[q] + threshold);
+    if (any)
+        for (int64_t q = 0; q < to - from; ++q)
+            if (!(tile[q] <= peak[q]) && peak[q] == peak[q]) peak[q] = tile[q];
+    return any;
 }
 
 struct Item {
@@ -322,23 +384,18 @@ struct Item {
     Item(const Problem &problem, Scratch &scratch, int64_t batch, int64_t head, int64_t r, int64_t first, int64_t last)
         : p(problem), s(scratch), b(batch), h(head), row(r), from(first), to(last) {
         columns = (to - from + LANES - 1) / LANES, width = columns * LANES;
-        pairs = pairs_of(p.kind);
+        pairs = in_pairs(p.kind);
         factor = p.softcap > 0 ? LOG2_E : p.scale * LOG2_E;
     }
 
     void run() {
         pack_query();
-        int64_t low_most = 0, low_least = p.keys, high_most = 0, high_least = p.keys;
+        const Bounds seen(p, b, from, to);
+        const int64_t base = seen.low_least;  // masks are in float, exact up to 2 ** 24 from here
         for (int64_t n = 0; n < width; ++n) {
             s.most[n] = NOTHING, s.base[n] = 0, s.mass[n] = 0, s.peak[n] = NOTHING;
             s.low[n] = 1, s.high[n] = 0;  // beyond the item: nothing
             if (from + n >= to) continue;
-            const int64_t i = b * p.queries + from + n - p.query_start;
-            low_most = std::max<int64_t>(low_most, p.low[i]), low_least = std::min<int64_t>(low_least, p.low[i]);
-            high_most = std::max<int64_t>(high_most, p.high[i]), high_least = std::min<int64_t>(high_least, p.high[i]);
-        }
-        const int64_t base = low_least;  // masks are in float, exact up to 2 ** 24 from here
-        for (int64_t n = 0; n < to - from; ++n) {
             const int64_t i = b * p.queries + from + n - p.query_start;
             s.low[n] = static_cast<float>(std::min<int64_t>(p.low[i] - base, 1 << 24));
             s.high[n] = static_cast<float>(std::min<int64_t>(p.high[i] - base, 1 << 24));
@@ -351,10 +408,10 @@ struct Item {
         int64_t dropped = 0;
         for (int64_t t = 0; t < p.count[list]; ++t) {
             const int64_t begin = p.anchor[b] + block[t] * p.block_k, end = begin + p.block_k;
-            const int64_t first = std::max(begin, low_least), last = std::min(end, high_most);
+            const int64_t first = std::max(begin, seen.low_least), last = std::min(end, seen.high_most);
             const bool holes = p.valid && first < last &&
                                p.before[b * (p.keys + 1) + last] - p.before[b * (p.keys + 1) + first] < last - first;
-            const bool edge = first < low_most || last > high_least;
+            const bool edge = first < seen.low_most || last > seen.high_least;
             for (int64_t k = first; k < last; ++k) {
                 if (holes && !p.valid[b * p.keys + k]) continue;
                 if (keys == s.piece) add(base);
@@ -365,7 +422,7 @@ struct Item {
             if (matters(threshold, base))
                 add(base, true);
             else
-                dropped += pairs_in(first, last), keys = 0, masked = false;
+                dropped += pairs_of(p, b, from, to, first, last), keys = 0, masked = false;
         }
         if (keys) add(base);
         if (p.skipped) p.skipped[list] += dropped;
@@ -419,13 +476,7 @@ struct Item {
         else
 #endif
             all_rows<Scores>(keys, columns, at);
-        if (p.softcap > 0) {
-            for (int64_t n = 0; n < keys; ++n)
-                for (int64_t q = 0; q < width; ++q) {
-                    float &x = s.logits.at[n * width + q];
-                    x = p.softcap * std::tanh(x * p.scale / p.softcap);
-                }
-        }
+        if (p.softcap > 0) cap(s.logits.at, keys * width, p.scale, p.softcap);
         if (!masked) return;
         for (int64_t n = 0; n < keys; ++n) {
             if (!s.edge[n]) continue;
@@ -441,34 +492,16 @@ struct Item {
     bool matters(float threshold, int64_t base) {
         score(base);
         const float unit = p.softcap > 0 ? 1.0f : p.scale;
-        bool any = false;
         for (int64_t q = 0; q < to - from; ++q) {
             float top = NOTHING;
             for (int64_t n = 0; n < keys; ++n) {
                 const float x = s.logits.at[n * width + q];
-                if (!(x <= top)) top = x;  // NaN stays: nothing is not above it
+                if (!(x <= top)) top = x;  // NaN stays
                 if (top != top) break;
             }
             s.tile_peak[q] = top * unit;
-            const bool counts = !p.valid || p.valid[b * p.keys + from + q];
-            any |= counts && top != NOTHING && !(s.tile_peak[q] <= s.peak[q] + threshold);
         }
-        if (any)
-            for (int64_t q = 0; q < to - from; ++q)
-                if (!(s.tile_peak[q] <= s.peak[q]) && s.peak[q] == s.peak[q]) s.peak[q] = s.tile_peak[q];
-        return any;
-    }
-
-    int64_t pairs_in(int64_t first, int64_t last) const {
-        int64_t sum = 0;
-        for (int64_t slot = from; slot < to; ++slot) {
-            const int64_t i = b * p.queries + slot - p.query_start;
-            const int64_t lower = std::max<int64_t>(first, p.low[i]), upper = std::min<int64_t>(last, p.high[i]);
-            if (lower >= upper) continue;
-            const int32_t *before = p.before ? p.before + b * (p.keys + 1) : nullptr;
-            sum += before ? before[upper] - before[lower] : upper - lower;
-        }
-        return sum;
+        return raise(p, b, from, to, threshold, s.tile_peak, s.peak);
     }
 
     // one step of the online softmax over the keys at hand
@@ -554,14 +587,10 @@ struct Item {
 
     void finish() {
         for (int64_t q = 0; q < to - from; ++q) {
-            const int64_t i = from + q - p.query_start;
-            const bool seen = !(s.mass[q] == 0);  // NaN is passed on
-            const float lse = seen ? (s.base[q] + std::log2(s.mass[q])) * LN_2 : NOTHING;
-            p.lse[(b * p.query_heads + h) * p.queries + i] = lse;
+            const float share = share_of(p, b, h, from + q, s.base[q], s.mass[q]);
             if (!p.output) continue;
-            float share = seen ? 1 / s.mass[q] : 0;
-            if (p.sinks && seen) share /= 1 + std::exp(p.sinks[h] - lse);
-            uint8_t *out = p.output + (b * p.o_batch + h * p.o_head + i * p.o_token) * (p.kind == BFLOAT16 ? 2 : 4);
+            const bool seen = share != 0;
+            uint8_t *out = output_of(p, b, h, from + q);
             const float *sum = s.output.at + q;
             if (p.kind == BFLOAT16)
                 for (int64_t d = 0; d < p.value_dim; ++d)
@@ -572,6 +601,373 @@ struct Item {
         }
     }
 };
+
+#ifdef SPARSEPREFILL_TILES
+
+// ---- the same with tiles: queries in rows, keys (then channels of the output) in columns
+
+constexpr int64_t GROUP = 32;  // keys that are packed together: what one product of tiles sums over
+constexpr int64_t MOST_TILES = MOST_QUERIES / TILE_ROWS;
+static_assert(GROUP == 2 * LANES && LANES == TILE_ROWS, "a vector of 32-bit numbers is a row of a tile");
+
+// rows and columns of 16 x 16 numbers of 32 bits exchanged
+inline void transpose(Int *row) {
+    alignas(64) static constexpr int32_t UPPER[4][16] = {
+        {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30},
+        {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
+        {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
+        {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
+    };
+    for (int step = 0, apart = 1; step < 4; ++step, apart *= 2) {
+        const Int upper = load_int(UPPER[step]), lower = _mm512_add_epi32(upper, all_int(apart));
+        for (int n = 0; n < 8; ++n) {
+            const int r = n / apart * 2 * apart + n % apart;
+            const Int a = row[r], b = row[r + apart];
+            row[r] = _mm512_permutex2var_epi32(a, upper, b), row[r + apart] = _mm512_permutex2var_epi32(a, lower, b);
+        }
+    }
+}
+
+// Keys and values in the order in which tiles are read, packed once a call, where one list names them at least: in groups of
+// GROUP from the batch row's anchor on. Keys that no query sees are zeros, whatever they hold: 0 times NaN is NaN.
+struct Packed {
+    const Problem &p;
+    int64_t groups;                  // of a batch row, at most
+    int64_t key_steps, value_tiles;  // GROUP channels, and TILE_ROWS channels of the values, each; filled up with zeros
+    int64_t key_bytes, value_bytes;  // of a group: tiles [keys / 16, key_steps], [value_tiles]
+    Room<uint8_t> key, value;        // [batch, kv_heads, groups, bytes]
+    std::vector<uint8_t> named;      // [batch, kv_heads, groups]
+    std::vector<Bounds> seen;        // [batch]
+
+    explicit Packed(const Problem &problem) : p(problem) {
+        groups = (p.keys - *std::min_element(p.anchor, p.anchor + p.batch) + GROUP - 1) / GROUP;
+        key_steps = (p.head_dim + GROUP - 1) / GROUP, value_tiles = (p.value_dim + TILE_ROWS - 1) / TILE_ROWS;
+        key_bytes = GROUP / TILE_ROWS * key_steps * TILE_BYTES, value_bytes = p.output ? value_tiles * TILE_BYTES : 0;
+        const int64_t all = p.batch * p.kv_heads * groups;
+        in_large_pages(key, all * key_bytes), in_large_pages(value, all * value_bytes);
+        named.resize(all);
+        for (int64_t b = 0; b < p.batch; ++b) seen.emplace_back(p, b, p.query_start, p.query_start + p.queries);
+    }
+
+    int64_t place(int64_t b, int64_t kv_head, int64_t group) const { return (b * p.kv_heads + kv_head) * groups + group; }
+
+    // marks what the lists of a KV head's query heads name
+    void name(int64_t b, int64_t kv_head) {
+        const int64_t together = p.query_heads / p.kv_heads, most = p.keys - p.anchor[b];
+        uint8_t *mark = named.data() + place(b, kv_head, 0);
+        for (int64_t head = b * p.query_heads + kv_head * together, n = 0; n < together * p.rows; ++n) {
+            const int64_t own = head + n / p.rows, row = n % p.rows;
+            if ((p.only && !p.only[own]) || p.begin[b * p.rows + row] >= p.end[b * p.rows + row]) continue;
+            const int32_t *block = p.columns + p.start[own * p.rows + row];
+            for (int64_t t = 0; t < p.count[own * p.rows + row]; ++t) {
+                const int64_t first = block[t] * p.block_k, last = std::min(first + p.block_k, most);
+                for (int64_t group = first / GROUP; group * GROUP < last; ++group) mark[group] = 1;
+            }
+        }
+    }
+
+    void pack(int64_t b, int64_t kv_head, int64_t group) {
+        const int64_t at = place(b, kv_head, group);
+        if (!named[at]) return;
+        const uint16_t *k[GROUP], *v[GROUP];
+        for (int64_t n = 0; n < GROUP; ++n) {
+            const int64_t slot = p.anchor[b] + group * GROUP + n;
+            const bool real = slot >= seen[b].low_least && slot < seen[b].high_most && (!p.valid || p.valid[b * p.keys + slot]);
+            const auto row = [&](const uint8_t *tensor, int64_t sb, int64_t sh, int64_t st) {
+                return real ? reinterpret_cast<const uint16_t *>(tensor) + b * sb + kv_head * sh + slot * st : nullptr;
+            };
+            k[n] = row(p.key, p.k_batch, p.k_head, p.k_token), v[n] = row(p.value, p.v_batch, p.v_head, p.v_token);
+        }
+        uint8_t *out = key.at + at * key_bytes;
+        for (int64_t half = 0; half < GROUP; half += TILE_ROWS)
+            for (int64_t c = 0; c < key_steps * GROUP; c += GROUP, out += TILE_BYTES) {
+                Int row[TILE_ROWS];
+                for (int n = 0; n < TILE_ROWS; ++n) row[n] = some_halves(k[half + n], c, p.head_dim);
+                transpose(row);
+                for (int r = 0; r < TILE_ROWS; ++r) store_int(out + r * TILE_ROW_BYTES, row[r]);
+            }
+        if (!p.output) return;
+        out = value.at + at * value_bytes;
+        for (int64_t c = 0; c < p.value_dim; c += GROUP, out += 2 * TILE_BYTES)
+            for (int r = 0; r < TILE_ROWS; ++r) {
+                const Int even = some_halves(v[2 * r], c, p.value_dim), odd = some_halves(v[2 * r + 1], c, p.value_dim);
+                store_int(out + r * TILE_ROW_BYTES, interleaved(even, odd, 0));
+                if (c + TILE_ROWS < p.value_dim) store_int(out + TILE_BYTES + r * TILE_ROW_BYTES, interleaved(even, odd, 16));
+            }
+    }
+
+  private:
+    static void in_large_pages(Room<uint8_t> &room, int64_t bytes) {
+        room.hold(bytes);
+#ifdef MADV_HUGEPAGE
+        constexpr int64_t PAGE = 1 << 21;  // to touch new memory in small ones costs more than to pack
+        const uintptr_t first = (reinterpret_cast<uintptr_t>(room.at) + PAGE - 1) / PAGE * PAGE;
+        const uintptr_t last = (reinterpret_cast<uintptr_t>(room.at) + bytes) / PAGE * PAGE;
+        if (first < last) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+#endif
+    }
+
+    // numbers [c, c + 32) of a row, zeros from its end on, and where there is no row
+    static Int some_halves(const uint16_t *row, int64_t c, int64_t dim) {
+        if (!row) return all_int(0);
+        const int64_t left = dim - c;
+        return _mm512_maskz_loadu_epi16(left >= 32 ? ~0u : (1u << left) - 1, row + c);
+    }
+
+    // pairs [first, first + 16) of two rows
+    static Int interleaved(Int even, Int odd, int first) {
+        alignas(64) static constexpr uint16_t ORDER[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                           8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+        return _mm512_permutex2var_epi16(even, _mm512_add_epi16(load_int(ORDER), _mm512_set1_epi16(first)), odd);
+    }
+};
+
+// what one thread works with
+struct TileScratch {
+    const int64_t most_groups;            // at hand; where tiles may be skipped, of a block that begins and ends in a group
+    const int64_t score_row, output_row;  // rows a little apart, so that they do not share a place in cache
+    Room<uint8_t> query;   // tiles [MOST_TILES, key_steps]
+    Room<float> logits;    // [MOST_QUERIES, score_row]
+    Room<uint8_t> weight;  // tiles [most_groups, MOST_TILES]
+    Room<float> output;    // [MOST_QUERIES, output_row]
+    struct Group {
+        int64_t number;
+        int64_t first, last;  // keys of it that are listed, from its first
+    };
+    std::vector<Group> group;            // [most_groups]
+    std::vector<const uint8_t *> value;  // [most_groups]
+    alignas(64) float most[MOST_QUERIES], fade[MOST_QUERIES], minus_base[MOST_QUERIES];
+    alignas(64) float mass[MOST_QUERIES][LANES];
+    alignas(64) float peak[MOST_QUERIES], tile_peak[MOST_QUERIES];  // where tiles may be skipped
+    TileThread tiles;
+
+    explicit TileScratch(const Packed &packed)
+        : most_groups(std::max(PIECE / GROUP, packed.p.skip ? packed.p.block_k / GROUP + 2 : 0)),
+          score_row(most_groups * GROUP + LANES), output_row(packed.value_tiles * TILE_ROWS + LANES), group(most_groups),
+          value(most_groups) {
+        query.hold(MOST_TILES * packed.key_steps * TILE_BYTES);
+        logits.hold(MOST_QUERIES * score_row);
+        weight.hold(most_groups * MOST_TILES * TILE_BYTES);
+        std::memset(weight.at, 0, most_groups * MOST_TILES * TILE_BYTES);  // of the rows that no query fills
+        output.hold(MOST_QUERIES * output_row);
+    }
+};
+
+struct TileItem {
+    const Problem &p;
+    const Packed &packed;
+    TileScratch &s;
+    int64_t b, h, from, to;  // slots of its queries
+    int64_t queries, tiles, kv_head;
+    float factor;  // what logits in memory are multiplied by to be exponents of two
+    Bounds seen;
+    int64_t held = 0, scored = 0;  // groups at hand, and how many of them have logits
+    bool fresh = true;  // nothing is in the output yet
+
+    TileItem(const Packed &packing, TileScratch &scratch, int64_t batch, int64_t head, int64_t first, int64_t last)
+        : p(packing.p), packed(packing), s(scratch), b(batch), h(head), from(first), to(last), seen(p, b, from, to) {
+        queries = to - from, tiles = (queries + TILE_ROWS - 1) / TILE_ROWS;
+        kv_head = h / (p.query_heads / p.kv_heads);
+        factor = p.softcap > 0 ? LOG2_E : p.scale * LOG2_E;
+    }
+
+    void run(int64_t row) {
+        for (int64_t q = 0; q < MOST_QUERIES; ++q) {
+            s.most[q] = NOTHING, s.minus_base[q] = 0, s.peak[q] = NOTHING;
+            std::fill_n(s.mass[q], LANES, 0.0f);
+        }
+        copy_query();
+        const int64_t list = (b * p.query_heads + h) * p.rows + row, anchor = p.anchor[b];
+        const float threshold = p.skip ? p.skip[list] : NOTHING;
+        const bool skips = threshold > NOTHING;
+        const int32_t *block = (skips ? p.visit : p.columns) + p.start[list];
+        int64_t dropped = 0;
+        for (int64_t t = 0; t < p.count[list]; ++t) {
+            const int64_t begin = block[t] * p.block_k;
+            const int64_t first = std::max(begin, seen.low_least - anchor);
+            const int64_t last = std::min(begin + p.block_k, seen.high_most - anchor);
+            if (first >= last) continue;
+            if (skips && held + (last - 1) / GROUP - first / GROUP + 1 > s.most_groups) add();
+            const int64_t before = held;
+            for (int64_t n = first / GROUP; n * GROUP < last; ++n) {
+                const int64_t lower = std::max<int64_t>(first - n * GROUP, 0), upper = std::min(last - n * GROUP, GROUP);
+                TileScratch::Group *left = held && !skips ? &s.group[held - 1] : nullptr;
+                if (left && left->number == n && left->last == lower) {
+                    left->last = upper;
+                    continue;
+                }
+                if (held == s.most_groups) add();
+                s.group[held++] = {n, lower, upper};
+            }
+            if (skips && !matters(before, threshold))
+                dropped += pairs_of(p, b, from, to, anchor + first, anchor + last), held = scored = before;
+        }
+        if (held) add();
+        if (p.skipped) p.skipped[list] += dropped;
+        for (int64_t q = 0; q < queries; ++q) finish(q);
+    }
+
+  private:
+    void finish(int64_t q) {
+        const float share = share_of(p, b, h, from + q, -s.minus_base[q], _mm512_reduce_add_ps(load(s.mass[q])));
+        if (!p.output) return;
+        uint16_t *out = reinterpret_cast<uint16_t *>(output_of(p, b, h, from + q));
+        const float *sum = s.output.at + q * s.output_row;
+        for (int64_t c = 0; c < p.value_dim; c += LANES) {
+            const Float x = share == 0 ? all(0.0f) : times(load(sum + c), all(share));  // where nothing was seen no sum is
+            const __mmask16 kept = static_cast<__mmask16>((1u << std::min<int64_t>(p.value_dim - c, LANES)) - 1);
+            _mm256_mask_storeu_epi16(out + c, kept, (__m256i)_mm512_cvtneps_pbh(x));
+        }
+    }
+
+    void copy_query() {
+        std::memset(s.query.at, 0, tiles * packed.key_steps * TILE_BYTES);
+        for (int64_t q = 0; q < queries; ++q) {
+            const uint8_t *own = p.query + (b * p.q_batch + h * p.q_head + (from + q - p.query_start) * p.q_token) * 2;
+            uint8_t *out = s.query.at + q / TILE_ROWS * packed.key_steps * TILE_BYTES + q % TILE_ROWS * TILE_ROW_BYTES;
+            for (int64_t c = 0; c < p.head_dim; c += GROUP, out += TILE_BYTES)
+                std::memcpy(out, own + 2 * c, 2 * std::min(GROUP, p.head_dim - c));
+        }
+    }
+
+    // does any query have a logit above its maximum so far and the threshold in the groups from `begin` on?
+    bool matters(int64_t begin, float threshold) {
+        score();
+        for (int64_t q = 0; q < queries; ++q) {
+            const float *x = s.logits.at + q * s.score_row;
+            Float top = all(NOTHING);
+            __mmask16 strange = 0;
+            for (int64_t n = begin * GROUP; n < held * GROUP; n += LANES) {
+                top = larger(load(x + n), top);
+                strange |= _mm512_cmp_ps_mask(load(x + n), load(x + n), _CMP_UNORD_Q);
+            }
+            const float unit = p.softcap > 0 ? 1.0f : p.scale;
+            s.tile_peak[q] = strange ? std::numeric_limits<float>::quiet_NaN() : largest(top) * unit;
+        }
+        return raise(p, b, from, to, threshold, s.tile_peak, s.peak);
+    }
+
+    // logits of the groups that have none yet, soft-capped and masked, before the scale where there is no soft-cap
+    void score() {
+        for (int64_t g = scored; g < held; ++g) {
+            const uint8_t *key = packed.key.at + packed.place(b, kv_head, s.group[g].number) * packed.key_bytes;
+            for (int64_t m = 0; m < tiles; m += 2) {
+                const auto multiply = tiles - m > 1 ? &TileItem::products<2> : &TileItem::products<1>;
+                (this->*multiply)(m, g, key);
+            }
+            if (p.softcap > 0)
+                for (int64_t q = 0; q < queries; ++q)
+                    cap(s.logits.at + q * s.score_row + g * GROUP, GROUP, p.scale, p.softcap);
+            mask(g);
+        }
+        scored = held;
+    }
+
+    // one step of the online softmax over the groups at hand
+    void add() {
+        score();
+        for (int64_t m = 0; m < tiles; ++m) weigh(m);
+        if (p.output) {
+            fade_output();
+            for (int64_t g = 0; g < held; ++g)
+                s.value[g] = packed.value.at + packed.place(b, kv_head, s.group[g].number) * packed.value_bytes;
+            for (int64_t c = 0; c < packed.value_tiles; c += 2)
+                for (int64_t m = 0; m < tiles; m += 2) {
+                    const bool two = packed.value_tiles - c > 1;
+                    const auto multiply = tiles - m > 1 ? (two ? &TileItem::gather<2, 2> : &TileItem::gather<2, 1>)
+                                                        : (two ? &TileItem::gather<1, 2> : &TileItem::gather<1, 1>);
+                    (this->*multiply)(m, c);
+                }
+            fresh = false;
+        }
+        held = scored = 0;
+    }
+
+    template <int M>
+    void products(int64_t m, int64_t g, const uint8_t *key) {
+        const int64_t steps = packed.key_steps;
+        tile_products<M, 2>(
+            steps, true, s.score_row * 4,
+            [&](int i, int64_t k) { return s.query.at + ((m + i) * steps + k) * TILE_BYTES; },
+            [&](int n, int64_t k) { return key + (n * steps + k) * TILE_BYTES; },
+            [&](int i, int n) { return s.logits.at + (m + i) * TILE_ROWS * s.score_row + g * GROUP + n * TILE_ROWS; });
+    }
+
+    template <int M, int N>
+    void gather(int64_t m, int64_t c) {
+        tile_products<M, N>(
+            held, fresh, s.output_row * 4,
+            [&](int i, int64_t k) { return s.weight.at + (k * MOST_TILES + m + i) * TILE_BYTES; },
+            [&](int n, int64_t k) { return s.value[k] + (c + n) * TILE_BYTES; },
+            [&](int i, int n) { return s.output.at + (m + i) * TILE_ROWS * s.output_row + (c + n) * TILE_ROWS; });
+    }
+
+    // -inf where a query does not see a key of the group, or it is not listed
+    void mask(int64_t g) {
+        const int64_t slot = p.anchor[b] + s.group[g].number * GROUP;
+        const int64_t first = slot + s.group[g].first, last = slot + s.group[g].last;
+        const int32_t *before = p.before ? p.before + b * (p.keys + 1) : nullptr;
+        const bool holes = before && before[last] - before[first] < last - first;
+        if (last - first == GROUP && first >= seen.low_most && last <= seen.high_least && !holes) return;
+        uint32_t valid = ~0u;
+        for (int64_t n = 0; holes && n < GROUP; ++n)
+            if (slot + n >= p.keys || !p.valid[b * p.keys + slot + n]) valid &= ~(1u << n);
+        const auto below = [&](int64_t key) {  // keys before it, one bit each
+            return static_cast<uint32_t>((uint64_t{1} << std::clamp<int64_t>(key - slot, 0, GROUP)) - 1);
+        };
+        for (int64_t q = 0; q < queries; ++q) {
+            const int64_t i = b * p.queries + from + q - p.query_start;
+            const uint32_t lower = below(std::max<int64_t>(first, p.low[i])), upper = below(std::min<int64_t>(last, p.high[i]));
+            const uint32_t kept = upper & ~lower & valid;
+            float *x = s.logits.at + q * s.score_row + g * GROUP;
+            _mm512_mask_storeu_ps(x, static_cast<__mmask16>(~kept), all(NOTHING));
+            _mm512_mask_storeu_ps(x + LANES, static_cast<__mmask16>(~kept >> 16), all(NOTHING));
+        }
+    }
+
+    // raise the maxima of a tile of queries and turn their logits into weights
+    void weigh(int64_t m) {
+        const int64_t begin = m * TILE_ROWS, end = std::min<int64_t>(begin + TILE_ROWS, queries);
+        const Float unit = all(factor);
+        alignas(64) float rise[TILE_ROWS] = {};
+        for (int64_t q = begin; q < end; ++q) {
+            const float *x = s.logits.at + q * s.score_row;
+            Float top = load(x), other = load(x + LANES);
+            for (int64_t n = GROUP; n < held * GROUP; n += GROUP)
+                top = larger(load(x + n), top), other = larger(load(x + n + LANES), other);
+            const float now = largest(larger(other, top)), earlier = s.most[q], minus_base = s.minus_base[q];
+            if (now > s.most[q]) s.most[q] = now;
+            // exponents are counted from a base kept as it was rounded, so that a maximum that stays fades nothing
+            s.minus_base[q] = s.most[q] == NOTHING ? 0.0f : -(s.most[q] * factor);
+            rise[q - begin] = earlier == NOTHING ? NOTHING : s.minus_base[q] - minus_base;
+        }
+        store(s.fade + begin, two_to(load(rise)));
+        for (int64_t q = begin; q < end; ++q) {
+            const float *x = s.logits.at + q * s.score_row;
+            uint8_t *out = s.weight.at + m * TILE_BYTES + (q - begin) * TILE_ROW_BYTES;
+            const Float shift = all(s.minus_base[q]);
+            Float sum = all(0.0f), more = all(0.0f);
+            for (int64_t g = 0; g < held; ++g) {
+                const Float first = two_to(times_plus(load(x + g * GROUP), unit, shift));
+                const Float second = two_to(times_plus(load(x + g * GROUP + LANES), unit, shift));
+                sum = plus(sum, first), more = plus(more, second);
+                store_int(out + g * MOST_TILES * TILE_BYTES, (Int)_mm512_cvtne2ps_pbh(second, first));
+            }
+            store(s.mass[q], times_plus(load(s.mass[q]), all(s.fade[q]), plus(sum, more)));
+        }
+    }
+
+    void fade_output() {
+        if (fresh) return;
+        for (int64_t q = 0; q < queries; ++q) {
+            if (s.fade[q] == 1.0f) continue;  // maxima rise seldom, after the first steps
+            float *o = s.output.at + q * s.output_row;
+            for (int64_t c = 0; c < packed.value_tiles * TILE_ROWS; c += LANES) store(o + c, times(load(o + c), all(s.fade[q])));
+        }
+    }
+};
+
+#endif
 
 }  // namespace
 
@@ -599,18 +995,47 @@ extern "C" int sparseprefill_attention(const int64_t *shape, const void *const *
     p.lse = const_cast<float *>(floats(19));
     p.scale = numbers[0], p.softcap = numbers[1];
     if (p.kind < FLOAT32 || p.kind > FLOAT16 || p.query_heads % p.kv_heads || threads < 1) return 1;
-    if (pairs_of(p.kind) && p.head_dim % 2) return 1;
+    if (in_pairs(p.kind) && p.head_dim % 2) return 1;
     if (p.skip && p.block_q > MOST_QUERIES) return 1;
     const int64_t parts = (p.block_q + MOST_QUERIES - 1) / MOST_QUERIES, heads = p.batch * p.query_heads;
-    const bool well = in_threads(heads * p.rows * parts, threads, [&] {
-        return [&p, parts, heads, s = std::make_shared<Scratch>(p)](int64_t n) {
-            const int64_t row = p.rows - 1 - n / (heads * parts), head = n % (heads * parts) / parts;
-            const int64_t b = head / p.query_heads, h = head % p.query_heads;  // rows that see most first
-            if (p.only && !p.only[head]) return;
-            const int64_t first = p.begin[b * p.rows + row] + n % parts * MOST_QUERIES;
-            const int64_t last = std::min(p.end[b * p.rows + row], first + MOST_QUERIES);
-            if (first < last) Item(p, *s, b, h, row, first, last).run();
+    // calls work(b, h, row, first, last) with the queries of an item
+    const auto each_item = [&](const auto &start) {
+        return in_threads(heads * p.rows * parts, threads, [&] {
+            return [&p, parts, heads, work = start()](int64_t n) {
+                const int64_t row = p.rows - 1 - n / (heads * parts), head = n % (heads * parts) / parts;
+                const int64_t b = head / p.query_heads, h = head % p.query_heads;  // rows that see most first
+                if (p.only && !p.only[head]) return;
+                const int64_t first = p.begin[b * p.rows + row] + n % parts * MOST_QUERIES;
+                const int64_t last = std::min(p.end[b * p.rows + row], first + MOST_QUERIES);
+                if (first < last) work(b, h, row, first, last);
+            };
+        });
+    };
+#ifdef SPARSEPREFILL_TILES
+    if (p.kind == BFLOAT16 && tiles_allowed()) {
+        try {
+            Packed packed(p);
+            const int64_t both = p.batch * p.kv_heads, groups = packed.groups;
+            const auto name = [&](int64_t n) { packed.name(n / p.kv_heads, n % p.kv_heads); };
+            const auto pack = [&](int64_t n) {
+                packed.pack(n / groups / p.kv_heads, n / groups % p.kv_heads, n % groups);
+            };
+            if (!in_threads(both, threads, [&] { return name; })) return 2;
+            if (!in_threads(both * groups, threads, [&] { return pack; })) return 2;
+            return each_item([&] {
+                return [&packed, s = std::make_shared<TileScratch>(packed)](int64_t b, int64_t h, int64_t row, int64_t first,
+                                                                            int64_t last) {
+                    TileItem(packed, *s, b, h, first, last).run(row);
+                };
+            }) ? 0 : 2;
+        } catch (const std::bad_alloc &) {  // the packed keys and values
+            return 2;
+        }
+    }
+#endif
+    return each_item([&] {
+        return [&p, s = std::make_shared<Scratch>(p)](int64_t b, int64_t h, int64_t row, int64_t first, int64_t last) {
+            Item(p, *s, b, h, row, first, last).run();
         };
-    });
-    return well ? 0 : 2;
+    }) ? 0 : 2;
 }

@@ -11,8 +11,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <vector>
 
+#include "native_tiles.h"
 #include "native_vectors.h"
 
 namespace {
@@ -301,7 +303,19 @@ void group_of(const Vectors &v, int64_t b, int64_t h, int64_t first, int64_t las
 
 extern "C" int sparseprefill_abi(void) { return 3; }
 
-extern "C" const char *sparseprefill_instructions(void) { return INSTRUCTIONS; }
+// what the functions here multiply with, as far as this process may
+extern "C" const char *sparseprefill_instructions(void) {
+#ifdef SPARSEPREFILL_PAIRS
+    static const std::string all = std::string(INSTRUCTIONS) + ", avx512_bf16"
+#ifdef SPARSEPREFILL_TILES
+                                   + (tiles_allowed() ? std::string(", ") + TILE_INSTRUCTIONS : "")
+#endif
+        ;
+    return all.c_str();
+#else
+    return INSTRUCTIONS;
+#endif
+}
 
 // `best` arrives filled with -inf. Returns 0, 1 for a shape that it cannot serve, 2 where memory or threads run out.
 extern "C" int sparseprefill_block_max(const int64_t *shape, const void *const *pointers, const float *numbers,

@@ -38,10 +38,12 @@ ABI = 3
 """Of the C interface; the number that `sparseprefill_abi` gives. Raised when a function changes its arguments."""
 SOURCES = tuple(map(Path(__file__).with_name, ("native_attention.cpp", "native_block_max.cpp")))
 """What is compiled."""
-HEADERS = (Path(__file__).with_name("native_vectors.h"),)
+HEADERS = tuple(map(Path(__file__).with_name, ("native_tiles.h", "native_vectors.h")))
 """What the sources include."""
 FLAGS = ("-O3", "-shared", "-fPIC", "-std=c++17", "-pthread")
 """How it is compiled, beside the flag for this processor."""
+WITHOUT_TILES = "-DSPARSEPREFILL_NO_TILES"
+"""Leaves the processor's tiles (AMX) unused: for where they are there, but the library with them does not pass."""
 COMPILERS = ("c++", "g++", "clang++")
 """Looked for in this order where $CXX is not set."""
 FUNCTIONS = (
@@ -126,8 +128,27 @@ def built() -> tuple[Path, NativeLibrary] | None:
 
 def describe_native() -> str:
     """One line: which instructions the library was built for and where it lies, or why there is none."""
-    found = built()
-    return why_not_built() or "" if found is None else f"built for {found[1].instructions}: {found[0]}"
+    found, slower = built(), why_torch_is_faster()
+    if found is None:
+        return why_not_built() or ""
+    left = "" if slower is None else f"; attention runs in torch all the same: {slower}"
+    return f"built for {found[1].instructions}: {found[0]}{left}"
+
+
+def why_torch_is_faster() -> str | None:
+    """Why attention in torch is expected to be faster than in the library, or None: then `auto` takes that.
+
+    So it is where the compiler could not say which processor it compiles for: torch chooses as it starts.
+    """
+    native = library()
+    if native is None or native.sparseprefill_instructions() != b"portable":
+        return None
+    import torch
+
+    own = torch.backends.cpu.get_cpu_capability()
+    if not own.startswith("AVX"):
+        return None
+    return f"the library was built for any processor of this kind, torch uses {own} (impl='native' takes the library)"
 
 
 def use(path: Path) -> None:
@@ -358,12 +379,14 @@ def _build(place: Path, compiler: Compiler, say: Callable[[str], None]) -> Path:
     flags = _accepted_flags(compiler, say)
     with tempfile.TemporaryDirectory(prefix=_PART, dir=place) as work:
         made = Path(work) / "library.so"
-        done = _run((*compiler.command, *flags, *map(str, SOURCES), "-o", str(made)), _COMPILE_SECONDS)
-        if done.returncode:
-            raise ValueError(f"{compiler.describe()} could not compile the native library: {_last_lines(done)}")
-        if not made.is_file():
-            raise ValueError(f"{compiler.describe()} made no library and said nothing of it")
-        instructions = _check(made)
+        try:
+            instructions = _made(made, compiler, flags)
+        except ValueError as error:
+            if not any("amx_bf16" in line.split() for line in _processor()):
+                raise
+            say(f"{error}; building it again without AMX ({WITHOUT_TILES})")
+            flags = (*flags, WITHOUT_TILES)
+            instructions = _made(made, compiler, flags)
         sha256 = hashlib.sha256(made.read_bytes()).hexdigest()
         path = place / f"native-{sha256[:16]}.so"
         made.replace(path)
@@ -374,6 +397,17 @@ def _build(place: Path, compiler: Compiler, say: Callable[[str], None]) -> Path:
         if _LIBRARY.fullmatch(each.name) and each != path:
             each.unlink()
     return path
+
+
+def _made(library: Path, compiler: Compiler, flags: Sequence[str]) -> str:
+    """Compile and check a library. Gives its instructions."""
+    library.unlink(missing_ok=True)
+    done = _run((*compiler.command, *flags, *map(str, SOURCES), "-o", str(library)), _COMPILE_SECONDS)
+    if done.returncode:
+        raise ValueError(f"{compiler.describe()} could not compile the native library: {_last_lines(done)}")
+    if not library.is_file():
+        raise ValueError(f"{compiler.describe()} made no library and said nothing of it")
+    return _check(library)
 
 
 def _accepted_flags(compiler: Compiler, say: Callable[[str], None]) -> tuple[str, ...]:

@@ -14,6 +14,8 @@
 
 #if defined(__AVX512VNNI__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__) && !defined(SPARSEPREFILL_GENERIC)
+#include <emmintrin.h>
 #endif
 
 namespace sparseprefill {
@@ -49,11 +51,18 @@ inline Float minus(Float a, Float b) { return _mm512_sub_ps(a, b); }
 inline Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }
 inline float largest(Float x) { return _mm512_reduce_max_ps(x); }
 inline Float plus(Float a, Float b) { return _mm512_add_ps(a, b); }
+inline Float over(Float a, Float b) { return _mm512_div_ps(a, b); }
+// yes where a < b, else no
+inline Float where_less(Float a, Float b, Float yes, Float no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
 // x where low <= key < high, else -inf
 inline Float visible(Float x, Float low, Float high, Float key) {
     const __mmask16 seen = _mm512_cmp_ps_mask(low, key, _CMP_LE_OQ) & _mm512_cmp_ps_mask(key, high, _CMP_LT_OQ);
     return _mm512_mask_blend_ps(seen, all(NOTHING), x);
 }
+#define SPARSEPREFILL_HALVES
+inline Float load_halves(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i *>(p))); }
 inline Float whole(Float x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // x * 2 ** n, n whole and at most 0
 inline Float scaled(Float x, Float n) { return _mm512_scalef_ps(x, n); }
@@ -105,10 +114,18 @@ inline float largest(Float x) {
     return *std::max_element(each, each + LANES);
 }
 inline Float plus(Float a, Float b) { return _mm256_add_ps(a, b); }
+inline Float over(Float a, Float b) { return _mm256_div_ps(a, b); }
+inline Float where_less(Float a, Float b, Float yes, Float no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
 inline Float visible(Float x, Float low, Float high, Float key) {
     const Float seen = _mm256_and_ps(_mm256_cmp_ps(low, key, _CMP_LE_OQ), _mm256_cmp_ps(key, high, _CMP_LT_OQ));
     return _mm256_blendv_ps(all(NOTHING), x, seen);
 }
+#if defined(__F16C__)
+#define SPARSEPREFILL_HALVES
+inline Float load_halves(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i *>(p))); }
+#endif
 inline Float whole(Float x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Float scaled(Float x, Float n) {  // 0 below the normal numbers
     const Int bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(larger(all(-127.0f), n)), all_int(127)), 23);
@@ -122,89 +139,75 @@ inline Float inside(Float x, int low, int high) {
 
 #else
 
+// vectors of the compiler (gcc and clang), of 16 bytes: NEON, SSE2, or whatever there is
+#if defined(__ARM_NEON)
+constexpr const char *INSTRUCTIONS = "neon";
+#else
 constexpr const char *INSTRUCTIONS = "portable";
-constexpr int LANES = 16, ROWS = 2, COLUMNS = 1;
-struct Int {
-    int32_t each[LANES];
-};
-struct Float {
-    float each[LANES];
-};
-template <class To, class Made>
-inline To lanes(Made made) {
-    To x;
-    for (int n = 0; n < LANES; ++n) x.each[n] = made(n);
-    return x;
-}
+#endif
+#if defined(__SSE2__) && !defined(SPARSEPREFILL_GENERIC)
+constexpr int COLUMNS = 2;  // of 16 registers
+#else
+constexpr int COLUMNS = 4;  // of 32
+#endif
+constexpr int LANES = 4, ROWS = 6;
+typedef int32_t Int __attribute__((vector_size(16)));
+typedef uint32_t Bits __attribute__((vector_size(16)));
+typedef float Float __attribute__((vector_size(16)));
 inline Int load_int(const void *p) {
     Int x;
-    std::memcpy(x.each, p, sizeof x.each);
+    std::memcpy(&x, p, sizeof x);
     return x;
 }
-inline void store_int(void *p, Int x) { std::memcpy(p, x.each, sizeof x.each); }
-inline Int all_int(int x) {
-    return lanes<Int>([=](int) { return x; });
-}
+inline void store_int(void *p, Int x) { std::memcpy(p, &x, sizeof x); }
+inline Int all_int(int x) { return Int{x, x, x, x}; }
 inline Int add_products(Int sum, Int key, Int query) {
-    uint8_t k[4 * LANES];
-    int8_t q[4 * LANES];
-    std::memcpy(k, key.each, sizeof k);
-    std::memcpy(q, query.each, sizeof q);
-    for (int n = 0; n < LANES; ++n)
-        for (int c = 0; c < 4; ++c) sum.each[n] += static_cast<int>(k[4 * n + c]) * static_cast<int>(q[4 * n + c]);
-    return sum;
+#if defined(__SSE2__) && !defined(SPARSEPREFILL_GENERIC)
+    // bytes to 16 bits, even and odd ones apart
+    const __m128i k = (__m128i)key, q = (__m128i)query;
+    const __m128i even = _mm_madd_epi16(_mm_and_si128(k, _mm_set1_epi16(0x00ff)), _mm_srai_epi16(_mm_slli_epi16(q, 8), 8));
+    const __m128i odd = _mm_madd_epi16(_mm_srli_epi16(k, 8), _mm_srai_epi16(q, 8));
+    return sum + (Int)even + (Int)odd;
+#else
+    const Bits k = (Bits)key, q = (Bits)query;
+    sum += (Int)(k & 0xffu) * ((Int)(q << 24) >> 24);
+    sum += (Int)(k >> 8 & 0xffu) * ((Int)(q << 16) >> 24);
+    sum += (Int)(k >> 16 & 0xffu) * ((Int)(q << 8) >> 24);
+    return sum + (Int)(k >> 24) * (query >> 24);
+#endif
 }
-inline Int low_nibbles(Int x) {
-    return lanes<Int>([=](int n) { return x.each[n] & 0x0f0f0f0f; });
-}
-inline Int high_nibbles(Int x) {
-    return lanes<Int>([=](int n) { return (x.each[n] >> 4) & 0x0f0f0f0f; });
-}
-inline Int flipped(Int x, int bits) {
-    return lanes<Int>([=](int n) { return x.each[n] ^ bits; });
-}
-inline Float to_float(Int x) {
-    return lanes<Float>([=](int n) { return static_cast<float>(x.each[n]); });
-}
+inline Int low_nibbles(Int x) { return x & 0x0f0f0f0f; }
+inline Int high_nibbles(Int x) { return low_nibbles((Int)((Bits)x >> 4)); }
+inline Int flipped(Int x, int bits) { return x ^ bits; }
+inline Float to_float(Int x) { return __builtin_convertvector(x, Float); }
 inline Float load(const float *p) {
-    return lanes<Float>([=](int n) { return p[n]; });
+    Float x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
 }
-inline void store(float *p, Float x) { std::memcpy(p, x.each, sizeof x.each); }
-inline Float all(float x) {
-    return lanes<Float>([=](int) { return x; });
-}
-inline Float times(Float a, Float b) {
-    return lanes<Float>([=](int n) { return a.each[n] * b.each[n]; });
-}
-inline Float times_plus(Float a, Float b, Float c) {
-    return lanes<Float>([=](int n) { return a.each[n] * b.each[n] + c.each[n]; });
-}
-inline Float minus(Float a, Float b) {
-    return lanes<Float>([=](int n) { return a.each[n] - b.each[n]; });
-}
-inline Float larger(Float a, Float b) {
-    return lanes<Float>([=](int n) { return a.each[n] > b.each[n] ? a.each[n] : b.each[n]; });
-}
-inline float largest(Float x) { return *std::max_element(x.each, x.each + LANES); }
-inline Float plus(Float a, Float b) {
-    return lanes<Float>([=](int n) { return a.each[n] + b.each[n]; });
-}
+inline void store(float *p, Float x) { std::memcpy(p, &x, sizeof x); }
+inline Float all(float x) { return Float{x, x, x, x}; }
+inline Float times(Float a, Float b) { return a * b; }
+inline Float times_plus(Float a, Float b, Float c) { return a * b + c; }  // fused where that is one instruction
+inline Float minus(Float a, Float b) { return a - b; }
+inline Float chosen(Int where, Float yes, Float no) { return (Float)(((Int)yes & where) | ((Int)no & ~where)); }
+inline Float larger(Float a, Float b) { return chosen(a > b, a, b); }
+inline float largest(Float x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }
+inline Float plus(Float a, Float b) { return a + b; }
+inline Float over(Float a, Float b) { return a / b; }
+inline Float where_less(Float a, Float b, Float yes, Float no) { return chosen(a < b, yes, no); }
 inline Float visible(Float x, Float low, Float high, Float key) {
-    return lanes<Float>([=](int n) {
-        return low.each[n] <= key.each[n] && key.each[n] < high.each[n] ? x.each[n] : NOTHING;
-    });
+    return chosen((low <= key) & (key < high), x, all(NOTHING));
 }
-inline Float whole(Float x) {
-    return lanes<Float>([=](int n) { return std::nearbyint(x.each[n]); });
-}
-inline Float scaled(Float x, Float n) {
-    return lanes<Float>([=](int i) {
-        // NaN has no exponent
-        return n.each[i] > -127.0f ? std::ldexp(x.each[i], static_cast<int>(n.each[i])) : n.each[i] == n.each[i] ? 0.0f : x.each[i];
-    });
+// below 2 ** 22: the fraction does not fit beside this
+inline Float whole(Float x) { return (x + all(12582912.0f)) - all(12582912.0f); }
+inline Float scaled(Float x, Float n) {  // 0 below the normal numbers
+    const Bits exponent = (Bits)__builtin_convertvector(larger(all(-127.0f), n), Int) + 127u;
+    return x * (Float)(exponent << 23);
 }
 inline Float inside(Float x, int low, int high) {
-    return lanes<Float>([=](int n) { return n >= low && n < high ? x.each[n] : NOTHING; });
+    const Int lane = {0, 1, 2, 3};
+    return chosen((lane >= low) & (lane < high), x, all(NOTHING));
 }
 
 #endif
@@ -220,6 +223,18 @@ inline Float two_to(Float x) {
     y = times_plus(y, f, all(0.24022646248340607f));
     y = times_plus(y, f, all(0.6931471824645996f));
     return scaled(times_plus(y, f, all(1.0f)), n);
+}
+
+// the hyperbolic tangent; near 0 a series, as the difference of exponentials cancels there
+inline Float tanh_of(Float x) {
+    const Float size = larger(x, minus(all(0.0f), x)), one = all(1.0f), square = times(x, x);
+    const Float e = two_to(times(size, all(-2.8853900817779268f)));
+    const Float far = over(minus(one, e), plus(one, e));
+    Float y = times_plus(all(2.1869488536155203e-2f), square, all(-5.396825396825397e-2f));
+    y = times_plus(y, square, all(0.13333333333333333f));
+    y = times_plus(y, square, all(-0.3333333333333333f));
+    y = times_plus(times(y, square), x, x);
+    return where_less(size, all(0.25f), y, where_less(x, all(0.0f), minus(all(0.0f), far), far));
 }
 
 inline float widened(uint16_t half, bool brain) {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid, BlockIndex
 from sparseprefill.coverage import coverage, tile_pairs
-from sparseprefill.kernels import block_sparse_attention, choose_implementation, why_not
+from sparseprefill.kernels import block_sparse_attention, choose_implementation, native_build, why_not
 from sparseprefill.kernels import row_lse as row_lse_module
+from sparseprefill.kernels.native_check import check_library
 from sparseprefill.kernels.reference import listed_mask, reference_attention
 from sparseprefill.kernels.row_lse import row_lse
 from support import assert_within_budget, left_padding, make_inputs, random_index
@@ -91,6 +94,107 @@ def test_native_matches_the_oracle(name: str, dtype: torch.dtype, native: Path) 
     for density in (0.0, 0.4, 1.0):
         index = random_index(inputs, block_q, block_k, density)
         assert choose_implementation(inputs, index) == "native"
+        assert_within_budget(block_sparse_attention(inputs, index), inputs, index)
+
+
+@pytest.fixture(scope="module")
+def tiles_library(tmp_path_factory: pytest.TempPathFactory, native_folder: Path) -> Path:
+    """The native library with the tiles of AMX in plain C++. Skips where bfloat16 is not multiplied in pairs either."""
+    made = tmp_path_factory.mktemp("tiles") / "tiles.so"
+    command = [*native_build.find_compiler().command, "-march=native", *native_build.FLAGS, "-O1"]
+    defined = ["-DSPARSEPREFILL_EMULATE_TILES", *map(str, native_build.SOURCES)]
+    done = subprocess.run([*command, *defined, "-o", made], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = ctypes.CDLL(str(made))
+    loaded.sparseprefill_instructions.restype = ctypes.c_char_p
+    if b"amx_bf16" not in loaded.sparseprefill_instructions():
+        pytest.skip("tiles are emulated where the processor has avx512_bf16")
+    return made
+
+
+@pytest.fixture
+def tiles(tiles_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That library serves in this test."""
+    monkeypatch.setenv(native_build.VARIABLE, str(tmp_path))
+    native_build.use(tiles_library)
+    return tiles_library
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ("65", "everything") else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_tiles_match_the_oracle(name: str, tiles: Path) -> None:
+    """With values and without, and where what may be skipped is or is not."""
+    fields, (block_q, block_k) = CASES[name]
+    inputs = make_inputs(dtype=torch.bfloat16, **fields)
+    for density in (0.0, 0.4, 1.0):
+        index = random_index(inputs, block_q, block_k, density)
+        assert choose_implementation(inputs, index) == "native"
+        result = block_sparse_attention(inputs, index)
+        assert_within_budget(result, inputs, index)
+        poisoned = dataclasses.replace(inputs, value=torch.full_like(inputs.value, torch.nan))
+        assert torch.equal(block_sparse_attention(poisoned, index, values=False).lse, result.lse)
+        if block_q > 64:
+            continue
+        never = block_sparse_attention(inputs, index.skipping(-torch.inf))
+        assert torch.equal(never.output, result.output)
+        skipping = index.skipping(-0.5)
+        result = block_sparse_attention(inputs, skipping)
+        assert torch.equal(result.skipped, reference_attention(inputs, skipping).skipped)
+        assert_within_budget(result, inputs, skipping)
+
+
+@pytest.mark.slow
+def test_tiles_pass_the_check(tiles: Path) -> None:
+    check_library(tiles)
+
+
+def test_tiles_multiply_what_nobody_sees_by_nothing(tiles: Path) -> None:
+    """NaN in padding, and in a cache that is not filled yet, within groups of keys that are packed together."""
+    valid = left_padding(300, [0, 37])
+    valid[0, 50:70] = False
+    inputs = make_inputs(
+        dtype=torch.bfloat16, batch=2, queries=100, keys=300, query_start=128, key_length=228, key_valid=valid
+    )
+    index = random_index(inputs, 64, 64, 1.0)
+    clean = block_sparse_attention(inputs, index)
+    assert_within_budget(clean, inputs, index)
+    hidden = ~valid
+    hidden[:, 228:] = True
+    key, value = (t.masked_fill(hidden[:, None, :, None], torch.nan) for t in (inputs.key, inputs.value))
+    found = block_sparse_attention(dataclasses.replace(inputs, key=key, value=value), index)
+    assert torch.equal(found.output, clean.output)
+    assert torch.equal(found.lse, clean.lse)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(
+    queries=st.integers(1, 150), past=st.integers(0, 400), block_q=st.integers(1, 70), block_k=st.integers(1, 70),
+    pad=st.integers(0, 60), window=st.one_of(st.none(), st.integers(1, 200)), density=st.floats(0, 1),
+    head_dim=st.integers(1, 70), value_dim=st.integers(1, 70),
+)  # fmt: skip
+def test_tiles_in_any_geometry(
+    queries: int,
+    past: int,
+    block_q: int,
+    block_k: int,
+    pad: int,
+    window: int | None,
+    density: float,
+    head_dim: int,
+    value_dim: int,
+    tiles_library: Path,
+) -> None:
+    keys = queries + past
+    inputs = make_inputs(
+        dtype=torch.bfloat16, batch=2, query_heads=2, kv_heads=1, queries=queries, keys=keys, head_dim=head_dim,
+        value_dim=value_dim, window=window, key_valid=left_padding(keys, [min(pad, keys - 1), 0]),
+    )  # fmt: skip
+    index = random_index(inputs, block_q, block_k, density)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(native_build.VARIABLE, str(tiles_library.parent))
+        native_build.use(tiles_library)
         assert_within_budget(block_sparse_attention(inputs, index), inputs, index)
 
 

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 from sparseprefill.cli import main
 from sparseprefill.contracts import AttentionOutput
-from sparseprefill.kernels import native_build
+from sparseprefill.kernels import choose_implementation, native_build, why_not
 from sparseprefill.kernels.low_bit import EstimatedLogits, block_max
 from sparseprefill.kernels.native_check import (
     attention_cases,
@@ -208,6 +208,37 @@ class TestBuilding:
         assert found is not None
         assert found[1].flags == " ".join(native_build.FLAGS)
 
+    @pytest.mark.parametrize("cause", ["compiler", "check"])
+    def test_without_amx_where_that_does_not_pass(
+        self, folder: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, cause: str
+    ) -> None:
+        """Slower, and said, rather than nothing; where there is no AMX it is not tried twice."""
+        log = folder.parent / "log"
+        refuse = 'case "$*" in *NO_TILES*) ;; *) echo "tdpbf16ps: no" >&2; exit 1;; esac' if cause == "compiler" else ""
+        fake(f'echo "$*" >> {log}\n{refuse}')
+
+        def check(path: Path) -> str:
+            if cause == "check" and "NO_TILES" not in log.read_text():
+                raise ValueError("it failed its check")
+            return "few"
+
+        monkeypatch.setattr(native_build, "_check", check)
+        said: list[str] = []
+        with pytest.raises(ValueError, match="tdpbf16ps: no" if cause == "compiler" else "failed its check"):
+            native_build.build(say=said.append)
+        assert said == []
+        assert log.read_text().count("called") == 1
+        monkeypatch.setattr(native_build, "_processor", lambda: ("flags:fpu amx_bf16 amx_tile",))
+        native_build.build(say=said.append)
+        (line,) = said
+        assert "tdpbf16ps: no" in line if cause == "compiler" else line.startswith("it failed its check;")
+        assert line.endswith("building it again without AMX (-DSPARSEPREFILL_NO_TILES)")
+        found = native_build.built()
+        assert found is not None
+        assert found[1].flags.endswith(native_build.WITHOUT_TILES)
+        assert native_build.build(say=said.append) == found[0]
+        assert log.read_text().count("called") == 3
+
     def test_no_compiler(self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CXX", raising=False)
@@ -279,12 +310,16 @@ class TestTheCheck:
             check_library(made)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx512f -mno-avx2"], ids=["avx2", "portable"])
+    @pytest.mark.parametrize(
+        "without",
+        ["-mno-avx512f", "-mno-avx512f -mno-avx2", "-march=x86-64", "-march=x86-64 -DSPARSEPREFILL_GENERIC"],
+        ids=["avx2", "portable", "oldest", "generic"],
+    )
     @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors have one way alone")
     def test_the_ways_of_older_processors_pass_it(
         self, tmp_path: Path, native_folder: Path, folder: Path, without: str
     ) -> None:
-        """The kernel as it is compiled where there is no AVX-512, or no AVX2."""
+        """The kernel as it is compiled where there is no AVX-512, no AVX2, nothing but SSE2, or no vectors of x86."""
         made = tmp_path / "older.so"
         command = [*native_build.find_compiler().command, "-march=native", *without.split(), *native_build.FLAGS]
         subprocess.run([*command, *native_build.SOURCES, "-o", made], check=True)
@@ -293,6 +328,14 @@ class TestTheCheck:
         assert loaded is not None
         assert loaded._name == str(made)
         assert not loaded.sparseprefill_instructions().startswith(b"avx512")
+        # torch with wider vectors is faster than a library without, and is taken unless this is asked for by name
+        inputs, index = next(iter(attention_cases()))[1:]
+        portable = loaded.sparseprefill_instructions() == b"portable"
+        wider = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        assert portable == (without != "-mno-avx512f")
+        assert choose_implementation(inputs, index) == ("cpu" if portable and wider else "native")
+        assert why_not("native", inputs, index) is None
+        assert ("torch uses AVX" in (native_build.why_torch_is_faster() or "")) == (portable and wider)
 
     def test_what_fails_is_never_installed(
         self, standing: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, check: Check
