@@ -962,7 +962,8 @@ struct TileItem {
         for (int64_t q = 0; q < queries; ++q) {
             if (s.fade[q] == 1.0f) continue;  // maxima rise seldom, after the first steps
             float *o = s.output.at + q * s.output_row;
-            for (int64_t c = 0; c < packed.value_tiles * TILE_ROWS; c += LANES) store(o + c, times(load(o + c), all(s.fade[q])));
+            for (int64_t c = 0; c < packed.value_tiles * TILE_ROWS; c += LANES)
+                store(o + c, times(load(o + c), all(s.fade[q])));
         }
     }
 };
