@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from sparseprefill.cli_bench_slower import bench_never_slower
 from sparseprefill.cli_evals import specs
 from sparseprefill.cli_options import Numbers, clear_errors, progress_bar
 
@@ -170,3 +171,6 @@ def _calibrate(
     click.echo(f"wrote {path}")
     if path != default_path():
         click.echo(f"patch_model(model, calibration={str(path)!r}) reads it; without a name it reads {default_path()}")
+
+
+bench.add_command(bench_never_slower)

@@ -481,9 +481,8 @@ def _attend(
         if layer is not None:
             _note_compiled(layer.key, query.shape[2] < layer.settings.block_q)
         return _run_previous(layer, module, query, key, value, attention_mask, scaling, dropout, kwargs)
-    result: tuple[Tensor, Tensor | None] = _attend_eagerly(
-        module, query, key, value, attention_mask, scaling, dropout, **kwargs
-    )
+    attend = _attend_outside_of_graphs if torch.compiler.is_compiling() else _attend_eagerly
+    result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     return result
 
 
@@ -499,7 +498,6 @@ def _note_compiled(key: int, decoding: bool) -> bool:
     return True
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_eagerly(
     module: nn.Module,
     query: Tensor,
@@ -536,7 +534,7 @@ def _attend_eagerly(
     if reason is None:
         keys = min(key.shape[2], attention_mask.query_start + queries)  # a static cache is longer than what it holds
         layer.decided = query.device, dtype
-        reason = layer.why_dense(queries, keys, attention_mask, *layer.decided)
+        reason = layer.choice(queries, keys, attention_mask, *layer.decided)
     if reason is not None:
         layer.note_previous(reason)
         return back()
@@ -572,6 +570,9 @@ def _attend_eagerly(
     output = prefill.result.output
     assert output is not None
     return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+_attend_outside_of_graphs = torch.compiler.disable(_attend_eagerly)  # whose wrapper takes time in every call
 
 
 def _why_previous(
@@ -616,7 +617,10 @@ def _run_previous(
         attention_mask = attention_mask.previous_mask(previous)
     if isinstance(attention_mask, Tensor) and attention_mask.device != query.device:
         attention_mask = attention_mask.to(query.device)
-    interface, eager = implementations_of(module)
+    if layer is None or layer.registered:
+        interface, eager = implementations_of(module)
+    else:  # the state of a patch belongs to one module
+        interface, eager = layer.functions = layer.functions or implementations_of(module)
     if previous == "eager" and eager is None:
         raise NotImplementedError(f"{type(module).__name__} has no eager attention function to go back to")
     function: Callable[..., Any] = eager if previous == "eager" else interface[previous]
