@@ -34,6 +34,11 @@ def refuse_options(ctx: click.Context) -> None:
 @click.option("--heads", help="For --estimator: query/KV heads.  [default: 8/2; 32/8 on a GPU]")
 @click.option("--ttft", type=Numbers(), help="Also time the model inside at these lengths.")
 @click.option("--calibrate", is_flag=True, help="Instead measure when sparse pays, for layers like those of --model.")
+@click.option(
+    "--method", "methods", multiple=True, metavar="METHOD[:OPTION=VALUE,...]",
+    help="For --calibrate: measure this method's finding of blocks too; may be repeated.  "
+    "[default: vertical_slash, block_sparse and the default method]",
+)  # fmt: skip
 @click.option("--model", help="For --ttft, --calibrate: hub name or folder.  [default: the model inside]")
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), help="For --calibrate.  [default: auto]"
@@ -49,9 +54,9 @@ def refuse_options(ctx: click.Context) -> None:
 @click.pass_context
 def bench(
     ctx: click.Context, device: str | None, lengths: tuple[int, ...] | None, densities: str | None,
-    estimators: tuple[str, ...],
-    heads: str | None, ttft: tuple[int, ...] | None, calibrate: bool, model: str | None, dtype: str | None,
-    trust_remote_code: bool, density: float | None, repeats: int, out: Path | None, markdown: bool,
+    estimators: tuple[str, ...], heads: str | None, ttft: tuple[int, ...] | None, calibrate: bool,
+    methods: tuple[str, ...], model: str | None, dtype: str | None, trust_remote_code: bool, density: float | None,
+    repeats: int, out: Path | None, markdown: bool,
 ) -> None:  # fmt: skip
     """Time the kernel against dense attention and FlexAttention on the same masks, correctness first.
 
@@ -80,6 +85,8 @@ def bench(
             raise ValueError(
                 "--estimator goes with --lengths, --heads, --repeats, --device, --out and --markdown alone"
             )
+        if methods and not calibrate:
+            raise ValueError("--method is for --calibrate; --estimator times how a method finds its blocks")
         if heads is not None and not estimators:
             raise ValueError("--heads is for --estimator")
         if estimators:
@@ -88,7 +95,9 @@ def bench(
         if calibrate:
             if ttft or density is not None:
                 raise ValueError("--calibrate measures attention alone: leave out --ttft and --density")
-            _calibrate(device, lengths, wanted, model, dtype or "auto", trust_remote_code, repeats, out, markdown)
+            _calibrate(
+                device, lengths, wanted, methods, model, dtype or "auto", trust_remote_code, repeats, out, markdown
+            )
             return
         if dtype is not None:
             raise ValueError("--dtype is for --calibrate: the kernel is timed in bfloat16 and float32")
@@ -147,8 +156,8 @@ def _time_estimators(
 
 
 def _calibrate(
-    device: str, lengths: tuple[int, ...] | None, densities: list[float], model: str | None, dtype: str,
-    trust_remote_code: bool, repeats: int, out: Path | None, markdown: bool,
+    device: str, lengths: tuple[int, ...] | None, densities: list[float], methods: tuple[str, ...], model: str | None,
+    dtype: str, trust_remote_code: bool, repeats: int, out: Path | None, markdown: bool,
 ) -> None:  # fmt: skip
     """Measure, print, write."""
     from sparseprefill.calibration import check_writable, default_path, save_entries
@@ -161,8 +170,8 @@ def _calibrate(
     shapes = calibrating.shapes_of(bare)
     with progress_bar(len(shapes) * len(lengths or calibrating.lengths_for(device)), "calibrate") as progress:
         found = calibrating.calibrate(
-            shapes, device=device, dtype=bare.dtype, lengths=lengths, densities=densities, repeats=repeats,
-            progress=progress,
+            shapes, device=device, dtype=bare.dtype, lengths=lengths, densities=densities,
+            methods=methods or calibrating.SELECTORS, repeats=repeats, progress=progress,
         )  # fmt: skip
     for each in found:
         click.echo(calibrating.calibration_report(each, markdown=markdown))
