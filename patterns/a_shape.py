@@ -36,18 +36,28 @@ class AShape:
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         low, high = grid.visible_blocks(inputs)
-        block = torch.arange(grid.key_blocks, device=inputs.device)
         sink = -(-self.sink // grid.block_k)
-        first_local = torch.minimum(self._first_local(grid, sink), high - 1)
-        keep = (block < sink) | (block >= first_local[..., None])
-        keep &= (block >= low[..., None]) & (block < high[..., None])
+        local = torch.maximum(low, torch.minimum(self._first_local(grid, sink), high - 1))
+        before = (high.clamp(max=sink) - low).clamp(min=0)  # sink blocks of a row, and those of them outside the window
+        before = torch.minimum(before, local - low)
+        count = before + high - local
+        slot = torch.arange(self._width(grid, sink), device=inputs.device)
+        ids = torch.where(slot < before[..., None], low[..., None] + slot, (local - before)[..., None] + slot)
         # the list of a row is short where it has a window: rows share nothing, but heads do
-        index = BlockIndex.from_mask(grid, keep[:, None])
+        index = BlockIndex.from_slots(grid, ids.clamp(max=grid.key_blocks - 1)[:, None], count[:, None])
         shape = (inputs.batch, inputs.query_heads, grid.rows)
         return BlockIndex(grid, index.columns, index.start.expand(shape), index.count.expand(shape))
 
     def expected_density(self, keys: int) -> float:
         return kept_share(self.window if isinstance(self.window, float) else self.sink + self.window, keys)
+
+    def _width(self, grid: BlockGrid, sink: int) -> int:
+        """As many blocks as a row keeps at most, known on the host."""
+        if isinstance(self.window, float):
+            return grid.key_blocks
+        # the window of the row's first query, and the row itself
+        window = (self.window + grid.block_q + grid.block_k - 2) // grid.block_k + 1
+        return min(grid.key_blocks, sink + window)
 
     def _first_local(self, grid: BlockGrid, sink: int) -> Tensor:
         """int64 [batch, rows]: the first key block of the local window."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from sparseprefill.cli_bench_growth import bench_growth, heads_of
 from sparseprefill.cli_bench_slower import bench_never_slower
 from sparseprefill.cli_evals import specs
 from sparseprefill.cli_options import Numbers, clear_errors, progress_bar
@@ -139,13 +140,11 @@ def _time_estimators(
 
     if out is not None:
         check_folder(out)
-    query_heads, slash, kv_heads = (heads or ("8/2" if device == "cpu" else "32/8")).partition("/")
-    if not slash or not query_heads.isdigit() or not kv_heads.isdigit():
-        raise ValueError(f"--heads is query/KV heads, such as 32/8, got {heads!r:.80}")
+    query_heads, kv_heads = heads_of(heads or ("8/2" if device == "cpu" else "32/8"))
     lengths = lengths or (16384,)
     with progress_bar(2 * len(lengths), "estimators") as progress:
         cells = overhead.overhead_cells(
-            methods, device=device, lengths=lengths, query_heads=int(query_heads), kv_heads=int(kv_heads),
+            methods, device=device, lengths=lengths, query_heads=query_heads, kv_heads=kv_heads,
             repeats=repeats, progress=progress,
         )  # fmt: skip
     click.echo(overhead.overhead_table(cells, markdown=markdown))
@@ -183,3 +182,4 @@ def _calibrate(
 
 
 bench.add_command(bench_never_slower)
+bench.add_command(bench_growth)
