@@ -178,8 +178,8 @@ def growth_table(cells: Sequence[GrowthCell], *, markdown: bool = False) -> str:
         table(
             ["method", "finding", "attending", "together", "dense", "off the line", "linear"], fitted, markdown=markdown
         ),
-        f"slopes of time against length, both as logarithms: 1 is linear (within {NEAR:g}), 2 the square; off the line: "
-        "the largest distance of a time of both together",
+        f"slopes of time against length, both as logarithms: 1 is linear (within {NEAR:g}), 2 the square; off the "
+        "line: the largest distance of a time of both together",
     ])  # fmt: skip
 
 

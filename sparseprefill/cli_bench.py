@@ -30,7 +30,7 @@ def refuse_options(ctx: click.Context) -> None:
 @click.option("--densities", help="Densities.  [default: 0.1,0.25,0.5; for --calibrate 0.1,0.2,0.5]")
 @click.option(
     "--estimator", "estimators", multiple=True, metavar="METHOD[:OPTION=VALUE,...]",
-    help="Instead time how this method finds its blocks, beside dense attention; may be repeated.",
+    help="Instead time how this method finds its blocks, beside dense attention; may be repeated. `all`: every method.",
 )  # fmt: skip
 @click.option("--heads", help="For --estimator: query/KV heads.  [default: 8/2; 32/8 on a GPU]")
 @click.option("--ttft", type=Numbers(), help="Also time the model inside at these lengths.")
