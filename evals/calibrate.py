@@ -34,7 +34,7 @@ from sparseprefill.huggingface_modules import (
 )
 from sparseprefill.patterns import ModelPatterns, Pattern
 from sparseprefill.patterns.expected_overhead import Overhead, estimator_name
-from sparseprefill.patterns.methods import DEFAULT
+from sparseprefill.patterns.methods import DEFAULT, METHODS
 from sparseprefill.patterns.parts import parts_of
 from sparseprefill.prefill import CostModel, Prefill, resolve_method, sparse_prefill
 from sparseprefill.reports import number, ranges, table
@@ -109,7 +109,8 @@ def calibrate(
         dtype: of queries, keys and values.
         lengths: tokens of the timed prefills, multiples of 128 and of both tiles; None: those of `LENGTHS`.
         densities: budgets of the methods that are named without options.
-        methods: as on the command line; of one with options of its own only the finding is fitted.
+        methods: as on the command line; of one with options of its own, or that goes around another, only what finding
+            takes is fitted.
         repeats: timed calls; medians are taken.
         impl, block_q, block_k: as for `patch_model`.
         seed: of queries, keys and values.
@@ -131,9 +132,12 @@ def calibrate(
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     patterns = patterns_at(methods, densities)
-    swept = [name for name in patterns if MethodSpec.parse(name).label == MethodSpec.parse(name).name]
+    swept = [name for name in patterns if name in METHODS and not METHODS[name].wraps]
     if not swept:
-        raise ValueError("calibration fits what attention costs to methods without options: name one of these too")
+        raise ValueError(
+            "calibration fits what attention costs to methods named without options, and to none that goes around "
+            "another: name one of these too"
+        )
     nothing = Calibration((), Machine.here())
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     done = []
@@ -149,9 +153,12 @@ def calibrate(
         key = nothing.key(place, dtype, kernel, **dataclasses.asdict(shape), block_q=block_q, block_k=block_k)
         cost, pair, worst = fit_cost([cell for cell in cells if cell.selector in swept])
         overheads = {
-            estimator_name(each[0][1]): fit_overhead([cell for cell in cells if cell.selector == name], pair)
+            estimator_name(each[0][1]): fit_overhead(
+                [_beyond(cell, cost, pair) if METHODS[MethodSpec.parse(name).name].wraps else cell
+                 for cell in cells if cell.selector == name], pair,
+            )
             for name, each in patterns.items()
-        }
+        }  # fmt: skip
         rates = {}
         if block_q == block_k:  # tiles of the profiler are square
             inputs = random_inputs(
@@ -235,6 +242,12 @@ def fit_cost(cells: Sequence[CalibrationCell]) -> tuple[CostModel, float, float]
     fixed = max(math.sqrt(2 * fit.fixed_seconds / pair) for fit in fits)
     tokens = math.ceil(fixed - 1e-6 * (1 + fixed))  # what rounding added is no token
     return CostModel(max(fit.tile_factor for fit in fits), tokens), pair, max(fit.worst for fit in fits)
+
+
+def _beyond(cell: CalibrationCell, cost: CostModel, pair: float) -> CalibrationCell:
+    """With all of a wrapper's time that attention over its blocks does not explain, as it may run them otherwise."""
+    told = cost.tile_factor * cell.density * cell.dense + cost.fixed_tokens**2 / 2 * pair
+    return dataclasses.replace(cell, finding=max(cell.finding, cell.sparse - told))
 
 
 def fit_overhead(cells: Sequence[CalibrationCell], pair: float) -> Overhead:

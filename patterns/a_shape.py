@@ -14,6 +14,7 @@ from torch import Tensor
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.selection import Budget, check_budget, check_tokens, keep_blocks
 from sparseprefill.patterns.expected_density import kept_share
+from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,10 @@ class AShape:
 
     def expected_density(self, keys: int) -> float:
         return kept_share(self.window if isinstance(self.window, float) else self.sink + self.window, keys)
+
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """It looks at nothing."""
+        return stated_overhead(device, head_dim, steps=0.1)
 
     def _width(self, grid: BlockGrid, sink: int) -> int:
         """As many blocks as a row keeps at most, known on the host."""

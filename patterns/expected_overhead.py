@@ -51,38 +51,39 @@ NOTHING = Overhead()
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What estimators were measured to take on one kind of device, in pairs of dense attention of the same head_dim."""
+    """What estimators take on one kind of device, in pairs of dense attention of the same head_dim."""
 
-    product: float  # of a counted product of a query and a key of any head_dim,
-    product_channels: float  # and over head_dim, what does not grow with it: masks, exponentials, sums
-    tile: float  # over head_dim, of a tile: its ranking and its place in a list
-    step: int  # as the length of a dense causal prefill: what the calls of a typical estimator take at any length
+    product: float  # a counted product of a query and a key takes this,
+    product_channels: float  # and this over head_dim: masks, exponentials and sums do not grow with it
+    tile: float  # over head_dim, a tile: its ranking, and its place in a list
+    steps: int  # as the length of a dense causal prefill: the many small calls of an estimator, at any length
 
 
-RATES = {"cpu": Rates(0.5, 130.0, 10000.0, 500), "cuda": Rates(0.5, 130.0, 10000.0, 4096)}
-"""By kind of device. The CPU's are `sparseprefill bench --calibrate`'s of all methods on two machines' worth of shapes,
-rounded up; the GPU's are assumptions.
+RATES = {"cpu": Rates(0.5, 100.0, 5000.0, 500), "cuda": Rates(0.5, 100.0, 5000.0, 4096)}
+"""By kind of device. The CPU's are rounded up from `sparseprefill bench --calibrate` with every method; the GPU's are
+assumptions.
 """
 
 
 def stated_overhead(
     device: torch.device, head_dim: int, *, pairs: float = 0.0, keys: float = 0.0, tiles: float = 0.0,
-    steps: float = 1.0,
+    steps: float = 1.0, share: float = 0.0,
 ) -> Overhead:  # fmt: skip
     """Counted work times the rates of a kind of device.
 
     Args:
         device: where it runs.
         head_dim: of queries and keys.
-        pairs: products of a query and a key for each pair of dense attention.
+        pairs: products of a query and a key, for each pair of dense attention.
         keys: products for each key.
         tiles: tiles ranked and listed for each pair, 1 / (block_q * block_k) where all are.
-        steps: time of the calls that are made at any length, over that of a typical estimator's.
+        steps: as much time as those of a typical estimator, so often.
+        share: of dense attention's time, for what has a measured rate of its own.
     """
     rates = RATES.get(device.type, RATES["cuda"])
     product = rates.product + rates.product_channels / head_dim
     return Overhead(
-        pairs * product + tiles * rates.tile / head_dim, keys * product, math.ceil(rates.step * math.sqrt(steps))
+        share + pairs * product + tiles * rates.tile / head_dim, keys * product, math.ceil(rates.steps * steps**0.5)
     )
 
 

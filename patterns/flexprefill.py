@@ -19,6 +19,7 @@ from sparseprefill.estimators.mean_pooled import MeanPooled, count_real
 from sparseprefill.estimators.probe import Probe
 from sparseprefill.estimators.selection import check_share, check_tokens
 from sparseprefill.patterns.expected_density import UNKNOWN, kept_share
+from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
 from sparseprefill.patterns.vertical_slash import crossed_lists, crossed_tiles, ranks
 
 Maps = Iterable[tuple[int, int, BlockMaps]]
@@ -97,6 +98,12 @@ class FlexPrefill:
             return 1.0
         expected = 1.0 if self.gamma == 1.0 else max(UNKNOWN, kept_share(2 * least, keys))
         return min(expected, kept_share(2 * most, keys)) if bounded else expected
+
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """The last block's products, which are sorted token by token; for maps every tile is ranked among all."""
+        tiles = 2 / (block_q * block_k) if self.tau else 0.0
+        steps = 1.7 if self.tau else 1.1
+        return stated_overhead(device, head_dim, keys=1.5 * block_q, tiles=tiles, steps=steps)
 
     def _look(self, inputs: AttentionInputs, grid: BlockGrid) -> LastBlock:
         if grid.block_q != grid.block_k:

@@ -20,6 +20,7 @@ from sparseprefill.estimators.selection import check_tokens
 from sparseprefill.patterns.block_sparse import BlockSparse
 from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.expected_density import expected_density, kept_share
+from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead, stated_overhead
 from sparseprefill.patterns.parts import Part
 
 PUBLISHED = BlockSparse(mass=0.9, sink=0, local=0)
@@ -107,10 +108,10 @@ class Pbs:
     def expected_density(self, keys: int) -> float:
         return min(1.0, expected_density(self.inner, keys) + kept_share(self.segment, keys))
 
-    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
-        """As `inner`: sorting grows with the tokens, not with the pairs."""
-        own = getattr(self.inner, "expected_overhead", None)
-        return float(own(device, head_dim, block_q, block_k)) if callable(own) else 0.0
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """Beside `inner` the probe's products, and keys and values written in their new order."""
+        own = stated_overhead(device, head_dim, keys=self.probe + 16, tiles=0.5 / (block_q * block_k), steps=1.5)
+        return own + expected_overhead(self.inner, device, head_dim, block_q, block_k)
 
     def _behind(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Tensor, Tensor]:
         """int64 [batch, rows] twice: key blocks [since, until) of the segments that lie behind each row."""

@@ -20,6 +20,7 @@ from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.probe import Probe
 from sparseprefill.estimators.selection import check_share, check_tokens
 from sparseprefill.patterns.expected_density import in_blocks, kept_share
+from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
 
 PUBLISHED = (1000, 6096)  # MInference's default (verticals, slashes), in tokens
 SINK, BAND = 30, 100  # columns and distances MInference always keeps, in tokens
@@ -108,6 +109,11 @@ class VerticalSlash:
         assert self.verticals is not None
         assert self.slashes is not None
         return max(kept_share(self.verticals + self.slashes, keys), forced)
+
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """The probe's products; a share of the tiles where so many are listed that it takes a mask of all."""
+        tiles = 0.25 / (block_q * block_k)
+        return stated_overhead(device, head_dim, keys=self.probe, tiles=tiles, steps=0.64)
 
     def _block_mass(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Tensor, Tensor]:
         """[batch, query_heads, key_blocks] twice: probe mass of each block column and of each block slash."""

@@ -617,10 +617,7 @@ def _run_previous(
         attention_mask = attention_mask.previous_mask(previous)
     if isinstance(attention_mask, Tensor) and attention_mask.device != query.device:
         attention_mask = attention_mask.to(query.device)
-    if layer is None or layer.registered:
-        interface, eager = implementations_of(module)
-    else:  # the state of a patch belongs to one module
-        interface, eager = layer.functions = layer.functions or implementations_of(module)
+    interface, eager = implementations_of(module)
     if previous == "eager" and eager is None:
         raise NotImplementedError(f"{type(module).__name__} has no eager attention function to go back to")
     function: Callable[..., Any] = eager if previous == "eager" else interface[previous]

@@ -102,7 +102,6 @@ class PatchedLayer:
     guard: GuardLog = field(default_factory=GuardLog)
     nan: Tensor | None = None  # bool [] on the device: a query or key was NaN
     copied: bool = False  # belongs to a copy of a patched model
-    functions: tuple[Any, Any] | None = None  # of `implementations_of`, once they were looked up
     choices: dict[tuple[Any, ...], str | None] = field(default_factory=dict)  # of `choice`, by what it depends on
 
     def __post_init__(self) -> None:
