@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 
 import sparseprefill
 from sparseprefill import calibration, cli
@@ -29,6 +30,7 @@ from sparseprefill.evals.selector_result import DENSITIES, WORKS, SelectorResult
 from sparseprefill.huggingface import patch_model
 from sparseprefill.huggingface_layers import Settings
 from sparseprefill.patterns.expected_density import expected_density
+from sparseprefill.patterns.expected_overhead import expected_overhead
 from sparseprefill.patterns.methods import DEFAULT, METHODS
 from sparseprefill.prefill import COST_MODELS, method_page, methods_table, resolve_method
 from sparseprefill.reports import number
@@ -349,10 +351,10 @@ def test_every_reason_for_no_calibration_is_explained() -> None:
 
 
 def test_break_even_table_follows_from_the_cost_model() -> None:
-    section = WHY_NOT.partition("| budget | CPU | GPU |")[2].partition("\n\n")[0]
+    section = WHY_NOT.partition("| budget | CPU | CPU, native | GPU |")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.split("\n")[2:]]
     assert len(rows) >= 8
-    for budget, cpu, gpu in rows:
+    for budget, *told in rows:
         share = re.fullmatch(r"a share of ([\d.]+)", budget)
         name = re.match(r"`(\w+)`", budget)
         if share:
@@ -360,17 +362,18 @@ def test_break_even_table_follows_from_the_cost_model() -> None:
         else:
             assert name is not None, budget
             pattern = resolve_method(name[1], **({"budget": "paper"} if "paper" in budget else {}))
-        assert [shortest_sparse("cpu", pattern), shortest_sparse("cuda", pattern)] == [cpu, gpu], budget
+        assert [shortest_sparse(*where, pattern) for where in COST_MODELS] == [told[1], told[0], told[2]], budget
     begins = re.search(r"`vertical_slash` keeps four, and begins\s+at (\d+)", WHY_NOT)
     assert begins is not None
-    assert begins[1] == shortest_sparse("cpu", resolve_method("vertical_slash", density=0.2))
+    assert begins[1] == shortest_sparse("cpu", "cpu", resolve_method("vertical_slash", density=0.2))
 
 
-def shortest_sparse(device: str, pattern: Any) -> str:
-    """The first multiple of 64 tokens at which one prefill is expected to be cheaper sparsely."""
-    model = COST_MODELS[device]
+def shortest_sparse(device: str, kernel: str, pattern: Any) -> str:
+    """The first multiple of 64 tokens at which one prefill is expected to be cheaper sparsely, at head_dim 128."""
+    model, place = COST_MODELS[device, kernel], torch.device(device)
+    found = expected_overhead(pattern, place, 128, 64, 64)
     lengths = range(64, 1 << 16, 64)
-    cheap = (n for n in lengths if model.sparse_is_cheaper(n, n, expected_density(pattern, n)))
+    cheap = (n for n in lengths if model.sparse_is_cheaper(n, n, expected_density(pattern, n), found))
     return str(next(cheap, "never"))
 
 
