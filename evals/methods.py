@@ -56,8 +56,8 @@ class MethodSpec:
             options = {**METHODS[name].fixed, "keep": 0.0}
             options["keep"] = round(Stem.for_density(density, options["decay"]).keep or density, 4)
             return MethodSpec(name, options)
-        if name == "flexprefill":  # columns and lines, each of fewer than a share gamma
-            return MethodSpec(name, {**METHODS[name].fixed, "gamma": density})
+        if name == "flexprefill":  # the best tiles of a map; mass lies on the short rows, whose tiles are few
+            return MethodSpec(name, {**METHODS[name].fixed, "gamma": round(min(1.0, 2.5 * density), 4)})
         if name == "skip_softmax":
             return MethodSpec(name, {"inner": "block_sparse", "keep": density})
         return MethodSpec.at_density(name, density)

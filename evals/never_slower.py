@@ -140,7 +140,8 @@ def patched_twin(model: PreTrainedModel, spec: MethodSpec | None, **settings: An
     """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
-    with patch_model(twin, spec and spec.name, **{**settings, **(spec.options if spec else {})}) as patch:
+    name, options = (None, {}) if spec is None else (spec.name, spec.options)
+    with patch_model(twin, name, **{**settings, **options}) as patch:
         yield patch
 
 
