@@ -270,7 +270,7 @@ def never_slower_table(found: Sequence[Slowdown], *, markdown: bool = False) -> 
         ]
         for each in found
     ]  # fmt: skip
-    lines = [table(head, rows, markdown=markdown)]
+    lines = [table(head, rows, markdown=markdown), ""]
     for (method, dtype), decision in {(each.method, each.dtype): each.decision for each in found}.items():
         lines.append(f"{method}, {dtype}: {decision}")
     for each in crossings(found):

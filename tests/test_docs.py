@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import itertools
 import json
 import re
 import shlex
@@ -23,7 +24,10 @@ import sparseprefill
 from sparseprefill import calibration, cli
 from sparseprefill.evals.bench import first_token_times
 from sparseprefill.evals.compare import summarise
+from sparseprefill.evals.growth import GrowthCell, growth_table
 from sparseprefill.evals.methods import MethodSpec
+from sparseprefill.evals.never_slower import Slowdown, never_slower_table
+from sparseprefill.evals.overhead import OverheadCell, overhead_table
 from sparseprefill.evals.ranking import standings
 from sparseprefill.evals.results import EvalResult
 from sparseprefill.evals.selector_result import DENSITIES, WORKS, SelectorResult
@@ -290,6 +294,46 @@ def test_figures_of_finding_the_blocks_are_those_of_the_results() -> None:
     assert [row[0] for row in rows] == list(dict.fromkeys(each["method"] for each in cells))
     for name, low, full, _ in rows:
         assert (low, full) == (shares[name, "bfloat16"], shares[name, "float32"]), name
+
+
+def rows_to_be(name: str, written: dict[str, Any]) -> list[list[str]]:
+    """Cells of the table that a page shows of a file in docs/results."""
+    if name == "never_slower_cpu.json":
+        kept = [{k: v for k, v in cell.items() if k not in ("allowed", "passes")} for cell in written["cells"]]
+        return cells_of(never_slower_table([Slowdown(**cell) for cell in kept], markdown=True))
+    if name == "growth_cpu.json":
+        return cells_of(growth_table([GrowthCell(**cell) for cell in written["cells"]], markdown=True).split("\n\n")[1])
+    printed = cells_of(overhead_table([OverheadCell(**cell) for cell in written["cells"]], markdown=True))
+    columns = {"method", "dtype", "estimate / dense", "products / dense", "estimate / products", "density"}
+    return [[cell for cell, title in zip(row, printed[0], strict=True) if title in columns] for row in printed]
+
+
+def cells_of(table: str) -> list[list[str]]:
+    """Of the first table of a text, the rule below its head left out."""
+    lines = list(itertools.takewhile(lambda line: line.startswith("|"), table.split("\n")))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for n, line in enumerate(lines) if n != 1]
+
+
+@pytest.mark.parametrize("name", ["never_slower_cpu.json", "growth_cpu.json", "overhead_all_cpu.json"])
+def test_tables_of_results_are_those_of_the_results(name: str) -> None:
+    """The page has a place for it: empty as long as nothing was measured, then what the command prints."""
+    page, path = PAGES["docs/performance.md"], ROOT / "docs/results" / name
+    found = cells_of(page.partition(f"<!-- {name}")[2].partition("-->")[2].lstrip("\n"))
+    assert f"<!-- {name}" in page
+    if path.exists():
+        expected = rows_to_be(name, json.loads(path.read_text(encoding="utf-8")))
+        assert found == expected, "\n".join("| " + " | ".join(row) + " |" for row in expected)
+    else:
+        assert not found, f"figures of {name}, which is not there"
+
+
+def test_the_sweep_that_is_shown_passes_and_ran_sparsely() -> None:
+    path = ROOT / "docs/results/never_slower_cpu.json"
+    if not path.exists():
+        pytest.skip("not measured yet")
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert all(cell["passes"] for cell in written["cells"])
+    assert all(each["runs"] is not None and each["runs"] <= 8192 for each in written["crossings"])
 
 
 def reasons_in_the_source() -> set[str]:
