@@ -227,7 +227,7 @@ def _ideal(axis: Any, lengths: Sequence[int], lowest: float, dense: float) -> No
         )
         axis.annotate(
             f"slope {slope}", (lengths[-1], first * (lengths[-1] / lengths[0]) ** slope), fontsize=7, color="0.4",
-            ha="right", va="top",
+            ha="right", va="top", xytext=(0, -7), textcoords="offset points",
         )  # fmt: skip
 
 
