@@ -369,6 +369,29 @@ def test_another_device_or_dtype_keeps_the_stated_model(here: Path) -> None:
     assert "no entry in bfloat16" in patch.report().decision, "also after it was removed"
 
 
+def test_the_stated_model_is_that_of_the_kernel_which_serves_the_layer() -> None:
+    model = tiny_model("llama")
+    with patch_model(model, "block_sparse", **ASKED):
+        layer = (patched_layers(model) or {})[0]
+        assert layer.cost is not None
+        assert layer.cost.kernel == "cpu"
+        for kernel, stated in (("cpu", "cpu"), ("native", "native"), ("reference", "cpu"), (None, "cpu")):
+            layer.cost = dataclasses.replace(layer.cost, kernel=kernel)
+            assert layer.decision(CPU, torch.float32)[0] == COST_MODELS["cpu", stated]
+        layer.cost = None
+        assert layer.decision(CPU, torch.float32)[0] == COST_MODELS["cpu", "cpu"]
+        assert layer.decision(torch.device("cuda"), torch.float32)[0] == COST_MODELS["cuda", "triton"]
+
+
+def test_a_users_object_may_say_a_share_alone() -> None:
+    class Own:
+        def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
+            return 16 / head_dim
+
+    assert expected_overhead(Own(), CPU, 64, 64, 64) == Overhead(share=0.25)
+    assert expected_overhead(object(), CPU, 64, 64, 64) == FREE
+
+
 def test_no_forward_pass_reads_a_file(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither of a patched model nor of one that was loaded under our name, whose layers are met in its first call."""
     model = tiny_model("llama")

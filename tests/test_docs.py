@@ -407,6 +407,11 @@ def test_break_even_table_follows_from_the_cost_model() -> None:
             assert name is not None, budget
             pattern = resolve_method(name[1], **({"budget": "paper"} if "paper" in budget else {}))
         assert [shortest_sparse(*where, pattern) for where in COST_MODELS] == [told[1], told[0], told[2]], budget
+    stated = re.search(r"From the stated model \(([^)]*)\)", WHY_NOT)
+    assert stated is not None
+    assert re.findall(r"([\d.]+) x", stated[1]) == [
+        f"{COST_MODELS[where].tile_factor:g}" for where in (("cpu", "cpu"), ("cpu", "native"), ("cuda", "triton"))
+    ]
     begins = re.search(r"`vertical_slash` keeps four, and begins\s+at (\d+)", WHY_NOT)
     assert begins is not None
     assert begins[1] == shortest_sparse("cpu", "cpu", resolve_method("vertical_slash", density=0.2))
