@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
 import statistics
@@ -167,6 +168,7 @@ class TestCommand:
     def test_end_to_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sparse, out = "block_sparse:keep=0.1,min_length=100", tmp_path / "out.json"
         monkeypatch.setattr(sweep, "prefill_seconds", Clock(1.0, 1.0, 0.5))
+        monkeypatch.setattr(sweep, "pass_through", functools.partial(sweep.pass_through, calls=3))
         asked = ("--lengths", "64,128", "--pairs", "2", "--method", sparse)
         output = self.run(*asked, "--method", "default", "--dtypes", "float32,bfloat16", "--out", str(out))
         assert f"{sparse}, bfloat16: sparse from 128 tokens on, dense up to 64" in output
