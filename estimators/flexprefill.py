@@ -27,7 +27,7 @@ from sparseprefill.estimators.mean_pooled import (
     range_means,
     real_key_blocks,
 )
-from sparseprefill.estimators.probe import Probe
+from sparseprefill.estimators.probe import Probe, head_slabs
 
 _PROBE_ENTRIES = 1 << 24  # logits of the probe that are held at one time, in about six copies
 _MAP_ENTRIES = 1 << 23  # tiles of maps that are ranked at one time, at about 40 bytes
@@ -160,22 +160,3 @@ def ranked_maps(logits: Tensor, seen: Tensor, asked: Tensor) -> BlockMaps:
     together = best.cumsum(-1, dtype=torch.float64)
     reach = torch.empty_like(together).scatter_(-1, order, together).view_as(logits)
     return BlockMaps(reach, (some & ~unknown).sum(-1), unknown)
-
-
-def head_slabs(inputs: AttentionInputs, together: int) -> Iterator[tuple[int, int, AttentionInputs]]:
-    """(start, stop, views of query heads [start, stop)): at most `together`, whole groups or parts of one group."""
-    group = inputs.group_size
-    step = together // group * group or together
-    start = 0
-    while start < inputs.query_heads:
-        stop = min(start + step, inputs.query_heads if step >= group else (start // group + 1) * group)
-        heads, kv = slice(start, stop), slice(start // group, -(-stop // group))
-        sinks = None if inputs.sinks is None else inputs.sinks[heads]
-        yield (
-            start,
-            stop,
-            dataclasses.replace(
-                inputs, query=inputs.query[:, heads], key=inputs.key[:, kv], value=inputs.value[:, kv], sinks=sinks
-            ),
-        )
-        start = stop

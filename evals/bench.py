@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid, BlockIndex
 from sparseprefill.coverage import coverage
 from sparseprefill.kernels import IMPLEMENTATIONS, block_sparse_attention, why_not
+from sparseprefill.kernels.join import join_outputs
 from sparseprefill.kernels.reference import reference_attention
+from sparseprefill.patterns.parts import Part
 from sparseprefill.profile_memory import available_bytes, longest_that_fits, out_of_memory
 from sparseprefill.reports import number, table
 
@@ -167,8 +169,14 @@ def _cell(inputs: AttentionInputs, index: BlockIndex, with_flex: bool, repeats: 
 
 def checked(name: str, inputs: AttentionInputs, index: BlockIndex, output: Tensor) -> float:
     """The largest difference to the oracle on sampled rows. ValueError where `output` is not attention over `index`."""
-    error = _error(inputs, index, output)
-    plain, largest = _plain_error(inputs, index)
+    return checked_parts(name, [Part(inputs, index)], output)
+
+
+def checked_parts(name: str, parts: Sequence[Part], output: Tensor) -> float:
+    """`checked`, of attention over several parts of the keys; what a kernel may leave out of lists is computed."""
+    inputs = parts[0].inputs
+    error = _error(parts, output)
+    plain, largest = _plain_error(parts)
     allowed = 2 * (plain + torch.finfo(inputs.query.dtype).eps * largest)
     if not error <= allowed:
         raise ValueError(f"{name} is wrong, so it is not timed: error {error:.2e}, allowed {allowed:.2e}")
@@ -265,20 +273,32 @@ def _sampled(inputs: AttentionInputs, index: BlockIndex) -> tuple[AttentionInput
     part = AttentionInputs(
         inputs.query[:, :, start:].cpu(), inputs.key.cpu(), inputs.value.cpu(), scale=inputs.scale, query_start=start
     )
-    mask = index.to_mask(grid.rows - 2, grid.rows).cpu()
-    return part, BlockIndex.from_mask(BlockGrid.of(part, grid.block_q, grid.block_k), mask), slice(start, None)
+    rows = BlockIndex(
+        BlockGrid.of(part, grid.block_q, grid.block_k), index.columns.cpu(), index.start[:, :, -2:].cpu(),
+        index.count[:, :, -2:].cpu(),
+    )  # fmt: skip
+    return part, rows, slice(start, None)
 
 
-def _error(inputs: AttentionInputs, index: BlockIndex, output: Tensor) -> float:
-    part, rows, where = _sampled(inputs, index)
-    return float((_output(reference_attention(part, rows)) - output[:, :, where].cpu().double()).abs().max())
+def _reference(parts: Sequence[Part], dtype: torch.dtype) -> tuple[Tensor, slice]:
+    """What the oracle gives for the sampled rows, and where they are."""
+    sampled = [_sampled(part.inputs, part.index) for part in parts]
+    results = [reference_attention(inputs, rows, dtype=dtype) for inputs, rows, _ in sampled]
+    if len(results) > 1:  # the join is no part of what is rounded
+        exact = [reference_attention(inputs, rows) for inputs, rows, _ in sampled]
+        results = [AttentionOutput(_output(own), one.lse) for own, one in zip(results, exact, strict=True)]
+    return _output(join_outputs(results)), sampled[0][2]
 
 
-def _plain_error(inputs: AttentionInputs, index: BlockIndex) -> tuple[float, float]:
+def _error(parts: Sequence[Part], output: Tensor) -> float:
+    exact, where = _reference(parts, torch.float64)
+    return float((exact - output[:, :, where].cpu().double()).abs().max())
+
+
+def _plain_error(parts: Sequence[Part]) -> tuple[float, float]:
     """Error of plain attention in the dtype of the inputs, and the largest exact output: what a kernel is held to."""
-    part, rows, _ = _sampled(inputs, index)
-    plain = _output(reference_attention(part, rows, dtype=part.query.dtype))
-    exact = _output(reference_attention(part, rows))
+    plain, _ = _reference(parts, parts[0].inputs.query.dtype)
+    exact, _ = _reference(parts, torch.float64)
     return float((exact - plain.double()).abs().max()), float(exact.abs().max())
 
 

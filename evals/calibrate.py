@@ -1,14 +1,16 @@
 """Measures what attention costs on this machine, for the layers of one model, and fits the cost model to it.
 
-Dense attention and whole sparse calls, estimator and kernel, are timed interleaved on the same random queries and keys;
-a call whose result is not attention over the blocks it chose is an error, not a time. What is fitted is the two numbers
-of `CostModel`, for each selector on its own, and the more cautious of each is kept.
+Dense attention, whole sparse calls as a patch makes them, and finding the blocks alone are timed interleaved on the
+same random queries and keys; a call whose result is not attention over the blocks it chose is an error, not a time. The
+two numbers of `CostModel` are fitted to all but the finding, for each selector on its own, and the more cautious of
+each is kept; the three of `Overhead` to the finding, for each method, so that none of its times is above them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +20,9 @@ import torch
 from transformers import PreTrainedModel
 
 from sparseprefill.calibration import Calibration, CalibrationCell, CalibrationEntry, Machine
-from sparseprefill.coverage import coverage
-from sparseprefill.evals.bench import checked, dense_attention, median_seconds, random_inputs
+from sparseprefill.contracts import BlockGrid
+from sparseprefill.evals.bench import checked_parts, dense_attention, median_seconds, random_inputs
+from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.evals.profile_time import RATE, tile_seconds
 from sparseprefill.huggingface_modules import (
     LayerShape,
@@ -29,15 +32,15 @@ from sparseprefill.huggingface_modules import (
     tensor_parallel,
     text_config,
 )
-from sparseprefill.patterns import BlockSparse, Pattern, VerticalSlash
-from sparseprefill.prefill import CostModel, Prefill, sparse_prefill
+from sparseprefill.patterns import ModelPatterns, Pattern
+from sparseprefill.patterns.expected_overhead import Overhead, estimator_name
+from sparseprefill.patterns.methods import DEFAULT, METHODS
+from sparseprefill.patterns.parts import parts_of
+from sparseprefill.prefill import CostModel, Prefill, resolve_method, sparse_prefill
 from sparseprefill.reports import number, ranges, table
 
-SELECTORS: dict[str, Callable[[float], Pattern]] = {
-    "vertical_slash": lambda density: VerticalSlash(density=density),
-    "block_sparse": lambda density: BlockSparse(keep=density),
-}
-"""What is timed, from a density: the two ways of finding blocks that the methods have."""
+SELECTORS = ("vertical_slash", "block_sparse", DEFAULT)
+"""The methods that are timed unless some are named."""
 LENGTHS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (4096, 8192, 16384, 32768)}
 """By kind of device, from about where sparse attention begins to pay to where it pays well."""
 DENSITIES = (0.1, 0.2, 0.5)
@@ -90,6 +93,7 @@ def calibrate(
     dtype: torch.dtype,
     lengths: Sequence[int] | None = None,
     densities: Sequence[float] = DENSITIES,
+    methods: Sequence[str] = SELECTORS,
     repeats: int = 5,
     impl: str = "auto",
     block_q: int = 64,
@@ -104,7 +108,9 @@ def calibrate(
         device: "cpu", "cuda", ...: where the model will run.
         dtype: of queries, keys and values.
         lengths: tokens of the timed prefills, multiples of 128 and of both tiles; None: those of `LENGTHS`.
-        densities: budgets of both selectors.
+        densities: budgets of the methods that are named without options.
+        methods: as on the command line; of one with options of its own, or that goes around another, only what finding
+            takes is fitted.
         repeats: timed calls; medians are taken.
         impl, block_q, block_k: as for `patch_model`.
         seed: of queries, keys and values.
@@ -125,6 +131,13 @@ def calibrate(
         raise ValueError("calibration needs at least one density")
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
+    patterns = patterns_at(methods, densities)
+    swept = [name for name in patterns if name in METHODS and not METHODS[name].wraps]
+    if not swept:
+        raise ValueError(
+            "calibration fits what attention costs to methods named without options, and to none that goes around "
+            "another: name one of these too"
+        )
     nothing = Calibration((), Machine.here())
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     done = []
@@ -135,10 +148,17 @@ def calibrate(
             raise NotImplementedError(f"layers {ranges(layers)} cannot be served: {why}")
         cells: list[CalibrationCell] = []
         for length in lengths:
-            cells += _measured(shape, length, densities, dtype, place, kernel, block_q, block_k, repeats, seed)
+            cells += _measured(shape, length, patterns, dtype, place, kernel, block_q, block_k, repeats, seed)
             progress(1)
         key = nothing.key(place, dtype, kernel, **dataclasses.asdict(shape), block_q=block_q, block_k=block_k)
-        cost, pair, worst = fit_cost(cells)
+        cost, pair, worst = fit_cost([cell for cell in cells if cell.selector in swept])
+        overheads = {
+            estimator_name(each[0][1]): fit_overhead(
+                [_beyond(cell, cost, pair) if METHODS[MethodSpec.parse(name).name].wraps else cell
+                 for cell in cells if cell.selector == name], pair,
+            )
+            for name, each in patterns.items()
+        }  # fmt: skip
         rates = {}
         if block_q == block_k:  # tiles of the profiler are square
             inputs = random_inputs(
@@ -146,47 +166,71 @@ def calibrate(
                 value_dim=shape.value_dim,
             )  # fmt: skip
             rates[RATE] = tile_seconds(inputs, block_q, min(repeats, 3))
-        done.append(Measured(CalibrationEntry(key, cost, pair, tuple(cells), today, rates), layers, worst))
+        done.append(Measured(CalibrationEntry(key, cost, pair, tuple(cells), today, rates, overheads), layers, worst))
     return done
 
 
+def patterns_at(methods: Sequence[str], densities: Sequence[float]) -> dict[str, list[tuple[str, Pattern]]]:
+    """What is timed of each method: (words, pattern) at each density, or once with the options it is named with.
+
+    Raises ValueError for a method that is none, needs a model, or finds nothing.
+    """
+    found: dict[str, list[tuple[str, Pattern]]] = {}
+    for text in methods:
+        named = MethodSpec.parse(text)
+        if named.name == "dense":
+            raise ValueError("dense finds no blocks: name another method")
+        if named.options:
+            specs = {text: named}
+        else:
+            specs = {f"{text} at density {each:g}": MethodSpec.about_density(text, each) for each in densities}
+        for words, spec in specs.items():
+            pattern = resolve_method(spec.name, **spec.options)
+            if isinstance(pattern, ModelPatterns):
+                raise ValueError(f"{text} is the profile of a model: name a method that needs none")
+            found.setdefault(text, []).append((words, pattern))
+    return found
+
+
 def _measured(
-    shape: LayerShape, length: int, densities: Sequence[float], dtype: torch.dtype, device: torch.device, kernel: str,
-    block_q: int, block_k: int, repeats: int, seed: int,
+    shape: LayerShape, length: int, patterns: Mapping[str, Sequence[tuple[str, Pattern]]], dtype: torch.dtype,
+    device: torch.device, kernel: str, block_q: int, block_k: int, repeats: int, seed: int,
 ) -> list[CalibrationCell]:  # fmt: skip
     """The cells of one length, checked and then timed together."""
     inputs = random_inputs(
         shape.query_heads, shape.kv_heads, length, shape.head_dim, dtype, device, seed, value_dim=shape.value_dim
     )
+    grid = BlockGrid.of(inputs, block_q, block_k)
 
     def call(pattern: Pattern) -> Callable[[], Prefill]:
-        return lambda: sparse_prefill(inputs, pattern, block_q=block_q, block_k=block_k, impl=kernel)
+        return lambda: sparse_prefill(inputs, pattern, block_q=block_q, block_k=block_k, impl=kernel, observe=True)
 
-    patterns = {
-        f"{name} at density {wanted:g}, {length} tokens": (name, make(wanted))
-        for wanted in densities
-        for name, make in SELECTORS.items()
-    }
+    def find(pattern: Pattern) -> Callable[[], Any]:
+        return lambda: parts_of(pattern, inputs, grid)
+
     contenders: dict[str, Callable[[], Any]] = {"dense": lambda: dense_attention(inputs)}
-    density = {}
-    for what, (_, pattern) in patterns.items():
-        run = call(pattern)
-        done = run()
-        assert done.result.output is not None
-        checked(what, inputs, done.index, done.result.output)
-        density[what] = float(coverage(inputs, done.index, done.result.skipped).density.mean())
-        contenders[what] = run
+    timed: list[tuple[str, str, float]] = []  # method, words, density
+    for name, each in patterns.items():
+        for words, pattern in each:
+            what = f"{words}, {length} tokens"
+            run = call(pattern)
+            done = run()
+            assert done.result.output is not None
+            assert done.coverage is not None
+            checked_parts(what, done.parts, done.result.output)
+            timed.append((name, what, float(done.coverage.density.mean())))
+            contenders[what], contenders[f"find {what}"] = run, find(pattern)
     seconds = median_seconds(inputs, contenders, repeats)
     return [
-        CalibrationCell(name, length, density[what], seconds["dense"], seconds[what])
-        for what, (name, _) in patterns.items()
+        CalibrationCell(name, length, density, seconds["dense"], seconds[what], seconds[f"find {what}"])
+        for name, what, density in timed
     ]
 
 
 def fit_cost(cells: Sequence[CalibrationCell]) -> tuple[CostModel, float, float]:
     """(the more cautious cost model of the selectors, seconds of a dense pair, worst relative error of their fits).
 
-    For each selector, sparse = tile_factor * density * dense + fixed is fitted by least squares of relative errors,
+    For each selector, attending = tile_factor * density * dense + fixed is fitted by least squares of relative errors,
     fixed not below 0. Of each number the larger is kept, so that at no density and length is the model less cautious
     than a selector's own. `fixed` becomes tokens by the dense pair's seconds, rounded up.
 
@@ -200,6 +244,40 @@ def fit_cost(cells: Sequence[CalibrationCell]) -> tuple[CostModel, float, float]
     return CostModel(max(fit.tile_factor for fit in fits), tokens), pair, max(fit.worst for fit in fits)
 
 
+def _beyond(cell: CalibrationCell, cost: CostModel, pair: float) -> CalibrationCell:
+    """With all of a wrapper's time that attention over its blocks does not explain, as it may run them otherwise."""
+    told = cost.tile_factor * cell.density * cell.dense + cost.fixed_tokens**2 / 2 * pair
+    return dataclasses.replace(cell, finding=max(cell.finding, cell.sparse - told))
+
+
+def fit_overhead(cells: Sequence[CalibrationCell], pair: float) -> Overhead:
+    """What one method takes to find its blocks, from the seconds of a dense pair.
+
+    The three numbers, none below 0, are fitted by least squares of relative errors, as many of them as there are
+    lengths; then all are raised by the one factor at which no measured time is above what they say.
+    """
+    rows = [(cell.length * (cell.length + 1) / 2, float(cell.length), 1.0) for cell in cells]
+    wanted = [cell.finding / pair for cell in cells]
+    if not any(wanted):
+        return Overhead()
+    least = max(wanted) * 1e-9  # what took no time at all is met well enough by anything
+    weight = torch.tensor([1 / max(own, least) for own in wanted], dtype=torch.float64)
+    terms = torch.tensor(rows, dtype=torch.float64) * weight[:, None]
+    target = torch.tensor(wanted, dtype=torch.float64) * weight
+    scale = terms.norm(dim=0)
+    best, error = torch.zeros(3, dtype=torch.float64), math.inf
+    for count in range(1, min(3, len({cell.length for cell in cells})) + 1):
+        for some in itertools.combinations(range(3), count):
+            part = (terms / scale)[:, list(some)]
+            solution = torch.linalg.lstsq(part, target[:, None], driver="gelsd").solution[:, 0]
+            off = float((part @ solution - target).norm())
+            if bool((solution >= 0).all()) and off < error * (1 - 1e-9):
+                best, error = torch.zeros(3, dtype=torch.float64), off
+                best[list(some)] = solution / scale[list(some)]
+    raised = (best * (target / (terms @ best)).max().clamp(min=1.0)).tolist()
+    return Overhead(raised[0], raised[1], math.ceil(math.sqrt(2 * raised[2]) - 1e-6))
+
+
 def _dense_pair_seconds(cells: Sequence[CalibrationCell]) -> float:
     """Of the line through the origin that fits dense times best, by relative errors."""
     if not cells:
@@ -209,8 +287,13 @@ def _dense_pair_seconds(cells: Sequence[CalibrationCell]) -> float:
 
 
 def _fit(cells: Sequence[CalibrationCell]) -> Fit:
-    tiles = [cell.density * cell.dense / cell.sparse for cell in cells]  # of 1, the measured time
-    fixed = [1 / cell.sparse for cell in cells]
+    if any(cell.attending <= 0 for cell in cells):
+        raise ValueError(
+            "finding the blocks took longer than the whole sparse call: the machine was too busy to be measured; try "
+            "again with more repeats"
+        )
+    tiles = [cell.density * cell.dense / cell.attending for cell in cells]  # of 1, the measured time
+    fixed = [1 / cell.attending for cell in cells]
     tt, tf, ff = _dot(tiles, tiles), _dot(tiles, fixed), _dot(fixed, fixed)
     determinant = tt * ff - tf * tf
     if determinant <= 1e-9 * tt * ff:
@@ -245,25 +328,32 @@ def calibration_report(measured: Measured, *, markdown: bool = False) -> str:
     """The cells of an entry beside what its cost model says of them, then what follows from it."""
     entry, key = measured.entry, measured.entry.key
     fixed = entry.cost.fixed_tokens**2 / 2 * entry.dense_pair_seconds
+    names = {cell.selector: estimator_name(patterns_at([cell.selector], DENSITIES)[cell.selector][0][1])
+             for cell in entry.cells}  # fmt: skip
     rows = []
     for cell in entry.cells:
-        told = entry.cost.tile_factor * cell.density * cell.dense + fixed
+        finding = entry.overheads[names[cell.selector]].pairs(cell.length * (cell.length + 1) / 2, cell.length)
+        told = entry.cost.tile_factor * cell.density * cell.dense + fixed + finding * entry.dense_pair_seconds
         rows.append([
-            cell.selector, str(cell.length), number(cell.density), number(cell.dense, 4),
+            cell.selector, str(cell.length), number(cell.density), number(cell.dense, 4), number(cell.finding, 4),
             number(cell.sparse, 4), number(told, 4), f"{100 * (told / cell.sparse - 1):+.0f}%",
             number(cell.dense / cell.sparse, 2),
         ])  # fmt: skip
-    head = ["selector", "length", "density", "dense s", "sparse s", "model s", "model", "dense / sparse"]
-    even = {density: entry.cost.break_even(density) for density in _TOLD}
-    told_even = ", ".join(
-        f"{'never' if tokens is None else f'{tokens} tokens'} at {density:g}" for density, tokens in even.items()
-    )
+    head = ["selector", "length", "density", "dense s", "finding s", "sparse s", "model s", "model", "dense / sparse"]
+    lines = []
+    for selector, name in names.items():
+        overhead = entry.overheads[name]
+        even = {density: entry.cost.break_even(density, overhead) for density in _TOLD}
+        told_even = ", ".join(
+            f"{'never' if tokens is None else f'{tokens} tokens'} at {density:g}" for density, tokens in even.items()
+        )
+        lines.append(f"{selector}: finding the blocks costs {overhead.describe()}; break-even: {told_even}")
     dims = f"{key.head_dim}" if key.head_dim == key.value_dim else f"{key.head_dim}/{key.value_dim}"
     return "\n".join([
         f"layers {ranges(measured.layers)}: {key.query_heads} query heads, {key.kv_heads} KV heads, head_dim {dims}, "
         f"kernel {key.kernel}, tiles of {key.block_q} x {key.block_k}",
         table(head, rows, markdown=markdown),
         entry.describe(),
-        f"break-even: {told_even}",
+        *lines,
         f"largest relative error of a selector's own fit: {100 * measured.worst:.0f}%",
     ])  # fmt: skip

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from sparseprefill.huggingface import Patch, patch_model
 from sparseprefill.patterns.methods import METHODS
+from sparseprefill.patterns.stem import Stem
 from sparseprefill.prefill import parse_options
 
 
@@ -45,6 +46,21 @@ class MethodSpec:
             raise ValueError(f"no budget of {name!r} is known for a density: choose one of {', '.join(known)}")
         row = METHODS[name]
         return MethodSpec(name, {**row.fixed, row.share: density} if row.share else {})
+
+    @staticmethod
+    def about_density(name: str, density: float) -> MethodSpec:
+        """The same for any method, so that finding and attending can be timed: where no option says a density, with
+        options that come to about as much on inputs that mean nothing.
+        """
+        if name == "stem":
+            options = {**METHODS[name].fixed, "keep": 0.0}
+            options["keep"] = round(Stem.for_density(density, options["decay"]).keep or density, 4)
+            return MethodSpec(name, options)
+        if name == "flexprefill":  # the best tiles of a map; mass lies on the short rows, whose tiles are few
+            return MethodSpec(name, {**METHODS[name].fixed, "gamma": round(min(1.0, 2.5 * density), 4)})
+        if name == "skip_softmax":
+            return MethodSpec(name, {"inner": "block_sparse", "keep": density})
+        return MethodSpec.at_density(name, density)
 
     @property
     def label(self) -> str:

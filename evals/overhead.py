@@ -1,9 +1,11 @@
 """What finding the blocks costs, beside dense attention and beside the least that it can cost, in one run.
 
 Every figure is a share of the time of torch's dense causal attention on the same queries and keys; timed calls are
-interleaved. The floor of a method that looks at every pair is half of dense attention's multiply-adds (it needs no
-values) at the rate of torch's own int8 matrix product of that head_dim, measured in the same run. A method whose index,
-or whose scores, are wrong is an error and not a figure.
+interleaved. Finding is all that happens before the kernel, the sorting of a wrapper among it. Beside it stand its
+counted products of a query and a key, as a share of dense attention's multiply-adds, and how often that share its time
+is. The floor of a method that looks at every pair is half of dense attention's multiply-adds (it needs no values) at
+the rate of torch's own int8 matrix product of that head_dim, measured in the same run. A method whose index, or whose
+scores, are wrong is an error and not a figure.
 """
 
 from __future__ import annotations
@@ -17,18 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
-from sparseprefill.coverage import coverage
+from sparseprefill.contracts import AttentionInputs, BlockGrid
 from sparseprefill.estimators import RelativeAttention
-from sparseprefill.evals.bench import checked, dense_attention, median_seconds, random_inputs
+from sparseprefill.evals.bench import checked_parts, dense_attention, median_seconds, random_inputs
 from sparseprefill.evals.methods import MethodSpec
-from sparseprefill.kernels import block_sparse_attention
 from sparseprefill.kernels.products import ProductShape, choose_product
-from sparseprefill.patterns import ModelPatterns, Sale
+from sparseprefill.patterns import Dense, ModelPatterns, Sale
 from sparseprefill.patterns.methods import METHODS
+from sparseprefill.patterns.nested import products_of
+from sparseprefill.patterns.parts import Part, attend, parts_coverage, parts_of
 from sparseprefill.prefill import resolve_method
 from sparseprefill.reports import number, table
 
+ALL = "all"
+"""In place of a method: every method of the table that finds blocks."""
+DENSITY = 0.11
+"""What ALL keeps, about."""
 _BLOCK = 64
 _GEMM = 4096  # rows and columns of the int8 product that is timed
 
@@ -47,6 +53,12 @@ class OverheadCell:
     floor: float | None  # the least, for a method that looks at every pair
     density: float  # of what it found
     attention: float  # over these blocks
+    products: float = 0.0  # of the estimate, as a share of dense attention's multiply-adds
+
+    @property
+    def over_products(self) -> float | None:
+        """The estimate's time over the share that was counted; None where nothing is multiplied."""
+        return self.estimate / self.products if self.products else None
 
     @property
     def over_floor(self) -> float | None:
@@ -86,16 +98,10 @@ def overhead_cells(
         if length < 256 or length % 128:
             raise ValueError(f"estimators are timed at multiples of 128 tokens, from 256 on, got {length}")
     patterns: dict[str, Any] = {}
-    for text in methods:
-        spec = MethodSpec.parse(text)
+    for spec in every(methods):
         patterns[spec.label] = resolve_method(spec.name, **spec.options)
         if isinstance(patterns[spec.label], ModelPatterns):
-            raise ValueError(f"{text} is the profile of a model: name a method that needs none")
-        if METHODS[spec.name].wraps:
-            raise ValueError(
-                f"{text} goes around another method, which is what finds the blocks: name that one, or time the whole "
-                "with sparseprefill compare --time"
-            )
+            raise ValueError(f"{spec.label} is the profile of a model: name a method that needs none")
     cells = []
     for dtype in dtypes:
         for head_dim in head_dims:
@@ -106,31 +112,46 @@ def overhead_cells(
     return cells
 
 
+def every(methods: Sequence[str], density: float = DENSITY) -> list[MethodSpec]:
+    """The methods that are meant, each once: ALL stands for all of the table that find blocks, at about a density."""
+    specs: dict[str, MethodSpec] = {}
+    for text in methods:
+        names = [name for name, row in METHODS.items() if row.pattern is not Dense and not row.names]
+        for spec in (
+            [MethodSpec.about_density(name, density) for name in names] if text == ALL else [MethodSpec.parse(text)]
+        ):
+            specs[spec.label] = spec
+    return list(specs.values())
+
+
 def _cells(inputs: AttentionInputs, patterns: dict[str, Any], repeats: int) -> list[OverheadCell]:
     grid = BlockGrid.of(inputs, _BLOCK, _BLOCK)
-    indexes: dict[str, BlockIndex] = {}
+    found: dict[str, tuple[Part, ...]] = {}
     densities: dict[str, float] = {}
     for label, pattern in patterns.items():
-        indexes[label] = pattern.build_index(inputs, grid)
-        result = block_sparse_attention(inputs, indexes[label])
+        found[label] = parts_of(pattern, inputs, grid)
+        result = attend(found[label])
         assert result.output is not None
-        checked(label, inputs, indexes[label], result.output)
-        densities[label] = float(coverage(inputs, indexes[label], result.skipped).density.mean())
+        if all(part.index.skip is None for part in found[label]):
+            checked_parts(label, found[label], result.output)
+        densities[label] = float(parts_coverage(found[label], result.skipped).density.mean())
         if isinstance(pattern, Sale):
             check_scores(pattern.estimator, inputs, grid)
     contenders: dict[str, Callable[[], Any]] = {"dense": lambda: dense_attention(inputs), "int8": _int8(inputs)}
     for label, pattern in patterns.items():
-        contenders[f"find {label}"] = functools.partial(pattern.build_index, inputs, grid)
-        contenders[f"attend {label}"] = functools.partial(block_sparse_attention, inputs, indexes[label])
+        contenders[f"find {label}"] = functools.partial(parts_of, pattern, inputs, grid)
+        contenders[f"attend {label}"] = functools.partial(attend, found[label])
     seconds = median_seconds(inputs, contenders, repeats)
     dense = seconds["dense"]
-    pairs = inputs.query_heads * inputs.queries * (inputs.queries + 1) / 2
-    floor = seconds["int8"] / _GEMM**2 * pairs / dense
+    share = inputs.head_dim / (inputs.head_dim + inputs.value_dim)  # of a pair's multiply-adds, that are products
+    pairs_of_a_head = inputs.queries * (inputs.queries + 1) / 2
+    floor = seconds["int8"] / _GEMM**2 * inputs.query_heads * pairs_of_a_head / dense
     return [
         OverheadCell(
             label, _product(pattern, inputs), str(inputs.query.dtype).removeprefix("torch."), inputs.head_dim,
             inputs.queries, dense, seconds[f"find {label}"] / dense, floor if isinstance(pattern, Sale) else None,
             densities[label], seconds[f"attend {label}"] / dense,
+            products_of(pattern, inputs, grid) * share / pairs_of_a_head,
         )
         for label, pattern in patterns.items()
     ]  # fmt: skip
@@ -180,17 +201,20 @@ def check_scores(estimator: RelativeAttention, inputs: AttentionInputs, grid: Bl
 def overhead_table(cells: Sequence[OverheadCell], *, markdown: bool = False) -> str:
     """One line a cell."""
     head = [
-        "method", "product", "dtype", "head dim", "length", "dense s", "estimate / dense", "floor / dense",
-        "estimate / floor", "density", "attention / dense", "total / dense", "break-even density",
+        "method", "product", "dtype", "head dim", "length", "dense s", "estimate / dense", "products / dense",
+        "estimate / products", "floor / dense", "estimate / floor", "density", "attention / dense", "total / dense",
+        "break-even density",
     ]  # fmt: skip
     rows = [
         [
             cell.method, cell.product, cell.dtype, str(cell.head_dim), str(cell.length), number(cell.dense),
-            number(cell.estimate), number(cell.floor), number(cell.over_floor, 2), number(cell.density),
+            number(cell.estimate), number(cell.products or None, 4), number(cell.over_products, 2), number(cell.floor),
+            number(cell.over_floor, 2), number(cell.density),
             number(cell.attention), number(cell.total), number(cell.break_even),
         ]
         for cell in cells
     ]  # fmt: skip
     return table(head, rows, markdown=markdown) + (
+        "\nproducts = counted products of a query and a key, over dense attention's multiply-adds"
         "\nfloor = half of dense attention's multiply-adds at the rate of torch's int8 matrix product of this head dim"
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.selection import Budget, check_budget, check_tokens, keep_blocks
 from sparseprefill.patterns.expected_density import kept_share
+from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +37,31 @@ class AShape:
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         low, high = grid.visible_blocks(inputs)
-        block = torch.arange(grid.key_blocks, device=inputs.device)
         sink = -(-self.sink // grid.block_k)
-        first_local = torch.minimum(self._first_local(grid, sink), high - 1)
-        keep = (block < sink) | (block >= first_local[..., None])
-        keep &= (block >= low[..., None]) & (block < high[..., None])
+        local = torch.maximum(low, torch.minimum(self._first_local(grid, sink), high - 1))
+        before = (high.clamp(max=sink) - low).clamp(min=0)  # sink blocks of a row, and those of them outside the window
+        before = torch.minimum(before, local - low)
+        count = before + high - local
+        slot = torch.arange(self._width(grid, sink), device=inputs.device)
+        ids = torch.where(slot < before[..., None], low[..., None] + slot, (local - before)[..., None] + slot)
         # the list of a row is short where it has a window: rows share nothing, but heads do
-        return BlockIndex.from_mask(grid, keep[:, None]).for_heads(inputs.query_heads)
+        index = BlockIndex.from_slots(grid, ids.clamp(max=grid.key_blocks - 1)[:, None], count[:, None])
+        return index.for_heads(inputs.query_heads)
 
     def expected_density(self, keys: int) -> float:
         return kept_share(self.window if isinstance(self.window, float) else self.sink + self.window, keys)
+
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """It looks at nothing."""
+        return stated_overhead(device, head_dim, steps=0.1)
+
+    def _width(self, grid: BlockGrid, sink: int) -> int:
+        """As many blocks as a row keeps at most, known on the host."""
+        if isinstance(self.window, float):
+            return grid.key_blocks
+        # the window of the row's first query, and the row itself
+        window = (self.window + grid.block_q + grid.block_k - 2) // grid.block_k + 1
+        return min(grid.key_blocks, sink + window)
 
     def _first_local(self, grid: BlockGrid, sink: int) -> Tensor:
         """int64 [batch, rows]: the first key block of the local window."""

@@ -17,6 +17,7 @@ from sparseprefill.estimators.covered_mass import CoveredMass
 from sparseprefill.estimators.mean_pooled import MeanPooled, count_real
 from sparseprefill.estimators.selection import Budget, TopK, check_share, check_tokens, ranked
 from sparseprefill.patterns.expected_density import UNKNOWN, in_blocks, kept_share
+from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
 
 PUBLISHED = 6400
 """MInference's own budget in tokens: 100 blocks of 64."""
@@ -111,6 +112,10 @@ class BlockSparse:
     def expected_density(self, keys: int) -> float:
         forced = kept_share(in_blocks(self.sink) + in_blocks(self.local), keys)
         return max(UNKNOWN if self.mass is not None else kept_share(self.budget, keys), forced)
+
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """Means of all tokens, and every tile ranked."""
+        return stated_overhead(device, head_dim, keys=16, tiles=1 / (block_q * block_k), steps=0.36)
 
 
 def forced_blocks(inputs: AttentionInputs, grid: BlockGrid, sink: int, local: int) -> Tensor:

@@ -21,16 +21,11 @@ from sparseprefill.estimators.mean_pooled import key_block_means, real_key_block
 from sparseprefill.estimators.selection import Budget, TopK, check_tokens
 from sparseprefill.patterns.block_sparse import forced_blocks
 from sparseprefill.patterns.expected_density import UNKNOWN, in_blocks, kept_share
+from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
 from sparseprefill.patterns.own_blocks import with_own_blocks
 
 PUBLISHED = 0.12
 """The alpha of the paper's code for Qwen3-30B-A3B; 0.18 for Llama-3.1-8B, 0.08 for Qwen2.5."""
-
-OVERHEAD = 1.5
-"""Time of the estimate over that of dense attention, times the keys of a block: the products are 1 / (2 block_k) of
-dense attention's multiply-adds, and what is not a product takes twice as long again (docs/performance.md; on a GPU an
-assumption).
-"""
 
 # scores of queries and mean keys that are held at a time: on a CPU what stays in its cache
 _CPU_SCORES, _GPU_SCORES = 1 << 20, 1 << 25
@@ -104,9 +99,10 @@ class FlashPrefill:
         forced = kept_share(in_blocks(self.sink) + 64 + in_blocks(self.local), keys)
         return max(UNKNOWN if self.keep is None else kept_share(self.keep, keys), forced)
 
-    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
-        """As stated in `OVERHEAD`; see `CostModel`."""
-        return OVERHEAD / block_k
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """Each query with the mean of each block behind it, and every tile listed."""
+        tiles = 1 / (block_q * block_k)
+        return stated_overhead(device, head_dim, pairs=1 / block_k, keys=24, tiles=tiles, steps=0.64)
 
     def _rows(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Tensor, Tensor, Tensor]:
         """Of all rows: visible blocks, those kept always, and how many queries are no padding."""

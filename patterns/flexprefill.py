@@ -19,7 +19,8 @@ from sparseprefill.estimators.mean_pooled import MeanPooled, count_real
 from sparseprefill.estimators.probe import Probe
 from sparseprefill.estimators.selection import check_share, check_tokens
 from sparseprefill.patterns.expected_density import UNKNOWN, kept_share
-from sparseprefill.patterns.vertical_slash import crossed_tiles, ranks
+from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
+from sparseprefill.patterns.vertical_slash import crossed_lists, crossed_tiles, ranks
 
 Maps = Iterable[tuple[int, int, BlockMaps]]
 
@@ -98,6 +99,12 @@ class FlexPrefill:
         expected = 1.0 if self.gamma == 1.0 else max(UNKNOWN, kept_share(2 * least, keys))
         return min(expected, kept_share(2 * most, keys)) if bounded else expected
 
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """The last block's products, which are sorted token by token; for maps every tile is ranked among all."""
+        tiles = 2 / (block_q * block_k) if self.tau else 0.0
+        steps = 1.7 if self.tau else 1.1
+        return stated_overhead(device, head_dim, keys=1.5 * block_q, tiles=tiles, steps=steps)
+
     def _look(self, inputs: AttentionInputs, grid: BlockGrid) -> LastBlock:
         if grid.block_q != grid.block_k:
             raise ValueError(
@@ -142,19 +149,25 @@ class FlexPrefill:
         begin, end = grid.row_slots()
         real = count_real(inputs, begin, end)[:, None]  # [batch, 1, rows]
         whole = unknown | (self._too_short(inputs, grid)[:, None] | ~last.known)[..., None]
-        visible = grid.visible_block_mask(inputs)
-        end_block = grid.visible_blocks(inputs)[1] - 1  # where a row ends, which is its own
+        low, high = grid.visible_blocks(inputs)
+        end_block = high - 1  # where a row ends, which is its own
         block = torch.arange(grid.key_blocks, device=inputs.device)
 
         def chosen(start: int, stop: int) -> Tensor:
             mask = crossed_tiles(in_column, on_line, grid, start, stop)
+            visible = (block >= low[:, start:stop, None]) & (block < high[:, start:stop, None])
             if self.tau:
                 mask |= added[:, :, start:stop]
             mask |= (block == end_block[:, start:stop, None])[:, None] | whole[:, :, start:stop, None]
-            return mask.logical_and_(visible[:, None, start:stop])
+            return mask.logical_and_(visible[:, None])
 
         slabs = list(grid.slabs(inputs.query_heads))
-        if inputs.device.type == "cpu":
+        few = None
+        if not self.tau and inputs.device.type == "cpu" and not bool(whole.any()):
+            few = crossed_lists(in_column, on_line, end_block, inputs, grid)
+        if few is not None:
+            index = few
+        elif inputs.device.type == "cpu":
             index = BlockIndex.stack([BlockIndex.from_mask(grid, chosen(*slab)) for slab in slabs])
         else:
             index = BlockIndex.from_slabs(grid, inputs.query_heads, slabs, chosen)

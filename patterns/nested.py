@@ -48,13 +48,14 @@ def estimator_work(pattern: Pattern, inputs: AttentionInputs, grid: BlockGrid, d
     pair of a tile.
     """
     pairs = dense_tiles * grid.block_q * grid.block_k * (inputs.head_dim + inputs.value_dim)
-    return _products(pattern, inputs, grid) * inputs.head_dim / pairs
+    return products_of(pattern, inputs, grid) * inputs.head_dim / pairs
 
 
-def _products(pattern: Any, inputs: AttentionInputs, grid: BlockGrid) -> float:
+def products_of(pattern: Any, inputs: AttentionInputs, grid: BlockGrid) -> float:
+    """Products of a query and a key that the estimate makes, for one head."""
     if isinstance(pattern, LastRowsDense):
-        return _products(pattern.pattern, inputs, grid)
+        return products_of(pattern.pattern, inputs, grid)
     if isinstance(pattern, PerHead):  # the mean over heads
-        return sum(_products(each, inputs, grid) for each in pattern.patterns) / len(pattern.patterns)
+        return sum(products_of(each, inputs, grid) for each in pattern.patterns) / len(pattern.patterns)
     own = getattr(pattern, "estimator_products", None)
     return float(own(inputs, grid)) if callable(own) else 0.0

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.estimators.probe import CPU_ENTRIES, head_slabs
 from sparseprefill.estimators.selection import check_tokens
 from sparseprefill.patterns.block_sparse import BlockSparse
 from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.expected_density import expected_density, kept_share
+from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead, stated_overhead
 from sparseprefill.patterns.parts import Part
 
 PUBLISHED = BlockSparse(mass=0.9, sink=0, local=0)
@@ -106,10 +108,10 @@ class Pbs:
     def expected_density(self, keys: int) -> float:
         return min(1.0, expected_density(self.inner, keys) + kept_share(self.segment, keys))
 
-    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
-        """As `inner`: sorting grows with the tokens, not with the pairs."""
-        own = getattr(self.inner, "expected_overhead", None)
-        return float(own(device, head_dim, block_q, block_k)) if callable(own) else 0.0
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """Beside `inner` the probe's products, and keys and values written in their new order."""
+        own = stated_overhead(device, head_dim, keys=self.probe + 16, tiles=0.5 / (block_q * block_k), steps=1.5)
+        return own + expected_overhead(self.inner, device, head_dim, block_q, block_k)
 
     def _behind(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Tensor, Tensor]:
         """int64 [batch, rows] twice: key blocks [since, until) of the segments that lie behind each row."""
@@ -147,25 +149,35 @@ class Pbs:
 
     def _importance(self, inputs: AttentionInputs) -> Tensor:
         """[batch, kv_heads, keys]: mean weight of each key of a whole segment for the last queries of the group."""
+        if inputs.device.type == "cpu":  # a few groups at a time: fresh memory costs more than the passes over it
+            entries = inputs.batch * min(self.probe, inputs.queries) * inputs.keys
+            together = max(1, CPU_ENTRIES // (entries * inputs.group_size)) * inputs.group_size
+            if together < inputs.query_heads:
+                return torch.cat([self._weights(part) for _, _, part in head_slabs(inputs, together)], 1)
+        return self._weights(inputs)
+
+    def _weights(self, inputs: AttentionInputs) -> Tensor:
+        """`_importance`, all groups at once."""
         rows = min(self.probe, inputs.queries)
         first = (inputs.tail() - rows).clamp(min=inputs.query_start)
         slot = first[:, None] + torch.arange(rows, device=inputs.device)
         place = (slot - inputs.query_start)[:, None, :, None].expand(-1, inputs.query_heads, -1, inputs.head_dim)
         accurate = torch.float64 if inputs.query.dtype == torch.float64 else torch.float32
         query = inputs.query.gather(2, place).to(accurate).unflatten(1, (inputs.kv_heads, inputs.group_size))
-        logits = query.flatten(2, 3) @ inputs.key.to(accurate).mT * inputs.scale
+        logits = (query.flatten(2, 3) @ inputs.key.to(accurate).mT).mul_(inputs.scale)
         if inputs.softcap is not None:
             logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
         key = torch.arange(inputs.keys, device=inputs.device)
         anchor, tail = inputs.anchor()[:, None], inputs.tail()[:, None].clamp(max=inputs.filled)
         whole = anchor + (tail - anchor).clamp(min=0) // self.segment * self.segment
         counted = (key >= anchor) & (key < whole)
-        asked = torch.ones_like(slot, dtype=torch.bool)
         if inputs.key_valid is not None:
             counted &= inputs.key_valid
+        share = logits.masked_fill_(~counted[:, None, None], -torch.inf).softmax(-1)
+        share = share.unflatten(2, (inputs.group_size, rows))
+        if inputs.key_valid is not None:
             asked = inputs.key_valid.gather(1, slot)
-        share = logits.masked_fill(~counted[:, None, None], -torch.inf).softmax(-1)
-        share = share.unflatten(2, (inputs.group_size, rows)).masked_fill(~asked[:, None, None, :, None], 0)
+            share = share.masked_fill(~asked[:, None, None, :, None], 0)
         importance: Tensor = share.sum((2, 3)).nan_to_num(0.0)
         return importance.masked_fill(~counted[:, None], -torch.inf)
 

@@ -11,6 +11,7 @@ from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.selection import Budget, TopK, check_budget, check_tokens
 from sparseprefill.patterns.block_sparse import forced_blocks
 from sparseprefill.patterns.expected_density import in_blocks, kept_share
+from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
 
 _PRIME = (1 << 31) - 1
 
@@ -55,6 +56,10 @@ class RandomBlocks:
     def expected_density(self, keys: int) -> float:
         forced = kept_share(in_blocks(self.sink) + in_blocks(self.local), keys)
         return max(kept_share(self.keep, keys), forced)
+
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """Every tile draws a number, and is ranked by it."""
+        return stated_overhead(device, head_dim, tiles=0.5 / (block_q * block_k), steps=0.25)
 
 
 def _hash(seed: int, *parts: Tensor) -> Tensor:

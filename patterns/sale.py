@@ -19,6 +19,7 @@ from sparseprefill.estimators.relative_attention import PreparedKeys, RelativeAt
 from sparseprefill.estimators.selection import Budget, TopK, check_share, check_threshold, passed
 from sparseprefill.kernels.products import ProductShape, choose_product
 from sparseprefill.patterns.expected_density import UNKNOWN, in_blocks, kept_share
+from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
 
 PUBLISHED = 0.004
 """The threshold of the paper's own example, the same for all heads."""
@@ -127,11 +128,11 @@ class Sale:
         forced = kept_share(64 + in_blocks(self.window + self.segment), keys)
         return max((self.expected or UNKNOWN) if self.keep is None else kept_share(self.keep, keys), forced)
 
-    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
-        """What share of dense attention's time finding the blocks takes, as stated in `OVERHEAD`; see `CostModel`."""
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """All pairs, as stated in `OVERHEAD`."""
         shape = ProductShape(device, torch.float32, self.bits, head_dim, block_q, block_k)
         share, channels = OVERHEAD[choose_product(shape, self.product)]
-        return share + channels / head_dim
+        return stated_overhead(device, head_dim, share=share + channels / head_dim, keys=16, steps=3.0)
 
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> int:
         """See `sparseprefill.patterns.nested`."""

@@ -19,6 +19,7 @@ from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.mean_pooled import MeanPooled
 from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.expected_density import expected_density
+from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead, stated_overhead
 
 ORDERS = ("score", "ascending")
 """In which a row's blocks are visited: those whose mean key fits best first, or as they lie."""
@@ -88,11 +89,14 @@ class SkipSoftmax:
     def expected_density(self, keys: int) -> float:
         return expected_density(self.inner, keys) * (1 - SKIPPED / 2 if self.scale else 1.0)
 
-    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
-        """As `inner`; on a CPU the logits are computed once more to decide, a half of what is listed."""
-        own = getattr(self.inner, "expected_overhead", None)
-        inner = float(own(device, head_dim, block_q, block_k)) if callable(own) else 0.0
-        return inner + (0.5 if device.type == "cpu" and self.scale else 0.0)
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """Beside `inner` the order of visits; on a CPU the logits are computed once more, of half of all pairs."""
+        inner = expected_overhead(self.inner, device, head_dim, block_q, block_k)
+        if not self.scale:
+            return inner
+        tiles = 1.5 / (block_q * block_k) if self.order == "score" else 0.0
+        share = 0.5 if device.type == "cpu" else 0.0
+        return inner + stated_overhead(device, head_dim, share=share, keys=16, tiles=tiles, steps=0.64)
 
     def _keys(self, inputs: AttentionInputs, grid: BlockGrid) -> Tensor:
         """float32 [batch, rows]: keys that a query of a row can see at most, whether all of the row is asked or not."""

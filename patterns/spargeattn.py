@@ -22,6 +22,7 @@ from sparseprefill.estimators.mean_pooled import count_real
 from sparseprefill.estimators.selection import Budget, check_budget, check_tokens, keep_blocks
 from sparseprefill.estimators.self_similarity import SelfSimilarity
 from sparseprefill.patterns.expected_density import kept_share
+from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
 
 PUBLISHED_TOPK = 0.5
 """What is kept where neither cdf nor topk is given, as in the published call that needs no tuning."""
@@ -131,6 +132,10 @@ class SpargeAttn:
         forced = kept_share(64 + -(-self.sink // 64) * 64, keys)
         kept = 0.5 if self.topk is None and self.cdf is not None else kept_share(self.topk or PUBLISHED_TOPK, keys)
         return min(1.0, kept + forced)
+
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """Means and likeness of all tokens, and every tile ranked."""
+        return stated_overhead(device, head_dim, keys=48, tiles=1.5 / (block_q * block_k), steps=0.7)
 
     def _index(
         self, ranked: Callable[[int, int], RankedBlocks], inputs: AttentionInputs, grid: BlockGrid

@@ -20,6 +20,7 @@ from sparseprefill.estimators.phase_means import PhaseMeans, PreparedPhases
 from sparseprefill.estimators.selection import Budget, check_budget, check_share, check_tokens, keep_blocks, ranked
 from sparseprefill.patterns.block_sparse import forced_blocks
 from sparseprefill.patterns.dense import Dense
+from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
 from sparseprefill.patterns.last_rows import Pattern
 from sparseprefill.patterns.own_blocks import with_own_blocks
 
@@ -161,6 +162,11 @@ class Stem:
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> int:
         """See `sparseprefill.patterns.nested`."""
         return self.estimator.products(inputs, grid)
+
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """Sums of the groups of all tokens, and every tile scored by `stride` products and ranked."""
+        tiles = 1 / (block_q * block_k)
+        return stated_overhead(device, head_dim, pairs=self.stride * tiles, keys=24, tiles=tiles, steps=0.64)
 
     def row_budgets(self, tokens: Tensor, row: Tensor, block_q: int, block_k: int) -> Tensor:
         """int64 [batch, rows]: blocks that each row may choose.

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.selection import Budget
 from sparseprefill.patterns.a_shape import AShape
+from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
 from sparseprefill.patterns.last_rows import LastRowsDense
 
 
@@ -35,3 +38,7 @@ class TriShape:
 
     def expected_density(self, keys: int) -> float:
         return self._composed().expected_density(keys)
+
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """It looks at nothing."""
+        return stated_overhead(device, head_dim, steps=0.2)

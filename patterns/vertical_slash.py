@@ -20,9 +20,11 @@ from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.probe import Probe
 from sparseprefill.estimators.selection import check_share, check_tokens
 from sparseprefill.patterns.expected_density import in_blocks, kept_share
+from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
 
 PUBLISHED = (1000, 6096)  # MInference's default (verticals, slashes), in tokens
 SINK, BAND = 30, 100  # columns and distances MInference always keeps, in tokens
+_FEW = 8  # lists are written without a mask where a row has at most one in so many blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,11 @@ class VerticalSlash:
         assert self.slashes is not None
         return max(kept_share(self.verticals + self.slashes, keys), forced)
 
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """The probe's products; a share of the tiles where so many are listed that it takes a mask of all."""
+        tiles = 0.25 / (block_q * block_k)
+        return stated_overhead(device, head_dim, keys=self.probe, tiles=tiles, steps=0.64)
+
     def _block_mass(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Tensor, Tensor]:
         """[batch, query_heads, key_blocks] twice: probe mass of each block column and of each block slash."""
         mass = Probe(self.probe).mass(inputs)
@@ -169,12 +176,53 @@ def _fit(
 
 def _index(in_column: Tensor, in_slash: Tensor, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
     """Union of block columns and block slashes, rows in slabs."""
+    few = crossed_lists(in_column, in_slash, None, inputs, grid)
+    if few is not None:
+        return few
     visible = grid.visible_block_mask(inputs)
     parts = []
     for start, stop in grid.slabs(inputs.query_heads):
         mask = crossed_tiles(in_column, in_slash, grid, start, stop) & visible[:, None, start:stop]
         parts.append(BlockIndex.from_mask(grid, mask))
     return BlockIndex.stack(parts)
+
+
+def crossed_lists(
+    in_column: Tensor, in_slash: Tensor, also: Tensor | None, inputs: AttentionInputs, grid: BlockGrid
+) -> BlockIndex | None:
+    """The lists of `crossed_tiles`, as far as visible, made without a mask of all tiles.
+
+    None on a GPU, where the numbers of chosen ones are not read, and where so many are chosen that a mask is less.
+
+    Args:
+        in_column, in_slash: bool [batch, query_heads, key_blocks], by key block and by distance.
+        also: int64 [batch, rows], one more block of each row.
+    """
+    if inputs.device.type != "cpu":
+        return None
+    columns, slashes = (int(each.sum(-1).max()) for each in (in_column, in_slash))
+    width = columns + slashes + (also is not None)
+    if width > grid.key_blocks // _FEW:
+        return None
+    nowhere = 2 * grid.key_blocks  # sorts last
+    low, high = (bound[:, None, :, None] for bound in grid.visible_blocks(inputs))
+    row = (grid.first[:, None] + torch.arange(grid.rows, device=inputs.device))[:, None, :, None]
+    shape = (*in_column.shape[:2], grid.rows)
+    parts = [_places(in_column, columns, nowhere)[:, :, None].expand(*shape, -1)]
+    parts.append(row - _places(in_slash, slashes, nowhere)[:, :, None])  # of none: far below any block
+    if also is not None:
+        parts.append(also[:, None, :, None].expand(*shape, 1))
+    ids = torch.cat(parts, -1)
+    ids = ids.masked_fill((ids < low) | (ids >= high), nowhere).sort(-1).values
+    ids[..., 1:].masked_fill_(ids[..., 1:] == ids[..., :-1], nowhere)
+    ids = ids.sort(-1).values
+    return BlockIndex.from_slots(grid, ids.clamp(max=grid.key_blocks - 1), (ids < nowhere).sum(-1))
+
+
+def _places(chosen: Tensor, width: int, nowhere: int) -> Tensor:
+    """int64 [batch, query_heads, width]: where bool [batch, query_heads, blocks] is true, then `nowhere`."""
+    place = torch.arange(chosen.shape[-1], device=chosen.device).expand(chosen.shape)
+    return place.masked_fill(~chosen, nowhere).sort(-1).values[..., :width]
 
 
 def crossed_tiles(in_column: Tensor, in_slash: Tensor, grid: BlockGrid, start: int, stop: int) -> Tensor:

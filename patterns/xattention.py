@@ -20,13 +20,16 @@ from sparseprefill.estimators.antidiagonal import Antidiagonal, PreparedGroups
 from sparseprefill.estimators.covered_mass import CoveredMass, check_mass
 from sparseprefill.estimators.selection import Budget, TopK, check_budget
 from sparseprefill.patterns.expected_density import UNKNOWN, kept_share
+from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
 from sparseprefill.patterns.own_blocks import with_own_blocks
 
 PUBLISHED = 0.9
 """A threshold for all heads that the authors use; their own for Llama-3.1-8B differ by head."""
 
-OVERHEAD = {"cpu": 2.0, "cuda": 1.5}
-"""Time of a multiply-add of the estimate over that of one of dense attention, by kind of device: assumptions."""
+OVERHEAD = {"cpu": 2.4, "cuda": 1.5}
+"""Time of a multiply-add of the estimate over that of one of dense attention, by kind of device: on a CPU what prompts
+of 4k take, long ones take less (docs/performance.md); on a GPU an assumption.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +117,13 @@ class XAttention:
             return math.fsum(each) / len(each)
         return max(kept_share(self.keep, keys), forced)
 
-    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
-        """What share of dense attention's time finding the blocks takes, as stated in `OVERHEAD`; see `CostModel`.
+    def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
+        """What is stated in `OVERHEAD`, and every tile ranked.
 
         Dense attention multiplies each pair twice, with keys and with values, the estimate one pair in `stride` once.
         """
-        return OVERHEAD["cpu" if device.type == "cpu" else "cuda"] / (2 * self.stride)
+        share = OVERHEAD["cpu" if device.type == "cpu" else "cuda"] / (2 * self.stride)
+        return stated_overhead(device, head_dim, share=share, keys=16, tiles=1 / (block_q * block_k), steps=0.64)
 
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> int:
         """See `sparseprefill.patterns.nested`."""

@@ -21,17 +21,18 @@ from typing import Any
 import torch
 
 from sparseprefill import __version__, files
+from sparseprefill.patterns.expected_overhead import Overhead
 from sparseprefill.patterns.store import MOST_HEADS
 from sparseprefill.prefill import CostModel
 
 VARIABLE = "SPARSEPREFILL_CALIBRATION"
 """The environment variable that names the file in place of the default."""
-SCHEMA = 1
-"""Of the file; others are refused."""
+SCHEMA = 2
+"""Of the file; others are refused. 1 held no overheads, and its cost was that of finding and attending together."""
 COMMAND = "sparseprefill bench --calibrate"
 """What writes the file."""
 # a machine with a hundred models and a dozen settings has fewer entries, a measurement some dozens of cells
-_MOST_ENTRIES, _MOST_CELLS, _MOST_RATES = 4096, 1024, 64
+_MOST_ENTRIES, _MOST_CELLS, _MOST_RATES = 4096, 4096, 64
 _MOST_SECONDS, _MOST_TOKENS, _MOST_FACTOR, _MOST_LETTERS = 1e6, 1 << 30, 1e4, 256
 
 
@@ -63,7 +64,13 @@ class CalibrationCell:
     length: int  # tokens of the prefill
     density: float  # pairs computed over visible pairs, mean of the heads
     dense: float  # seconds of torch's dense causal attention
-    sparse: float  # seconds of the whole sparse call, estimator and kernel
+    sparse: float  # seconds of the whole sparse call as a patch makes it, observed
+    finding: float = 0.0  # seconds of finding the blocks, in the same turns
+
+    @property
+    def attending(self) -> float:
+        """Seconds of the rest of the sparse call."""
+        return self.sparse - self.finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +78,12 @@ class CalibrationEntry:
     """What was measured under one key."""
 
     key: CalibrationKey
-    cost: CostModel  # fitted; decides between sparse and dense
+    cost: CostModel  # of all but finding the blocks, fitted; decides between sparse and dense
     dense_pair_seconds: float  # of one (query, key) pair of dense attention, all heads of the layer together
-    cells: tuple[CalibrationCell, ...]  # what both were fitted from
+    cells: tuple[CalibrationCell, ...]  # what these were fitted from
     date: str  # of the measurement, YYYY-MM-DD
     rates: dict[str, float] = field(default_factory=dict)  # seconds of further units of work, by name
+    overheads: dict[str, Overhead] = field(default_factory=dict)  # of finding the blocks, by `estimator_name`
 
     def describe(self) -> str:
         """One line for reports."""
@@ -252,6 +260,9 @@ def _entry(data: Any, place: str) -> CalibrationEntry:
     rates = data["rates"]
     if not isinstance(rates, dict) or len(rates) > _MOST_RATES:
         raise ValueError(f"{place}: `rates` must be an object of at most {_MOST_RATES} numbers")
+    overheads = data["overheads"]
+    if not isinstance(overheads, dict) or len(overheads) > _MOST_CELLS:
+        raise ValueError(f"{place}: `overheads` must be an object of at most {_MOST_CELLS} overheads")
     cells = _list(data["cells"], _MOST_CELLS, f"{place}: `cells`")
     return CalibrationEntry(
         _key(data["key"], f"{place}: `key`"),
@@ -264,7 +275,18 @@ def _entry(data: Any, place: str) -> CalibrationEntry:
         _date(data["date"], f"{place}: `date`"),
         {_text(name, f"{place}: a name in `rates`"): _real(rate, _MOST_SECONDS, f"{place}: rate {files.shown(name)}")
          for name, rate in rates.items()},
+        {_text(name, f"{place}: a name in `overheads`"): _overhead(each, f"{place}: overhead {files.shown(name)}")
+         for name, each in overheads.items()},
     )  # fmt: skip
+
+
+def _overhead(data: Any, place: str) -> Overhead:
+    _names(data, [each.name for each in dataclasses.fields(Overhead)], place)
+    return Overhead(
+        _real(data["share"], _MOST_FACTOR, f"{place}: `share`", none=True),
+        _real(data["per_key"], _MOST_TOKENS, f"{place}: `per_key`", none=True),
+        _whole(data["fixed_tokens"], 0, _MOST_TOKENS, f"{place}: `fixed_tokens`"),
+    )
 
 
 def _key(data: Any, place: str) -> CalibrationKey:
@@ -291,6 +313,7 @@ def _cell(data: Any, place: str) -> CalibrationCell:
         _real(data["density"], 1.0, f"{place}: `density`"),
         _real(data["dense"], _MOST_SECONDS, f"{place}: `dense`"),
         _real(data["sparse"], _MOST_SECONDS, f"{place}: `sparse`"),
+        _real(data["finding"], _MOST_SECONDS, f"{place}: `finding`", none=True),
     )
 
 
@@ -323,9 +346,12 @@ def _whole(value: Any, least: int, most: int, place: str) -> int:
     return value
 
 
-def _real(value: Any, most: float, place: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
-        raise ValueError(f"{place} must be a number above 0 and at most {most:g}, got {files.shown(value)}")
+def _real(value: Any, most: float, place: str, *, none: bool = False) -> float:
+    """`none`: it may be 0."""
+    right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
+    if not right or (value == 0 and not none):
+        least = "of at least 0" if none else "above 0"
+        raise ValueError(f"{place} must be a number {least} and at most {most:g}, got {files.shown(value)}")
     return float(value)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 from sparseprefill.cli_bench_first_token import first_token
+from sparseprefill.cli_bench_growth import bench_growth, heads_of
+from sparseprefill.cli_bench_slower import bench_never_slower
 from sparseprefill.cli_evals import specs
 from sparseprefill.cli_options import Numbers, clear_errors, progress_bar
 
@@ -30,11 +32,16 @@ def refuse_options(ctx: click.Context) -> None:
 @click.option("--against", default="flex,dense", help="Rivals of the kernel: flex, dense or both.")
 @click.option(
     "--estimator", "estimators", multiple=True, metavar="METHOD[:OPTION=VALUE,...]",
-    help="Instead time how this method finds its blocks, beside dense attention; may be repeated.",
+    help="Instead time how this method finds its blocks, beside dense attention; may be repeated. `all`: every method.",
 )  # fmt: skip
 @click.option("--heads", help="Query/KV heads, not for --calibrate.  [default: 8/2; 32/8 on a GPU]")
 @click.option("--ttft", type=Numbers(), help="Also time the model inside at these lengths.")
 @click.option("--calibrate", is_flag=True, help="Instead measure when sparse pays, for layers like those of --model.")
+@click.option(
+    "--method", "methods", multiple=True, metavar="METHOD[:OPTION=VALUE,...]",
+    help="For --calibrate: measure this method's finding of blocks too; may be repeated.  "
+    "[default: vertical_slash, block_sparse and the default method]",
+)  # fmt: skip
 @click.option("--model", help="For --ttft, --calibrate: hub name or folder.  [default: the model inside]")
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), help="For --calibrate.  [default: auto]"
@@ -50,9 +57,9 @@ def refuse_options(ctx: click.Context) -> None:
 @click.pass_context
 def bench(
     ctx: click.Context, device: str | None, lengths: tuple[int, ...] | None, densities: str | None, against: str,
-    estimators: tuple[str, ...],
-    heads: str | None, ttft: tuple[int, ...] | None, calibrate: bool, model: str | None, dtype: str | None,
-    trust_remote_code: bool, density: float | None, repeats: int, out: Path | None, markdown: bool,
+    estimators: tuple[str, ...], heads: str | None, ttft: tuple[int, ...] | None, calibrate: bool,
+    methods: tuple[str, ...], model: str | None, dtype: str | None, trust_remote_code: bool, density: float | None,
+    repeats: int, out: Path | None, markdown: bool,
 ) -> None:  # fmt: skip
     """Time the kernel against dense attention and FlexAttention on the same masks, correctness first.
 
@@ -83,6 +90,8 @@ def bench(
             raise ValueError(
                 "--estimator goes with --lengths, --heads, --repeats, --device, --out and --markdown alone"
             )
+        if methods and not calibrate:
+            raise ValueError("--method is for --calibrate; --estimator times how a method finds its blocks")
         if heads is not None and calibrate:
             raise ValueError("--heads is not for --calibrate, which takes those of the model")
         if ctx.get_parameter_source("against") is click.core.ParameterSource.COMMANDLINE and (calibrate or estimators):
@@ -93,7 +102,9 @@ def bench(
         if calibrate:
             if ttft or density is not None:
                 raise ValueError("--calibrate measures attention alone: leave out --ttft and --density")
-            _calibrate(device, lengths, wanted, model, dtype or "auto", trust_remote_code, repeats, out, markdown)
+            _calibrate(
+                device, lengths, wanted, methods, model, dtype or "auto", trust_remote_code, repeats, out, markdown
+            )
             return
         if dtype is not None:
             raise ValueError("--dtype is for --calibrate: the kernel is timed in bfloat16 and float32")
@@ -103,7 +114,7 @@ def bench(
         reason = benches.why_no_flex(device) if "flex" in rivals else None
         if reason:
             click.echo(f"without FlexAttention: {reason}")
-        query_heads, kv_heads = _heads(heads, device)
+        query_heads, kv_heads = heads_of(heads or ("8/2" if device == "cpu" else "32/8"))
         example = benches.random_inputs(query_heads, kv_heads, 128, 64, torch.float32, device, 0)
         for name, why in benches.kernels_for(example)[1].items():
             click.echo(f"without {name}: {why}")
@@ -131,14 +142,6 @@ def bench(
 bench.add_command(first_token)
 
 
-def _heads(text: str | None, device: str) -> tuple[int, int]:
-    """Query and KV heads from `32/8`."""
-    query_heads, slash, kv_heads = (text or ("8/2" if device == "cpu" else "32/8")).partition("/")
-    if not slash or not query_heads.isdigit() or not kv_heads.isdigit() or "0" in (query_heads, kv_heads):
-        raise ValueError(f"--heads is query/KV heads, such as 32/8, got {text!r:.80}")
-    return int(query_heads), int(kv_heads)
-
-
 def _time_estimators(
     device: str, methods: tuple[str, ...], lengths: tuple[int, ...] | None, heads: str | None, repeats: int,
     out: Path | None, markdown: bool,
@@ -152,7 +155,7 @@ def _time_estimators(
 
     if out is not None:
         check_folder(out)
-    query_heads, kv_heads = _heads(heads, device)
+    query_heads, kv_heads = heads_of(heads or ("8/2" if device == "cpu" else "32/8"))
     lengths = lengths or (16384,)
     with progress_bar(2 * len(lengths), "estimators") as progress:
         cells = overhead.overhead_cells(
@@ -167,8 +170,8 @@ def _time_estimators(
 
 
 def _calibrate(
-    device: str, lengths: tuple[int, ...] | None, densities: list[float], model: str | None, dtype: str,
-    trust_remote_code: bool, repeats: int, out: Path | None, markdown: bool,
+    device: str, lengths: tuple[int, ...] | None, densities: list[float], methods: tuple[str, ...], model: str | None,
+    dtype: str, trust_remote_code: bool, repeats: int, out: Path | None, markdown: bool,
 ) -> None:  # fmt: skip
     """Measure, print, write."""
     from sparseprefill.calibration import check_writable, default_path, save_entries
@@ -181,8 +184,8 @@ def _calibrate(
     shapes = calibrating.shapes_of(bare)
     with progress_bar(len(shapes) * len(lengths or calibrating.lengths_for(device)), "calibrate") as progress:
         found = calibrating.calibrate(
-            shapes, device=device, dtype=bare.dtype, lengths=lengths, densities=densities, repeats=repeats,
-            progress=progress,
+            shapes, device=device, dtype=bare.dtype, lengths=lengths, densities=densities,
+            methods=methods or calibrating.SELECTORS, repeats=repeats, progress=progress,
         )  # fmt: skip
     for each in found:
         click.echo(calibrating.calibration_report(each, markdown=markdown))
@@ -191,3 +194,7 @@ def _calibrate(
     click.echo(f"wrote {path}")
     if path != default_path():
         click.echo(f"patch_model(model, calibration={str(path)!r}) reads it; without a name it reads {default_path()}")
+
+
+bench.add_command(bench_never_slower)
+bench.add_command(bench_growth)

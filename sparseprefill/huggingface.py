@@ -504,9 +504,8 @@ def _attend(
         if layer is not None:
             _note_compiled(layer.key, query.shape[2] < layer.settings.block_q)
         return _run_previous(layer, module, query, key, value, attention_mask, scaling, dropout, kwargs)
-    result: tuple[Tensor, Tensor | None] = _attend_eagerly(
-        module, query, key, value, attention_mask, scaling, dropout, **kwargs
-    )
+    attend = _attend_outside_of_graphs if torch.compiler.is_compiling() else _attend_eagerly
+    result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     return result
 
 
@@ -522,7 +521,6 @@ def _note_compiled(key: int, decoding: bool) -> bool:
     return True
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_eagerly(
     module: nn.Module,
     query: Tensor,
@@ -559,7 +557,7 @@ def _attend_eagerly(
     if reason is None:
         keys = min(key.shape[2], attention_mask.query_start + queries)  # a static cache is longer than what it holds
         layer.decided = query.device, dtype
-        reason = layer.why_dense(queries, keys, attention_mask, *layer.decided)
+        reason = layer.choice(queries, keys, attention_mask, *layer.decided)
     if reason is not None:
         layer.note_previous(reason)
         return back()
@@ -595,6 +593,9 @@ def _attend_eagerly(
     output = prefill.result.output
     assert output is not None
     return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+_attend_outside_of_graphs = torch.compiler.disable(_attend_eagerly)  # whose wrapper takes time in every call
 
 
 def _why_previous(

@@ -21,10 +21,12 @@ from sparseprefill.huggingface_modules import LayerShape, kernel_for
 from sparseprefill.kernels import IMPLEMENTATIONS
 from sparseprefill.patterns import Dense, Pattern
 from sparseprefill.patterns.expected_density import expected_density
-from sparseprefill.prefill import COST_MODELS, CostModel, Prefill, describe_pattern, expected_overhead
+from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead
+from sparseprefill.prefill import CostModel, Prefill, describe_pattern, stated_cost
 from sparseprefill.reports import LayerReport, ranges
 
 COUNTING = threading.Lock()  # a model may be called from several threads at once
+_MOST_CHOICES = 1024  # that a layer remembers; a serving process meets prompts of any length
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class LayerCost:
     dtype: torch.dtype
     entry: CalibrationEntry | None
     missing: str  # why there is no entry, or ""
+    kernel: str | None = None  # the implementation that serves the layer there
 
 
 @dataclass(eq=False)
@@ -99,6 +102,7 @@ class PatchedLayer:
     guard: GuardLog = field(default_factory=GuardLog)
     nan: Tensor | None = None  # bool [] on the device: a query or key was NaN
     copied: bool = False  # belongs to a copy of a patched model
+    choices: dict[tuple[Any, ...], str | None] = field(default_factory=dict)  # of `choice`, by what it depends on
 
     def __post_init__(self) -> None:
         LAYERS[self.key] = self
@@ -114,7 +118,8 @@ class PatchedLayer:
 
     def decision(self, device: torch.device, dtype: torch.dtype) -> tuple[CostModel, str]:
         """What chooses between sparse and dense for calls there, and in words."""
-        stated = COST_MODELS.get(device.type, COST_MODELS["cuda"])
+        here = self._cost_at(device, dtype)
+        stated = stated_cost(device.type, None if here is None else here.kernel)
         if self.settings.min_length is not None:
             return stated, f"sparse from {self.settings.min_length} keys on (min_length)"
         if self.cost is None:
@@ -128,6 +133,30 @@ class PatchedLayer:
         else:
             why = self.cost.missing
         return stated, f"uncalibrated cost model: {stated.describe()} ({why})"
+
+    def overhead(self, device: torch.device, dtype: torch.dtype) -> Overhead:
+        """What finding the blocks is reckoned to take there: measured where the calibration knows the estimator."""
+        cost = self._cost_at(device, dtype)
+        return expected_overhead(
+            self.pattern, device, self.head_dim, self.settings.block_q, self.settings.block_k,
+            None if cost is None or cost.entry is None else getattr(cost.entry,"overheads",None),
+        )  # fmt: skip
+
+    def _cost_at(self, device: torch.device, dtype: torch.dtype) -> LayerCost | None:
+        """What was looked up, where it was looked up for this."""
+        cost = self.cost
+        return cost if cost is not None and (cost.device, cost.dtype) == (device, dtype) else None
+
+    def choice(self, queries: int, keys: int, mask: MaskInfo, device: torch.device, dtype: torch.dtype) -> str | None:
+        """`why_dense`, remembered: it is asked for each layer of each call, most of which are of one length."""
+        asked = (queries, keys, mask.window, mask.chunk, device, dtype)
+        try:
+            return self.choices[asked]
+        except KeyError:
+            if len(self.choices) >= _MOST_CHOICES:
+                self.choices.clear()
+            reason = self.choices[asked] = self.why_dense(queries, keys, mask, device, dtype)
+            return reason
 
     def pattern_under(self, mask: MaskInfo) -> Pattern:
         """Selection is for layers that see everything; a local layer keeps its whole window or chunk."""
@@ -146,12 +175,11 @@ class PatchedLayer:
         cost = self.decision(device, dtype)[0]
         if mask.local is not None:
             return None if cost.sparse_is_cheaper(queries, keys, mask.density(keys)) else "below break-even"
-        density = expected_density(self.pattern, keys)
-        if not cost.sparse_is_cheaper(queries, keys, density):
-            return "below break-even"
-        overhead = expected_overhead(self.pattern, device, self.head_dim, self.settings.block_q, self.settings.block_k)
-        cheaper = cost.sparse_is_cheaper(queries, keys, density, overhead)
-        return None if cheaper else "finding the blocks would cost more than it saves"
+        density, overhead = expected_density(self.pattern, keys), self.overhead(device, dtype)
+        if cost.sparse_is_cheaper(queries, keys, density, overhead):
+            return None
+        left = 1 - cost.tile_factor * density  # of dense; what grows with it no length makes up for
+        return "finding the blocks would cost more than it saves" if 0 < left <= overhead.share else "below break-even"
 
     def break_even(self, mask: MaskInfo, device: torch.device, dtype: torch.dtype, limit: int) -> int | None:
         """The shortest prompt, in one call, that runs sparsely; None where not even one of `limit` tokens does."""
@@ -273,7 +301,7 @@ def layer_cost(
     if kernel is None:
         return LayerCost(device, dtype, None, "no kernel serves this layer")
     key = known.key(device, dtype, kernel, **dataclasses.asdict(shape), **blocks)
-    return LayerCost(device, dtype, *known.lookup(key))
+    return LayerCost(device, dtype, *known.lookup(key), kernel)
 
 
 def decision_of(layers: Iterable[tuple[PatchedLayer, torch.device, torch.dtype]]) -> str:

@@ -19,6 +19,7 @@ from sparseprefill.coverage import Coverage
 from sparseprefill.guard import Guard, GuardedCall, guarded
 from sparseprefill.kernels.row_lse import row_lse
 from sparseprefill.patterns import Dense, LastRowsDense, Pattern, PerHead
+from sparseprefill.patterns.expected_overhead import NOTHING, Overhead
 from sparseprefill.patterns.methods import DEFAULT, DEFAULT_OPTIONS, METHODS, MethodRow
 from sparseprefill.patterns.parts import Part, attend, parts_coverage, parts_of, without_heads
 from sparseprefill.patterns.store import INSIDE, SALE_INSIDE, ModelPatterns, load_patterns
@@ -124,26 +125,28 @@ def _nearest(name: str, known: Any) -> str:
 class CostModel:
     """When sparse is expected to be cheaper: stated in `COST_MODELS`, measured where a machine has been calibrated.
 
-    A sparse call costs (tile_factor * density + overhead) * dense + fixed: `dense` are the dense call's (query, key)
-    pairs, `overhead` is what an estimator takes that looks at all of them (see `expected_overhead`), and `fixed` are
-    the pairs of a dense causal prefill of `fixed_tokens`.
+    A sparse call costs, in (query, key) pairs of dense attention, tile_factor * density * dense for its kernel, the
+    pairs of a dense causal prefill of `fixed_tokens` at any density, and what finding the blocks takes (`Overhead`).
     """
 
     tile_factor: float  # time of a computed tile over that of a tile of dense attention
     fixed_tokens: int  # what a sparse call costs at any density, as the length of a dense causal prefill
 
-    def sparse_is_cheaper(self, queries: int, keys: int, density: float, overhead: float = 0.0) -> bool:
-        """For `queries` that are the last of `keys`, at an expected density and overhead."""
+    def sparse_is_cheaper(self, queries: int, keys: int, density: float, overhead: Overhead | float = NOTHING) -> bool:
+        """For `queries` that are the last of `keys`, at an expected density and overhead; a number is a share alone."""
+        found = overhead if isinstance(overhead, Overhead) else Overhead(share=overhead)
         dense = queries * (keys - queries) + queries * (queries + 1) / 2
-        return dense * (1 - self.tile_factor * density - overhead) > self.fixed_tokens**2 / 2
+        return dense * (1 - self.tile_factor * density) - found.pairs(dense, keys) > self.fixed_tokens**2 / 2
 
-    def break_even(self, density: float) -> int | None:
+    def break_even(self, density: float, overhead: Overhead = NOTHING) -> int | None:
         """The shortest prefill, in one call, that is cheaper sparsely at this density; None where none ever is."""
-        gain = 1 - self.tile_factor * density
+        gain = 1 - self.tile_factor * density - overhead.share
         if gain <= 0:
             return None
-        tokens = max(1, int(self.fixed_tokens / math.sqrt(gain)) - 1)  # n (n + 1) / 2 pairs, so this is just below
-        while not self.sparse_is_cheaper(tokens, tokens, density):
+        fixed = self.fixed_tokens**2 + overhead.fixed_tokens**2
+        linear = overhead.per_key - gain / 2  # there are n (n + 1) / 2 pairs
+        tokens = max(1, int((linear + math.sqrt(linear**2 + gain * fixed)) / gain) - 1)
+        while not self.sparse_is_cheaper(tokens, tokens, density, overhead):
             tokens += 1
         return tokens
 
@@ -152,24 +155,20 @@ class CostModel:
         return f"sparse costs {self.tile_factor:.3g} x density x dense + a dense prefill of {self.fixed_tokens} tokens"
 
 
-COST_MODELS = {"cpu": CostModel(2.5, 512), "cuda": CostModel(1.6, 4096)}
-"""By kind of device, where no calibration fits. The CPU's is what `sparseprefill bench` measured once, rounded towards
-caution; the GPU's is an assumption.
+COST_MODELS = {
+    ("cpu", "native"): CostModel(1.4, 512),
+    ("cpu", "cpu"): CostModel(3.0, 512),
+    ("cuda", "triton"): CostModel(1.6, 4096),
+}
+"""By kind of device and implementation, where no calibration fits. Those of the CPU are what was measured once, rounded
+towards caution; the GPU's is an assumption.
 """
 
 
-def expected_overhead(pattern: Any, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
-    """Time of finding the blocks over that of dense attention, where it grows with the pairs; 0 where it does not.
-
-    A user's object may have `expected_overhead(device, head_dim, block_q, block_k) -> float`.
-    """
-    if isinstance(pattern, PerHead):
-        each = [expected_overhead(own, device, head_dim, block_q, block_k) for own in pattern.patterns]
-        return math.fsum(each) / len(each)
-    if isinstance(pattern, LastRowsDense):
-        return expected_overhead(pattern.pattern, device, head_dim, block_q, block_k)
-    own = getattr(pattern, "expected_overhead", None)
-    return float(own(device, head_dim, block_q, block_k)) if callable(own) else 0.0
+def stated_cost(device: str, kernel: str | None) -> CostModel:
+    """That of a kind of device; of a kernel that has none there, that of the device's last one."""
+    general = ("cpu", "cpu") if device == "cpu" else ("cuda", "triton")
+    return COST_MODELS.get((device, kernel or ""), COST_MODELS[general])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

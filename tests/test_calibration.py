@@ -33,29 +33,40 @@ from sparseprefill.cli import main
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.coverage import coverage
 from sparseprefill.evals import bench as benches
-from sparseprefill.evals.calibrate import calibrate, calibration_report, fit_cost, shapes_of
+from sparseprefill.evals.calibrate import calibrate, calibration_report, fit_cost, fit_overhead, shapes_of
 from sparseprefill.huggingface import patched_layers
 from sparseprefill.huggingface_masks import NAME
 from sparseprefill.huggingface_modules import STATE, LayerShape
-from sparseprefill.patterns import BlockSparse, RandomBlocks, VerticalSlash
+from sparseprefill.patterns import BlockSparse, LastRowsDense, PerHead, RandomBlocks, VerticalSlash
 from sparseprefill.patterns.expected_density import expected_density
+from sparseprefill.patterns.expected_overhead import Overhead, estimator_name, expected_overhead
+from sparseprefill.patterns.methods import METHODS
+from sparseprefill.patterns.parts import Part
 from sparseprefill.prefill import COST_MODELS, CostModel
 
 BLOCKS = {"block_q": 16, "block_k": 16}
 ASKED: dict[str, Any] = {"keep": 0.1, "sink": 0, "local": 0, **BLOCKS}  # of block_sparse
 SHAPE = {"query_heads": 4, "kv_heads": 2, "head_dim": 16, "value_dim": 16}  # of the tiny llama
-CELL = CalibrationCell("block_sparse", 1024, 0.21, 0.01, 0.004)
+CELL = CalibrationCell("block_sparse", 1024, 0.21, 0.01, 0.004, 0.001)
+FREE = Overhead()
+FREELY = {estimator_name(BlockSparse(keep=0.1, sink=0, local=0)): FREE}  # what `ASKED` finds its blocks with
 EAGER, NEVER = CostModel(1.0, 50), CostModel(20.0, 50)  # sparse from about 50 tokens on; never at a density of 0.1
-EXACT = CostModel(1.25, 77)
+EXACT, FOUND = CostModel(1.25, 77), Overhead(0.01, 3.0)  # what a steady clock shows
 LENGTH = 200  # dense by the stated model
 CPU = torch.device("cpu")
 
 
-def entry(cost: CostModel = EAGER, *, dtype: torch.dtype = torch.float32, **other: Any) -> CalibrationEntry:
+def entry(
+    cost: CostModel = EAGER,
+    *,
+    dtype: torch.dtype = torch.float32,
+    overheads: dict[str, Overhead] = FREELY,
+    **other: Any,
+) -> CalibrationEntry:
     """For the tiny llama on this machine, except where `other` says otherwise."""
     key = Calibration((), Machine.here()).key(CPU, dtype, "cpu", **SHAPE, **BLOCKS)
     rates = {"profile_tile": 2e-6}
-    return CalibrationEntry(dataclasses.replace(key, **other), cost, 1e-9, (CELL,), "2026-11-20", rates)
+    return CalibrationEntry(dataclasses.replace(key, **other), cost, 1e-9, (CELL,), "2026-11-20", rates, overheads)
 
 
 @pytest.fixture
@@ -172,6 +183,7 @@ def test_wrong_values_anywhere_are_refused(here: Path, value: Any) -> None:
     data = json.loads(here.read_text())
     allowed = {
         ("entries", "[]"), ("cells", "[]"), ("rates", "{}"), ("threads", "None"), ("fixed_tokens", "0"),
+        ("overheads", "{}"), ("share", "0"), ("per_key", "0"), ("finding", "0"),
     }  # fmt: skip
     places: list[tuple[Any, Any]] = []
 
@@ -194,12 +206,12 @@ def test_files_that_are_no_calibration(here: Path) -> None:
     save_entries([entry()])
     data = json.loads(here.read_text())
     for wrong, message in (
-        ({**data, "schema": 0}, "has schema 0; this version reads schema 1"),
-        ({**data, "schema": 2}, "has schema 2"),
+        ({**data, "schema": 0}, "has schema 0; this version reads schema 2"),
+        ({**data, "schema": 1}, "has schema 1; this version reads schema 2"),
         ({**data, "more": 1}, "unknown entry 'more'"),
         ({**data, "entries": data["entries"] * 2}, "two entries of one key"),
         ([data], "has schema None"),
-        ({"schema": 1, "layers": []}, "has no 'entries'"),
+        ({"schema": 2, "layers": []}, "has no 'entries'"),
     ):
         here.write_text(json.dumps(wrong))
         assert message in refusal(here)
@@ -240,7 +252,7 @@ def test_an_entry_that_differs_in_anything_is_not_used(other: dict[str, Any], wo
     save_entries(known.entries)
     sparsely, decision = ran_sparsely(tiny_model("llama"))
     assert not sparsely
-    assert decision.startswith("uncalibrated cost model: sparse costs 2.5 x density x dense")
+    assert decision.startswith(f"uncalibrated cost model: {COST_MODELS['cpu', 'cpu'].describe()}")
     assert why in decision
     expect = words if "device_name" not in other else "no entry for cpu .*, only for cpu Another or for cuda A GPU"
     assert_matches(expect, why)
@@ -340,12 +352,13 @@ def test_another_device_or_dtype_keeps_the_stated_model(here: Path) -> None:
         layer = (patched_layers(model) or {})[0]
         assert layer.decision(CPU, torch.float32)[0] == EAGER
         cost, words = layer.decision(torch.device("cuda:0"), torch.float32)
-        assert cost == COST_MODELS["cuda"]
+        assert cost == COST_MODELS["cuda", "triton"]
         assert "patched for float32 on cpu, and runs in float32 on cuda:0" in words
         assert copy.deepcopy(layer).cost == layer.cost
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
             model(input_ids=tokens(1, LENGTH))
-        assert patch.report().previous_calls == {"below break-even": 3}
+        assert patch.report().sparse_calls == 0
+        assert sum(patch.report().previous_calls.values()) == 3
         assert "patched for float32 on cpu, and runs in bfloat16 on cpu" in patch.report().decision
         patch.reset()
         assert patch.report().decision == entry().describe()
@@ -354,6 +367,29 @@ def test_another_device_or_dtype_keeps_the_stated_model(here: Path) -> None:
     with patch_model(model, "block_sparse", **ASKED) as patch:
         assert "no entry in bfloat16, only in float32" in patch.report().decision
     assert "no entry in bfloat16" in patch.report().decision, "also after it was removed"
+
+
+def test_the_stated_model_is_that_of_the_kernel_which_serves_the_layer() -> None:
+    model = tiny_model("llama")
+    with patch_model(model, "block_sparse", **ASKED):
+        layer = (patched_layers(model) or {})[0]
+        assert layer.cost is not None
+        assert layer.cost.kernel == "cpu"
+        for kernel, stated in (("cpu", "cpu"), ("native", "native"), ("reference", "cpu"), (None, "cpu")):
+            layer.cost = dataclasses.replace(layer.cost, kernel=kernel)
+            assert layer.decision(CPU, torch.float32)[0] == COST_MODELS["cpu", stated]
+        layer.cost = None
+        assert layer.decision(CPU, torch.float32)[0] == COST_MODELS["cpu", "cpu"]
+        assert layer.decision(torch.device("cuda"), torch.float32)[0] == COST_MODELS["cuda", "triton"]
+
+
+def test_a_users_object_may_say_a_share_alone() -> None:
+    class Own:
+        def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> float:
+            return 16 / head_dim
+
+    assert expected_overhead(Own(), CPU, 64, 64, 64) == Overhead(share=0.25)
+    assert expected_overhead(object(), CPU, 64, 64, 64) == FREE
 
 
 def test_no_forward_pass_reads_a_file(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,13 +473,14 @@ def test_break_even_is_where_sparse_begins_to_be_cheaper() -> None:
     for _ in range(300):
         cost = CostModel(draw.uniform(0.5, 4), draw.choice((0, 1, 7, 64, 500, 3000)))
         density = draw.choice((0.05, 0.1, 0.2, 0.25, 0.5, 1.0))
-        found = cost.break_even(density)
+        overhead = Overhead(draw.choice((0.0, 0.05, 0.6)), draw.choice((0.0, 20.0, 700.0)), draw.choice((0, 300)))
+        found = cost.break_even(density, overhead)
         if found is None:
-            assert cost.tile_factor * density >= 1
-            assert not cost.sparse_is_cheaper(1 << 20, 1 << 20, density)
+            assert cost.tile_factor * density + overhead.share >= 1
+            assert not cost.sparse_is_cheaper(1 << 20, 1 << 20, density, overhead)
         else:
-            assert cost.sparse_is_cheaper(found, found, density)
-            assert found == 1 or not cost.sparse_is_cheaper(found - 1, found - 1, density)
+            assert cost.sparse_is_cheaper(found, found, density, overhead)
+            assert found == 1 or not cost.sparse_is_cheaper(found - 1, found - 1, density, overhead)
 
 
 def made_cells(
@@ -486,6 +523,70 @@ def test_the_fit_is_as_cautious_as_each_selector() -> None:
             for density in (0.05, 0.2, 0.5, 1.0):
                 alone, together = own.break_even(density), cost.break_even(density)
                 assert together is None or (alone is not None and alone <= together)
+
+
+@pytest.mark.parametrize("overhead", [Overhead(0.05, 30.0, 300), Overhead(0.3), Overhead(0.0, 12.0), FREE], ids=repr)
+def test_the_fit_of_an_overhead_recovers_it_and_is_never_below_a_time(overhead: Overhead) -> None:
+    draw, pair = random.Random("overhead"), 2e-9
+
+    def cells(noise: Callable[[], float]) -> list[CalibrationCell]:
+        made = []
+        for length in (512, 1024, 2048, 4096, 8192):
+            dense = length * (length + 1) / 2
+            finding = overhead.pairs(dense, length) * pair * noise()
+            made += [CalibrationCell("a", length, 0.2, dense * pair, dense * pair + finding, finding)] * 2
+        return made
+
+    found = fit_overhead(cells(lambda: 1.0), pair)
+    assert (found.share, found.per_key) == (pytest.approx(overhead.share), pytest.approx(overhead.per_key, abs=1e-6))
+    assert found.fixed_tokens == pytest.approx(overhead.fixed_tokens, abs=1)
+    for _ in range(20):
+        noisy = cells(lambda: draw.uniform(0.7, 1.5))
+        found = fit_overhead(noisy, pair)
+        for cell in noisy:
+            assert found.pairs(cell.length * (cell.length + 1) / 2, cell.length) * pair >= cell.finding * (1 - 1e-9)
+            assert found.pairs(cell.length * (cell.length + 1) / 2, cell.length) * pair <= 4 * cell.finding
+
+
+def test_a_measured_overhead_decides_for_its_own_estimator(here: Path) -> None:
+    """And for no other; budgets alone make no other estimator."""
+    model = tiny_model("llama")
+    slow = {estimator_name(BlockSparse(keep=0.5, sink=0, local=0)): Overhead(0.0, 0.0, 400)}
+    save_entries([entry(overheads=slow)])
+    assert not ran_sparsely(model, 200)[0]
+    assert ran_sparsely(model, 600)[0]
+    save_entries([entry(overheads={"BlockSparse(64, 0, True)": Overhead(0.0, 0.0, 400), **FREELY})])
+    assert ran_sparsely(model, 200)[0]
+    asked = (CPU, 64, 64, 64)
+    of_stem = METHODS["stem"].build(keep=0.1)
+    measured = {estimator_name(METHODS["stem"].build(keep=0.3, sink=0)): Overhead(0.5)}
+    assert expected_overhead(of_stem, *asked, measured) == Overhead(0.5)
+    assert expected_overhead(METHODS["stem"].build(keep=0.1, stride=16), *asked, measured).share < 0.5
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if name not in ("dense", "minference")])
+def test_every_method_says_what_finding_takes(method: str, device: str) -> None:
+    """In one form, and before anything was measured; a method that looks at tokens alone has no share of the pairs."""
+    if method == "sale" and device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("asks the GPU what can multiply its codes")
+    pattern = METHODS[method].build(**({"inner": BlockSparse(keep=0.1)} if METHODS[method].wraps else {}))
+    stated = expected_overhead(pattern, torch.device(device), 64, 64, 64)
+    assert stated.share < 3
+    assert stated.fixed_tokens > 0
+    if METHODS[method].kind != "static":
+        assert stated.share + stated.per_key > 0
+
+
+def test_groups_of_heads_share_what_grows_and_add_what_is_fixed() -> None:
+    one, other = METHODS["vertical_slash"].build(density=0.1), BlockSparse(keep=0.1)
+    asked = (CPU, 64, 64, 64)
+    alone = [expected_overhead(each, *asked) for each in (one, other)]
+    mixed = expected_overhead(PerHead((one, one, one, other)), *asked)
+    assert mixed.share == pytest.approx((3 * alone[0].share + alone[1].share) / 4)
+    assert mixed.per_key == pytest.approx((3 * alone[0].per_key + alone[1].per_key) / 4)
+    assert mixed.fixed_tokens**2 == pytest.approx(sum(each.fixed_tokens**2 for each in alone), rel=0.01)
+    assert expected_overhead(LastRowsDense(one, 64), *asked) == alone[0]
 
 
 def test_times_that_tell_nothing_are_refused() -> None:
@@ -539,13 +640,19 @@ def test_what_is_measured_is_what_a_patch_would_run(monkeypatch: pytest.MonkeyPa
     assert [each.layers for each in found] == [(0, 1, 2)]
     cells = found[0].entry.cells
     assert [(c.length, c.selector) for c in cells] == [
-        (length, name) for length in (256, 384) for _ in (0.1, 0.5) for name in ("vertical_slash", "block_sparse")
+        (length, name)
+        for length in (256, 384)
+        for name in ("vertical_slash", "block_sparse", "stem")
+        for _ in (0.1, 0.5)
     ]
     assert [c.density for c in cells if c.selector == "block_sparse" and c.length == 384] == [
         pytest.approx(float(coverage(inputs, index).density.mean())) for inputs, index in expected_indices()
     ]
     assert found[0].entry.cost.tile_factor == pytest.approx(EXACT.tile_factor)
     assert found[0].entry.cost.fixed_tokens == EXACT.fixed_tokens
+    assert list(found[0].entry.overheads) == ["VerticalSlash(64)", "BlockSparse(64, 128, True)", "Stem(8, 0.2)"]
+    for overhead in found[0].entry.overheads.values():
+        assert (overhead.share, overhead.per_key) == (pytest.approx(FOUND.share), pytest.approx(FOUND.per_key))
     save_entries(each.entry for each in found)
     with patch_model(model, "block_sparse", **ASKED) as patch:
         assert patch.report().decision == found[0].entry.describe()
@@ -561,14 +668,18 @@ def expected_indices() -> Iterator[tuple[AttentionInputs, BlockIndex]]:
 def by_the_length(inputs: Any, contenders: dict[str, Any], repeats: int) -> dict[str, float]:
     """Every call is made; what it takes is EXACT, whatever else the machine does."""
     dense = inputs.queries * (inputs.queries + 1) / 2 * 1e-9
+    finding = FOUND.pairs(dense / 1e-9, inputs.queries) * 1e-9
     seconds = {}
     for name, run in contenders.items():
         done = run()
         if name == "dense":
             seconds[name] = dense
+        elif name.startswith("find "):
+            assert all(isinstance(part, Part) for part in done)
+            seconds[name] = finding
         else:
             density = float(coverage(inputs, done.index).density.mean())
-            seconds[name] = EXACT.tile_factor * density * dense + EXACT.fixed_tokens**2 / 2 * 1e-9
+            seconds[name] = EXACT.tile_factor * density * dense + EXACT.fixed_tokens**2 / 2 * 1e-9 + finding
     return seconds
 
 
@@ -587,7 +698,7 @@ def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
             calibrate(shapes, device="cpu", dtype=torch.float32, **options)  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match="cannot be served"):
         calibrate(shapes, device="cpu", dtype=torch.float64, lengths=(256, 384))
-    monkeypatch.setattr(benches, "_error", lambda inputs, index, output: 1.0)
+    monkeypatch.setattr(benches, "_error", lambda parts, output: 1.0)
     with pytest.raises(ValueError, match=r"vertical_slash at density 0\.1, 256 tokens is wrong, so it is not timed"):
         calibrate(shapes, device="cpu", dtype=torch.float32, lengths=(256, 384))
 
@@ -613,11 +724,12 @@ class TestCommand:
         assert f"wrote {here}\n" in output
         assert "layers 0-2: 4 query heads, 2 KV heads, head_dim 64, kernel cpu, tiles of 64 x 64" in output
         assert EXACT.describe() in output
-        told = ", ".join(f"{EXACT.break_even(density)} tokens at {density}" for density in (0.1, 0.2, 0.5))
-        assert f"break-even: {told}\n" in output
+        told = ", ".join(f"{EXACT.break_even(density, FOUND)} tokens at {density}" for density in (0.1, 0.2, 0.5))
+        for method in ("vertical_slash", "block_sparse", "stem"):
+            assert f"{method}: finding the blocks costs {FOUND.describe()}; break-even: {told}\n" in output
         assert "largest relative error" in output
         (found,) = load_calibration().entries
-        assert len(found.cells) == 12
+        assert len(found.cells) == 18
         assert found.describe() in output
         decision = self.run("doctor", str(tmp_path / "model"), "--device", "cpu")
         assert f"decision   {found.describe()}\n" in decision

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import itertools
 import json
 import re
 import shlex
@@ -17,18 +18,23 @@ from typing import Any
 
 import click
 import pytest
+import torch
 
 import sparseprefill
 from sparseprefill import calibration, cli
 from sparseprefill.evals.bench import first_token_times
 from sparseprefill.evals.compare import summarise
+from sparseprefill.evals.growth import GrowthCell, growth_table
 from sparseprefill.evals.methods import MethodSpec
+from sparseprefill.evals.never_slower import Slowdown, never_slower_table
+from sparseprefill.evals.overhead import OverheadCell, overhead_table
 from sparseprefill.evals.ranking import standings
 from sparseprefill.evals.results import EvalResult
 from sparseprefill.evals.selector_result import DENSITIES, WORKS, SelectorResult
 from sparseprefill.huggingface import patch_model
 from sparseprefill.huggingface_layers import Settings
 from sparseprefill.patterns.expected_density import expected_density
+from sparseprefill.patterns.expected_overhead import expected_overhead
 from sparseprefill.patterns.methods import DEFAULT, METHODS
 from sparseprefill.prefill import COST_MODELS, method_page, methods_table, resolve_method
 from sparseprefill.reports import number
@@ -300,6 +306,46 @@ def test_figures_of_finding_the_blocks_are_those_of_the_results() -> None:
         assert (low, full) == (shares[name, "bfloat16"], shares[name, "float32"]), name
 
 
+def rows_to_be(name: str, written: dict[str, Any]) -> list[list[str]]:
+    """Cells of the table that a page shows of a file in docs/results."""
+    if name == "never_slower_cpu.json":
+        kept = [{k: v for k, v in cell.items() if k not in ("allowed", "passes")} for cell in written["cells"]]
+        return cells_of(never_slower_table([Slowdown(**cell) for cell in kept], markdown=True))
+    if name == "growth_cpu.json":
+        return cells_of(growth_table([GrowthCell(**cell) for cell in written["cells"]], markdown=True).split("\n\n")[1])
+    printed = cells_of(overhead_table([OverheadCell(**cell) for cell in written["cells"]], markdown=True))
+    columns = {"method", "dtype", "estimate / dense", "products / dense", "estimate / products", "density"}
+    return [[cell for cell, title in zip(row, printed[0], strict=True) if title in columns] for row in printed]
+
+
+def cells_of(table: str) -> list[list[str]]:
+    """Of the first table of a text, the rule below its head left out."""
+    lines = list(itertools.takewhile(lambda line: line.startswith("|"), table.split("\n")))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for n, line in enumerate(lines) if n != 1]
+
+
+@pytest.mark.parametrize("name", ["never_slower_cpu.json", "growth_cpu.json", "overhead_all_cpu.json"])
+def test_tables_of_results_are_those_of_the_results(name: str) -> None:
+    """The page has a place for it: empty as long as nothing was measured, then what the command prints."""
+    page, path = PAGES["docs/performance.md"], ROOT / "docs/results" / name
+    found = cells_of(page.partition(f"<!-- {name}")[2].partition("-->")[2].lstrip("\n"))
+    assert f"<!-- {name}" in page
+    if path.exists():
+        expected = rows_to_be(name, json.loads(path.read_text(encoding="utf-8")))
+        assert found == expected, "\n".join("| " + " | ".join(row) + " |" for row in expected)
+    else:
+        assert not found, f"figures of {name}, which is not there"
+
+
+def test_the_sweep_that_is_shown_passes_and_ran_sparsely() -> None:
+    path = ROOT / "docs/results/never_slower_cpu.json"
+    if not path.exists():
+        pytest.skip("not measured yet")
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert all(cell["passes"] for cell in written["cells"])
+    assert all(each["runs"] is not None and each["runs"] <= 8192 for each in written["crossings"])
+
+
 def reasons_in_the_source() -> set[str]:
     """What a call can be counted under in `previous_calls`, numbers and names in it as N.
 
@@ -359,10 +405,10 @@ def test_every_reason_for_no_calibration_is_explained() -> None:
 
 
 def test_break_even_table_follows_from_the_cost_model() -> None:
-    section = WHY_NOT.partition("| budget | CPU | GPU |")[2].partition("\n\n")[0]
+    section = WHY_NOT.partition("| budget | CPU | CPU, native | GPU |")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.split("\n")[2:]]
     assert len(rows) >= 8
-    for budget, cpu, gpu in rows:
+    for budget, *told in rows:
         share = re.fullmatch(r"a share of ([\d.]+)", budget)
         name = re.match(r"`(\w+)`", budget)
         if share:
@@ -370,17 +416,23 @@ def test_break_even_table_follows_from_the_cost_model() -> None:
         else:
             assert name is not None, budget
             pattern = resolve_method(name[1], **({"budget": "paper"} if "paper" in budget else {}))
-        assert [shortest_sparse("cpu", pattern), shortest_sparse("cuda", pattern)] == [cpu, gpu], budget
+        assert [shortest_sparse(*where, pattern) for where in COST_MODELS] == [told[1], told[0], told[2]], budget
+    stated = re.search(r"From the stated model \(([^)]*)\)", WHY_NOT)
+    assert stated is not None
+    assert re.findall(r"([\d.]+) x", stated[1]) == [
+        f"{COST_MODELS[where].tile_factor:g}" for where in (("cpu", "cpu"), ("cpu", "native"), ("cuda", "triton"))
+    ]
     begins = re.search(r"`vertical_slash` keeps four, and begins\s+at (\d+)", WHY_NOT)
     assert begins is not None
-    assert begins[1] == shortest_sparse("cpu", resolve_method("vertical_slash", density=0.2))
+    assert begins[1] == shortest_sparse("cpu", "cpu", resolve_method("vertical_slash", density=0.2))
 
 
-def shortest_sparse(device: str, pattern: Any) -> str:
-    """The first multiple of 64 tokens at which one prefill is expected to be cheaper sparsely."""
-    model = COST_MODELS[device]
+def shortest_sparse(device: str, kernel: str, pattern: Any) -> str:
+    """The first multiple of 64 tokens at which one prefill is expected to be cheaper sparsely, at head_dim 128."""
+    model, place = COST_MODELS[device, kernel], torch.device(device)
+    found = expected_overhead(pattern, place, 128, 64, 64)
     lengths = range(64, 1 << 16, 64)
-    cheap = (n for n in lengths if model.sparse_is_cheaper(n, n, expected_density(pattern, n)))
+    cheap = (n for n in lengths if model.sparse_is_cheaper(n, n, expected_density(pattern, n), found))
     return str(next(cheap, "never"))
 
 

@@ -27,7 +27,8 @@ from sparseprefill.kernels import low_bit
 from sparseprefill.kernels.products import PRODUCTS, ProductShape, choose_product
 from sparseprefill.patterns import Dense, HeadScore, LastRowsDense, ModelPatterns, PerHead, Sale
 from sparseprefill.patterns.expected_density import UNKNOWN, expected_density
-from sparseprefill.prefill import COST_MODELS, expected_overhead, resolve_method, sparse_prefill
+from sparseprefill.patterns.expected_overhead import NOTHING, expected_overhead
+from sparseprefill.prefill import COST_MODELS, resolve_method, sparse_prefill
 from support import left_padding, make_inputs
 
 CPU = torch.device("cpu")
@@ -345,13 +346,14 @@ class TestCost:
         cpu = torch.device("cpu")
         own = Sale(threshold=0.1, product="torch")
         one = expected_overhead(own, cpu, 64, 64, 64)
-        assert one >= 1
-        assert expected_overhead(PerHead((own, Dense())), cpu, 64, 64, 64) == one / 2
+        assert one.share >= 1
+        half = expected_overhead(PerHead((own, Dense())), cpu, 64, 64, 64)
+        assert (half.share, half.per_key, half.fixed_tokens) == (one.share / 2, one.per_key / 2, one.fixed_tokens)
         wrapped = resolve_method("sale", threshold=0.1, product="torch", last_rows_dense=64)
         assert expected_overhead(wrapped, cpu, 64, 64, 64) == one
-        assert expected_overhead(Dense(), cpu, 64, 64, 64) == 0
-        assert not COST_MODELS["cpu"].sparse_is_cheaper(1 << 20, 1 << 20, 0.01, one)
-        assert COST_MODELS["cpu"].sparse_is_cheaper(1 << 20, 1 << 20, 0.01, 0.5)
+        assert expected_overhead(Dense(), cpu, 64, 64, 64) == NOTHING
+        assert not COST_MODELS["cpu", "cpu"].sparse_is_cheaper(1 << 20, 1 << 20, 0.01, one)
+        assert COST_MODELS["cpu", "cpu"].sparse_is_cheaper(1 << 20, 1 << 20, 0.01, 0.5)
 
     def test_short_prompts_are_known_to_be_nearly_dense(self) -> None:
         assert expected_density(Sale(threshold=0.5), 256) == 1.0
@@ -394,7 +396,7 @@ class TestModel:
         assert report.sparse_calls == len(report.layers)
         for layer in report.layers:
             assert layer.overhead is not None
-            reckoned = COST_MODELS["cpu"].tile_factor * sum(layer.tile_work or ()) / len(layer.tile_work or ())
+            reckoned = COST_MODELS["cpu", "cpu"].tile_factor * sum(layer.tile_work or ()) / len(layer.tile_work or ())
             assert layer.overhead == pytest.approx(layer.estimator_seconds / layer.kernel_seconds * reckoned)
             assert layer.unjudged == 0
         assert "overhead" in str(report)
