@@ -139,7 +139,7 @@ class PatchedLayer:
         cost = self._cost_at(device, dtype)
         return expected_overhead(
             self.pattern, device, self.head_dim, self.settings.block_q, self.settings.block_k,
-            None if cost is None or cost.entry is None else getattr(cost.entry,"overheads",None),
+            None if cost is None or cost.entry is None else cost.entry.overheads,
         )  # fmt: skip
 
     def _cost_at(self, device: torch.device, dtype: torch.dtype) -> LayerCost | None:
@@ -149,7 +149,7 @@ class PatchedLayer:
 
     def choice(self, queries: int, keys: int, mask: MaskInfo, device: torch.device, dtype: torch.dtype) -> str | None:
         """`why_dense`, remembered: it is asked for each layer of each call, most of which are of one length."""
-        asked = (queries, keys, mask.window, mask.chunk, device, dtype)
+        asked = (self.always_dense, queries, keys, mask.window, mask.chunk, device, dtype)
         try:
             return self.choices[asked]
         except KeyError:

@@ -489,7 +489,7 @@ class TestBench:
             (["--estimator", "sale", "--lengths", "100"], "multiples of 128"),
             (["--estimator", "sale", "--heads", "8"], "query/KV heads"),
             (["--estimator", "sale", "--ttft", "1k"], "goes with"),
-            (["--heads", "8/2"], "--heads is for --estimator"),
+            (["--heads", "8/2", "--calibrate"], "--heads is not for --calibrate"),
             (["--estimator", "minference:profile=inside", "--lengths", "256"], "profile of a model"),
         ],
     )
