@@ -313,6 +313,9 @@ def rows_to_be(name: str, written: dict[str, Any]) -> list[list[str]]:
         return cells_of(never_slower_table([Slowdown(**cell) for cell in kept], markdown=True))
     if name == "growth_cpu.json":
         return cells_of(growth_table([GrowthCell(**cell) for cell in written["cells"]], markdown=True).split("\n\n")[1])
+    if name.startswith("bench_cpu"):
+        against = RIVALS if any(cell["flex"] is not None for cell in written["kernel"]) else ("dense",)
+        return cells_of(kernel_table([KernelCell(**cell) for cell in written["kernel"]], against=against, markdown=True))
     printed = cells_of(overhead_table([OverheadCell(**cell) for cell in written["cells"]], markdown=True))
     columns = {"method", "dtype", "estimate / dense", "products / dense", "estimate / products", "density"}
     return [[cell for cell, title in zip(row, printed[0], strict=True) if title in columns] for row in printed]
@@ -324,7 +327,10 @@ def cells_of(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for n, line in enumerate(lines) if n != 1]
 
 
-@pytest.mark.parametrize("name", ["never_slower_cpu.json", "growth_cpu.json", "overhead_all_cpu.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["bench_cpu.json", "bench_cpu_32k.json", "never_slower_cpu.json", "growth_cpu.json", "overhead_all_cpu.json"],
+)
 def test_tables_of_results_are_those_of_the_results(name: str) -> None:
     """The page has a place for it: empty as long as nothing was measured, then what the command prints."""
     page, path = PAGES["docs/performance.md"], ROOT / "docs/results" / name
@@ -344,6 +350,14 @@ def test_the_sweep_that_is_shown_passes_and_ran_sparsely() -> None:
     written = json.loads(path.read_text(encoding="utf-8"))
     assert all(cell["passes"] for cell in written["cells"])
     assert all(each["runs"] is not None and each["runs"] <= 8192 for each in written["crossings"])
+
+
+def test_the_native_kernel_is_as_fast_as_the_page_says() -> None:
+    cells = json.loads((ROOT / "docs/results/bench_cpu.json").read_text(encoding="utf-8"))["kernel"]
+    assert {cell["length"] for cell in cells} == {16384}
+    for cell in (KernelCell(**each) for each in cells):
+        assert cell.over_ideal("native") <= 1.25, cell
+        assert cell.ours["native"] < cell.dense, cell
 
 
 def reasons_in_the_source() -> set[str]:
