@@ -139,7 +139,10 @@ def _what_fits(query_heads: int, kv_heads: int, length: int, head_dim: int, dtyp
 
 
 def _cell(inputs: AttentionInputs, index: BlockIndex, with_flex: bool, repeats: int) -> KernelCell:
-    kernels, _ = kernels_for(inputs)
+    kernels, reasons = kernels_for(inputs)
+    if not kernels:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise NotImplementedError(f"no kernel serves what is to be timed. {why}")
 
     def runs(kernel: str) -> Callable[[], Tensor]:
         return lambda: _output(block_sparse_attention(inputs, index, kernel))

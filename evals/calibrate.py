@@ -152,13 +152,13 @@ def calibrate(
             progress(1)
         key = nothing.key(place, dtype, kernel, **dataclasses.asdict(shape), block_q=block_q, block_k=block_k)
         cost, pair, worst = fit_cost([cell for cell in cells if cell.selector in swept])
-        overheads = {
-            estimator_name(each[0][1]): fit_overhead(
-                [_beyond(cell, cost, pair) if METHODS[MethodSpec.parse(name).name].wraps else cell
-                 for cell in cells if cell.selector == name], pair,
-            )
-            for name, each in patterns.items()
-        }  # fmt: skip
+        finders: dict[str, list[CalibrationCell]] = {}  # a method named twice may find its blocks in one way
+        for name, each in patterns.items():
+            own = [cell for cell in cells if cell.selector == name]
+            if METHODS[MethodSpec.parse(name).name].wraps:
+                own = [_beyond(cell, cost, pair) for cell in own]
+            finders.setdefault(estimator_name(each[0][1]), []).extend(own)
+        overheads = {name: fit_overhead(own, pair) for name, own in finders.items()}
         rates = {}
         if block_q == block_k:  # tiles of the profiler are square
             inputs = random_inputs(

@@ -230,9 +230,15 @@ class _Bench:
     def start(
         self, spec: MethodSpec, ids: Tensor, progress: Callable[[int], Any]
     ) -> tuple[float, float | None]:  # fmt: skip
-        """(seconds of the first call, density); the peak, where a process of its own measures it, comes before."""
-        if self.peak is not None and (held := self.peak(spec, ids.shape[1])) is not None:
-            self.peaks[spec.label][ids.shape[1]] = held
+        """(seconds of the first call, density); the peak, where a process of its own measures it, comes before.
+
+        That process runs all layers: where one stands for them, as dense takes too long, no peak is measured.
+        """
+        length = ids.shape[1]
+        if self.peak is not None and not self._runs_one(spec, length):
+            held = self.peak(spec, length)
+            if held is not None:
+                self.peaks[spec.label][length] = held
         first = self.run(spec, ids).seconds
         progress(1)
         with spec.applied(self.model, min_length=0, observe=True, sample_rows=0) as patch:

@@ -83,7 +83,7 @@ class Crossing:
 
     method: str
     dtype: str
-    stays: int | None  # the longest that ran dense before the first that ran sparsely, None where none did
+    stays: int | None  # the longest below `runs`, at which some or all of them ran dense; None where there is none
     runs: int | None  # the shortest from which on every layer that can ran sparsely, None where none did
 
 

@@ -66,8 +66,8 @@ def cpu_attention(
     if plain and tiles.diagonal:
         output, lse = _diagonal(tiles, inputs, rows)
     else:
-        lse = torch.full(shape, -torch.inf)
-        output = torch.zeros(*shape, inputs.value_dim) if values else None
+        lse = torch.full(shape, -torch.inf, dtype=torch.float32)  # whatever the caller's default dtype is
+        output = torch.zeros(*shape, inputs.value_dim, dtype=torch.float32) if values else None
         for flat, ids in _batches(tiles, tiles.edge, tiles.edge_count, values):
             query = tiles.query.index_select(0, flat)
             part = _masked(query, ids, tiles, inputs, space, _edge_mask(flat, ids, tiles, inputs), values)
@@ -338,8 +338,8 @@ def _diagonal(tiles: _Tiles, inputs: AttentionInputs, rows: int) -> tuple[Tensor
         t.view(inputs.batch * inputs.kv_heads, -1, block, t.shape[-1])[:, start : start + rows]
         for t in (tiles.key, tiles.value)
     )
-    output = torch.empty(*tiles.query.shape[:2], inputs.value_dim)
-    lse = torch.empty(tiles.query.shape[:2])
+    output = torch.empty(*tiles.query.shape[:2], inputs.value_dim, dtype=torch.float32)
+    lse = torch.empty(tiles.query.shape[:2], dtype=torch.float32)
     for number, query in enumerate(tiles.query.split(rows)):  # a (batch row, query head) at a time
         own = number // inputs.group_size
         part, part_lse = _fused(query[:, None], key[own, :, None], value[own, :, None], True, inputs.scale)

@@ -178,6 +178,12 @@ def _why_not_into(
         )
     if into.lse.shape != inputs.query.shape[:3] or into.lse.device != inputs.device:
         return f"into is a result of other inputs: its lse is {tuple(into.lse.shape)} on {into.lse.device}"
+    shape = (*inputs.query.shape[:3], inputs.value_dim)
+    if into.output is not None and (into.output.shape != shape or into.output.device != inputs.device):
+        return (
+            f"into is a result of other inputs: its output is {tuple(into.output.shape)} on {into.output.device}, "
+            f"these give {shape} on {inputs.device}"
+        )
     if (into.output is not None) != values:
         return "into must hold an output where values are computed, and none where lse alone is"
     if index.skip is not None and into.skipped is None:

@@ -52,9 +52,11 @@ def native_attention(
     everywhere = inputs.key_valid is None  # every query stands in some row
     output: Tensor | None = None
     if into is None:
-        lse = torch.full(inputs.query.shape[:3], -torch.inf)
+        # the library writes float32 into memory of the CPU, whatever the caller's default dtype and device are
+        lse = torch.full(inputs.query.shape[:3], -torch.inf, dtype=torch.float32, device="cpu")
         if values:
-            made = torch.empty(shape, dtype=own) if everywhere else torch.zeros(shape, dtype=own)
+            make = torch.empty if everywhere else torch.zeros
+            made = make(shape, dtype=own, device="cpu")
             output = made.transpose(1, 2)
     else:
         # heads that are not named keep their bits; what lies otherwise in memory is written over afterwards
@@ -69,7 +71,7 @@ def native_attention(
     valid = None if inputs.key_valid is None else inputs.key_valid.contiguous()
     before = None if valid is None else functional.pad(valid.cumsum(1, dtype=torch.int32), (1, 0))
     skip = None if index.skip is None else index.skip.contiguous()
-    skipped = None if skip is None else torch.zeros(index.count.shape, dtype=torch.int64)
+    skipped = None if skip is None else torch.zeros(index.count.shape, dtype=torch.int64, device="cpu")
     columns = index.columns.contiguous()
     visit = columns if index.visit is None else index.visit.contiguous()
     tensors = (

@@ -35,7 +35,11 @@ def native_block_max(logits: EstimatedLogits) -> Tensor:
         batch, kv_heads, logits.group_size, logits.rows, logits.block_q, keys, logits.block_k, logits.key_blocks,
         bytes_, logits.key.bits,
     )  # fmt: skip
-    best = torch.full((batch, kv_heads * logits.group_size, logits.rows, logits.key_blocks), -torch.inf)
+    # the library writes float32 into memory of the CPU, whatever the caller's default dtype and device are
+    best = torch.full(
+        (batch, kv_heads * logits.group_size, logits.rows, logits.key_blocks), -torch.inf, dtype=torch.float32,
+        device="cpu",
+    )  # fmt: skip
     tensors = [
         tensor.contiguous()
         for tensor in (
@@ -62,8 +66,8 @@ def native_quantize(
     batch, heads, tokens, dim = vectors.shape
     channels = -(-dim // 8) * 8
     bytes_ = channels if bits == 8 else channels // 2
-    codes = torch.empty(batch, heads, tokens, bytes_, dtype=torch.int8)
-    scale = torch.empty(batch, heads, tokens)
+    codes = torch.empty(batch, heads, tokens, bytes_, dtype=torch.int8, device="cpu")
+    scale = torch.empty(batch, heads, tokens, dtype=torch.float32, device="cpu")
     kind = (torch.float32, torch.bfloat16, torch.float16).index(vectors.dtype)
     shape = (batch, heads, tokens, dim, bytes_, bits, kind, group_size, *vectors.stride()[:3])
     own = None if real is None else real.contiguous()

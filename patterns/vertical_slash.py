@@ -204,19 +204,26 @@ def crossed_lists(
     width = columns + slashes + (also is not None)
     if width > grid.key_blocks // _FEW:
         return None
-    nowhere = 2 * grid.key_blocks  # sorts last
+    nowhere = 1 << 40  # sorts last; above any row, also of queries far behind what a cache holds
     low, high = (bound[:, None, :, None] for bound in grid.visible_blocks(inputs))
     row = (grid.first[:, None] + torch.arange(grid.rows, device=inputs.device))[:, None, :, None]
-    shape = (*in_column.shape[:2], grid.rows)
-    parts = [_places(in_column, columns, nowhere)[:, :, None].expand(*shape, -1)]
-    parts.append(row - _places(in_slash, slashes, nowhere)[:, :, None])  # of none: far below any block
-    if also is not None:
-        parts.append(also[:, None, :, None].expand(*shape, 1))
-    ids = torch.cat(parts, -1)
-    ids = ids.masked_fill((ids < low) | (ids >= high), nowhere).sort(-1).values
-    ids[..., 1:].masked_fill_(ids[..., 1:] == ids[..., :-1], nowhere)
-    ids = ids.sort(-1).values
-    return BlockIndex.from_slots(grid, ids.clamp(max=grid.key_blocks - 1), (ids < nowhere).sum(-1))
+    column = _places(in_column, columns, nowhere)[:, :, None]
+    slash = _places(in_slash, slashes, nowhere)[:, :, None]
+
+    def listed(start: int, stop: int) -> BlockIndex:
+        own = slice(start, stop)
+        shape = (*in_column.shape[:2], stop - start)
+        parts = [column.expand(*shape, -1), row[:, :, own] - slash]  # of no slash: far below any block
+        if also is not None:
+            parts.append(also[:, None, own, None].expand(*shape, 1))
+        ids = torch.cat(parts, -1)
+        unseen = (ids < low[:, :, own]) | (ids >= high[:, :, own])
+        ids = ids.masked_fill_(unseen, nowhere).sort(-1).values
+        ids[..., 1:].masked_fill_(ids[..., 1:] == ids[..., :-1], nowhere)
+        ids = ids.sort(-1).values
+        return BlockIndex.from_slots(grid, ids.clamp(max=grid.key_blocks - 1), (ids < nowhere).sum(-1))
+
+    return BlockIndex.stack([listed(*slab) for slab in grid.slabs(in_column.shape[1])])
 
 
 def _places(chosen: Tensor, width: int, nowhere: int) -> Tensor:

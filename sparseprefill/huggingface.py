@@ -583,12 +583,13 @@ def _attend_eagerly(
     )  # fmt: skip
     _watch_for_nan(layer, inputs)
     settings = layer.settings
-    impl = choose_implementation(inputs) if settings.impl == "auto" else settings.impl
     prefill = sparse_prefill(
-        inputs, layer.pattern_under(info), block_q=settings.block_q, block_k=settings.block_k, impl=impl,
+        inputs, layer.pattern_under(info), block_q=settings.block_q, block_k=settings.block_k, impl=settings.impl,
         observe=settings.observe, sample_rows=settings.sample_rows, guard=settings.guard,
         draw=f"{layer.number}/{layer.sparse_calls}",
     )  # fmt: skip
+    # which kernel serves depends on the index too: tiles that may be skipped, and how large they are
+    impl = choose_implementation(inputs, prefill.index) if settings.impl == "auto" else settings.impl
     layer.note(prefill, impl)
     output = prefill.result.output
     assert output is not None

@@ -659,6 +659,26 @@ def test_what_is_measured_is_what_a_patch_would_run(monkeypatch: pytest.MonkeyPa
     assert "layers 0-2: 4 query heads, 4 KV heads, head_dim 24/12" in calibration_report(found[0])
 
 
+def test_two_names_of_one_estimator_share_the_more_cautious_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is named last: none of the measured times is above what is kept."""
+
+    def slow(inputs: Any, contenders: dict[str, Any], repeats: int) -> dict[str, float]:
+        seconds = by_the_length(inputs, contenders, repeats)
+        more = next(iter(seconds.values()))
+        return {name: took + more * ("keep=0.3" not in name and name != "dense") for name, took in seconds.items()}
+
+    monkeypatch.setattr("sparseprefill.evals.calibrate.median_seconds", slow)
+    for methods in (("block_sparse", "block_sparse:keep=0.3"), ("block_sparse:keep=0.3", "block_sparse")):
+        (found,) = calibrate(
+            {LayerShape(2, 1, 16, 16): (0,)}, device="cpu", dtype=torch.float32, lengths=(256, 384),
+            densities=(0.1, 0.5), methods=methods, **BLOCKS,
+        )  # fmt: skip
+        (overhead,) = found.entry.overheads.values()
+        for cell in found.entry.cells:
+            told = overhead.pairs(cell.length * (cell.length + 1) / 2, cell.length) * found.entry.dense_pair_seconds
+            assert cell.finding <= told * (1 + 1e-6)
+
+
 def expected_indices() -> Iterator[tuple[AttentionInputs, BlockIndex]]:
     inputs = benches.random_inputs(4, 4, 384, 24, torch.float32, "cpu", 0, value_dim=12)
     for density in (0.1, 0.5):

@@ -89,6 +89,12 @@ def test_bench_times_every_kernel_that_serves(native: Path) -> None:
     assert f"{cells[0].ours['native'] / cells[0].dense:.3f}" in line
 
 
+def test_bench_times_something_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benches, "kernels_for", lambda inputs: ({}, {"cpu": "it has its reasons"}))
+    with pytest.raises(NotImplementedError, match=r"no kernel serves .* cpu: it has its reasons"):
+        benches.kernel_cells(device="cpu", lengths=[256], densities=[0.3], head_dims=[64], dtypes=[torch.float32])
+
+
 def test_bench_names_a_length_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*shape: Any, **options: Any) -> Any:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")

@@ -158,6 +158,20 @@ class TestTimes:
         assert text.count("(extrapolated)") == 1
         assert "1 of 3" in text
 
+    def test_where_one_layer_stands_for_all_no_process_runs_them(self, free: list[int]) -> None:
+        """What dense takes too long for is not run whole to see its peak either."""
+        asked: list[tuple[str, int]] = []
+
+        def peak(spec: MethodSpec, length: int) -> int:
+            asked.append((spec.label, length))
+            return 1 << 20
+
+        model = tiny_model("llama", implementation="sdpa")
+        found = list(first_tokens(model, [DENSE, SPARSE], [256, 512], repeats=1, dense_limit=256, peak=peak))
+        cells = [each for each in found if isinstance(each, FirstTokenCell)]
+        assert asked == [("dense", 256), (SPARSE.label, 256), (SPARSE.label, 512)]
+        assert [cell.peak_bytes for cell in cells] == [1 << 20, 1 << 20, None, 1 << 20]
+
     def test_layers_that_differ_do_not_stand_for_each_other(self) -> None:
         with pytest.raises(ValueError, match="not all alike"):
             list(first_tokens(tiny_model("gemma2"), [DENSE], [256], dense_limit=128))

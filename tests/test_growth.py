@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from sparseprefill import contracts
 from sparseprefill.cli import main
 from sparseprefill.contracts import AttentionInputs, BlockGrid
 from sparseprefill.evals import bench as benches
@@ -117,6 +118,7 @@ def test_lists_without_a_mask_are_those_of_a_mask(pattern: Any, case: str, monke
 
     monkeypatch.setattr(vertical_slash, "crossed_lists", counting)
     monkeypatch.setattr(flexprefill, "crossed_lists", counting)
+    monkeypatch.setattr(contracts, "_SLAB_ENTRIES", 3 * inputs.batch * inputs.query_heads * grid.key_blocks)  # 3 rows
     for share in (1, 1 << 30):  # always where the sum of both is not above all blocks, or never
         monkeypatch.setattr(vertical_slash, "_FEW", share)
         index = pattern.build_index(inputs, grid)

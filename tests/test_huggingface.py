@@ -222,6 +222,15 @@ def test_blocks_that_the_chosen_kernel_cannot_serve_are_refused_at_patch_time(mo
     assert seen == [(32, 16)]
 
 
+def test_tiles_that_may_be_skipped_are_served_by_a_kernel_that_can(native: Path) -> None:
+    """The native kernel takes rows of 64 queries there at most: larger ones run in torch, as "auto" says."""
+    model, ids = tiny_model("llama"), tokens(1, LENGTH)
+    for block, kernel in ((128, "cpu"), (64, "native")):
+        with patch_model(model, "skip_softmax", block_q=block, block_k=block, min_length=0) as patch:
+            logits(model, input_ids=ids)
+            assert patch.report().kernels == {kernel: 3}
+
+
 def test_a_window_wider_than_the_model_is_none() -> None:
     model, ids = tiny_model("mistral", sliding_window=5000), tokens(1, LENGTH)
     with patch_model(model, "a_shape", sink=16, window=32, **BLOCKS) as patch:

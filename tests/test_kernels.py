@@ -17,7 +17,8 @@ from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid,
 from sparseprefill.coverage import coverage, tile_pairs
 from sparseprefill.kernels import block_sparse_attention, choose_implementation, native_build, why_not
 from sparseprefill.kernels import row_lse as row_lse_module
-from sparseprefill.kernels.native_check import check_library
+from sparseprefill.kernels.native_block_max import native_block_max
+from sparseprefill.kernels.native_check import check_cases, check_library
 from sparseprefill.kernels.reference import listed_mask, reference_attention
 from sparseprefill.kernels.row_lse import row_lse
 from support import assert_within_budget, left_padding, make_inputs, random_index
@@ -95,6 +96,38 @@ def test_native_matches_the_oracle(name: str, dtype: torch.dtype, native: Path) 
         index = random_index(inputs, block_q, block_k, density)
         assert choose_implementation(inputs, index) == "native"
         assert_within_budget(block_sparse_attention(inputs, index), inputs, index)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "native"])
+def test_the_default_dtype_decides_nothing(impl: str) -> None:
+    """Results are float32 where they should be: the library would write past the end of what is smaller."""
+    inputs = make_inputs(queries=200, window=150)
+    index = random_index(inputs, 64, 64, 0.6)
+    whole = make_inputs(queries=256)
+    own = random_index(whole, 64, 64, 0.6)
+    wanted, diagonal = block_sparse_attention(inputs, index, impl), block_sparse_attention(whole, own, impl)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found, second = block_sparse_attention(inputs, index, impl), block_sparse_attention(whole, own, impl)
+    finally:
+        torch.set_default_dtype(usual)
+    for one, other in ((found, wanted), (second, diagonal)):
+        assert one.lse.dtype == torch.float32
+        assert torch.equal(one.lse, other.lse)
+        assert torch.equal(one.output, other.output)
+
+
+def test_the_default_dtype_decides_nothing_of_scores(native: Path) -> None:
+    logits = next(check_cases())[1]
+    wanted = native_block_max(logits)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = native_block_max(logits)
+    finally:
+        torch.set_default_dtype(usual)
+    assert torch.equal(found, wanted)
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +280,7 @@ def test_heads_and_result_that_do_not_fit_are_refused() -> None:
         (marks[:, :3], result, True, r"only must be bool .*\(1, 4\)"),
         (marks.int(), result, True, "only must be bool"),
         (marks, other, True, "a result of other inputs"),
+        (marks, AttentionOutput(result.output[..., :16], result.lse), True, "its output is"),
         (marks, result, False, "none where lse alone"),
     ):
         with pytest.raises(ValueError, match=message):
