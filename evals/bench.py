@@ -54,13 +54,17 @@ class KernelCell:
         """Density x the time of dense attention, seconds."""
         return self.density * self.dense
 
-    def over_ideal(self, kernel: str) -> float:
-        """An implementation's time over the ideal."""
-        return self.ours[kernel] / self.ideal
+    def over_ideal(self, kernel: str) -> float | None:
+        """An implementation's time over the ideal; None where it did not serve."""
+        return self.ours[kernel] / self.ideal if kernel in self.ours else None
 
     def over_flex(self, kernel: str) -> float | None:
         """An implementation's time over FlexAttention's."""
-        return None if self.flex is None else self.ours[kernel] / self.flex
+        return self.ours[kernel] / self.flex if kernel in self.ours and self.flex is not None else None
+
+    def over_dense(self, kernel: str) -> float | None:
+        """An implementation's time over that of dense attention."""
+        return self.ours[kernel] / self.dense if kernel in self.ours else None
 
 
 def why_no_flex(device: str) -> str | None:
@@ -331,22 +335,24 @@ def kernel_table(cells: Sequence[KernelCell], *, against: Sequence[str] = RIVALS
             row.append(number(None if cell.flex is None else cell.flex / cell.ideal, 2))
             row += [number(cell.over_flex(name), 2) for name in kernels]
         if "dense" in against:
-            row += [number(cell.ours[name] / cell.dense, 3) for name in kernels]
+            row += [number(cell.over_dense(name), 3) for name in kernels]
         rows.append(row)
     text = table(head, rows, markdown=markdown)
     for name in kernels:
         text += "\n" + _summary(f"{name} / ideal", [cell.over_ideal(name) for cell in cells])
         if flex:
-            text += "\n" + _summary(f"{name} / flex", [o for cell in cells if (o := cell.over_flex(name)) is not None])
-    slowest = {name: max(cell.first[name] for cell in cells if name in cell.first) for name in cells[0].first}
+            text += "\n" + _summary(f"{name} / flex", [cell.over_flex(name) for cell in cells])
+    called = dict.fromkeys(name for cell in cells for name in cell.first)
+    slowest = {name: max(cell.first[name] for cell in cells if name in cell.first) for name in called}
     text += "\nlongest first call: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in slowest.items())
-    errors = {name: max(cell.error[name] for cell in cells) for name in kernels}
+    errors = {name: max(cell.error[name] for cell in cells if name in cell.error) for name in kernels}
     text += "\nlargest error, checked against the float64 oracle: "
     text += ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     return text + "\nideal = density x the time of dense causal attention"
 
 
-def _summary(what: str, ratios: Sequence[float]) -> str:
+def _summary(what: str, found: Sequence[float | None]) -> str:
+    ratios = [each for each in found if each is not None]
     mean = math.exp(statistics.fmean(map(math.log, ratios)))
     return f"{what} over {len(ratios)} cells: geometric mean {mean:.2f}, worst {max(ratios):.2f}"
 

@@ -12,7 +12,8 @@ from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockIndex
 from sparseprefill.kernels.native_build import library, why_not_built
 
 _KINDS = (torch.float32, torch.bfloat16, torch.float16)  # Kind in native_attention.cpp
-_MOST_QUERIES = 64  # MOST_QUERIES there: what one thread decides for at a time
+MOST_QUERIES = 64
+"""That one thread decides for at a time, where tiles may be skipped; MOST_QUERIES there."""
 
 
 def why_not_native_attention(inputs: AttentionInputs, index: BlockIndex | None) -> str | None:
@@ -23,8 +24,8 @@ def why_not_native_attention(inputs: AttentionInputs, index: BlockIndex | None) 
         return f"it computes float32, bfloat16 and float16, not {inputs.query.dtype}"
     if inputs.query.requires_grad or inputs.key.requires_grad or inputs.value.requires_grad:
         return "it has no backward pass: run under torch.no_grad()"
-    if index is not None and index.skip is not None and index.grid.block_q > _MOST_QUERIES:
-        return f"where tiles may be skipped it needs rows of at most {_MOST_QUERIES} queries, not {index.grid.block_q}"
+    if index is not None and index.skip is not None and index.grid.block_q > MOST_QUERIES:
+        return f"where tiles may be skipped it needs rows of at most {MOST_QUERIES} queries, not {index.grid.block_q}"
     return why_not_built()
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.mean_pooled import MeanPooled
+from sparseprefill.kernels.native_attention import MOST_QUERIES
+from sparseprefill.kernels.native_build import why_not_built
 from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead, stated_overhead
@@ -90,12 +92,13 @@ class SkipSoftmax:
         return expected_density(self.inner, keys) * (1 - SKIPPED / 2 if self.scale else 1.0)
 
     def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
-        """Beside `inner` the order of visits; on a CPU the logits are computed once more, of half of all pairs."""
+        """Beside `inner` the order of visits; in torch on a CPU logits are computed once more, of half of all pairs."""
         inner = expected_overhead(self.inner, device, head_dim, block_q, block_k)
         if not self.scale:
             return inner
         tiles = 1.5 / (block_q * block_k) if self.order == "score" else 0.0
-        share = 0.5 if device.type == "cpu" else 0.0
+        again = device.type == "cpu" and (block_q > MOST_QUERIES or why_not_built() is not None)
+        share = 0.5 if again else 0.0
         return inner + stated_overhead(device, head_dim, share=share, keys=16, tiles=tiles, steps=0.64)
 
     def _keys(self, inputs: AttentionInputs, grid: BlockGrid) -> Tensor:

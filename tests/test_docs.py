@@ -22,7 +22,7 @@ import torch
 
 import sparseprefill
 from sparseprefill import calibration, cli
-from sparseprefill.evals.bench import first_token_times
+from sparseprefill.evals.bench import RIVALS, KernelCell, first_token_times, kernel_table
 from sparseprefill.evals.compare import summarise
 from sparseprefill.evals.growth import GrowthCell, growth_table
 from sparseprefill.evals.methods import MethodSpec
@@ -315,7 +315,8 @@ def rows_to_be(name: str, written: dict[str, Any]) -> list[list[str]]:
         return cells_of(growth_table([GrowthCell(**cell) for cell in written["cells"]], markdown=True).split("\n\n")[1])
     if name.startswith("bench_cpu"):
         against = RIVALS if any(cell["flex"] is not None for cell in written["kernel"]) else ("dense",)
-        return cells_of(kernel_table([KernelCell(**cell) for cell in written["kernel"]], against=against, markdown=True))
+        cells = [KernelCell(**cell) for cell in written["kernel"]]
+        return cells_of(kernel_table(cells, against=against, markdown=True))
     printed = cells_of(overhead_table([OverheadCell(**cell) for cell in written["cells"]], markdown=True))
     columns = {"method", "dtype", "estimate / dense", "products / dense", "estimate / products", "density"}
     return [[cell for cell, title in zip(row, printed[0], strict=True) if title in columns] for row in printed]
@@ -356,7 +357,7 @@ def test_the_native_kernel_is_as_fast_as_the_page_says() -> None:
     cells = json.loads((ROOT / "docs/results/bench_cpu.json").read_text(encoding="utf-8"))["kernel"]
     assert {cell["length"] for cell in cells} == {16384}
     for cell in (KernelCell(**each) for each in cells):
-        assert cell.over_ideal("native") <= 1.25, cell
+        assert (cell.over_ideal("native") or 9) <= 1.25, cell
         assert cell.ours["native"] < cell.dense, cell
 
 
