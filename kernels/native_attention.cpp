@@ -72,6 +72,7 @@ struct Scratch {
     std::vector<int64_t> place;      // [piece] slots of the keys at hand
     std::vector<uint8_t> edge;       // [piece] must it be masked?
     std::vector<const float *> key, value;
+    std::vector<const uint8_t *> ahead;  // [piece] values as they lie, or none
     alignas(64) float low[MOST_QUERIES], high[MOST_QUERIES];       // from the row's first slot
     alignas(64) float most[MOST_QUERIES], base[MOST_QUERIES], mass[MOST_QUERIES], fade[MOST_QUERIES];
     alignas(64) float peak[MOST_QUERIES], tile_peak[MOST_QUERIES];  // where tiles may be skipped
@@ -82,9 +83,32 @@ struct Scratch {
         output.hold(p.value_dim * MOST_QUERIES);
         wide_key.hold(piece * p.head_dim);
         wide_value.hold((piece + 1) * p.value_dim);
-        place.resize(piece), edge.resize(piece), key.resize(piece), value.resize(piece);
+        place.resize(piece), edge.resize(piece), key.resize(piece), value.resize(piece), ahead.resize(piece);
     }
 };
+
+#if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__) && !defined(SPARSEPREFILL_GENERIC)
+#define SPARSEPREFILL_SQUARES  // 16 x 16 numbers can be transposed in registers
+
+// rows and columns of 16 x 16 numbers of 32 bits exchanged
+inline void transpose(Int *row) {
+    alignas(64) static constexpr int32_t UPPER[4][16] = {
+        {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30},
+        {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
+        {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
+        {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
+    };
+    for (int step = 0, apart = 1; step < 4; ++step, apart *= 2) {
+        const Int upper = load_int(UPPER[step]), lower = _mm512_add_epi32(upper, all_int(apart));
+        for (int n = 0; n < 8; ++n) {
+            const int r = n / apart * 2 * apart + n % apart;
+            const Int a = row[r], b = row[r + apart];
+            row[r] = _mm512_permutex2var_epi32(a, upper, b), row[r + apart] = _mm512_permutex2var_epi32(a, lower, b);
+        }
+    }
+}
+
+#endif
 
 // ---- products: R rows of the one operand, C vectors of queries; R x C sums are held in registers
 
@@ -219,12 +243,21 @@ inline void all_rows(int64_t rows, int64_t columns, const Given &...given) {
 
 struct Pass {  // one piece of one item
     Scratch &s;
-    int64_t keys, columns, width, head_dim, value_dim;
+    int64_t keys, columns, width, head_dim, value_dim, value_bytes;
 };
+
+// asks for the values of some keys while their logits are computed: a list jumps, so that no processor guesses its next tile
+inline void fetch_values(const Pass &at, int64_t row, int rows) {
+    for (int r = 0; r < rows; ++r) {
+        const uint8_t *value = at.s.ahead[row + r];
+        for (int64_t n = 0; value && n < at.value_bytes; n += 64) __builtin_prefetch(value + n, 0, 2);
+    }
+}
 
 template <int R, int C>
 struct Scores {
     static void run(int64_t row, int64_t column, const Pass &at) {
+        if (column == 0) fetch_values(at, row, R);
         score_rows<R, C>(at.s.key.data() + row, at.head_dim, at.s.query.at + column * LANES, at.width,
                          at.s.logits.at + row * at.width + column * LANES);
     }
@@ -243,6 +276,7 @@ struct Values {
 template <int R, int C>
 struct ScorePairs {
     static void run(int64_t row, int64_t column, const Pass &at) {
+        if (column == 0) fetch_values(at, row, R);
         score_pairs<R, C>(at.s.key.data() + row, at.head_dim / 2,
                           reinterpret_cast<const int32_t *>(at.s.query.at) + column * LANES, at.width,
                           at.s.logits.at + row * at.width + column * LANES);
@@ -436,24 +470,44 @@ struct Item {
 
     void pack_query() {
         const int64_t dim = p.head_dim;
-        if (pairs) {
-            uint32_t *out = reinterpret_cast<uint32_t *>(s.query.at);
-            for (int64_t n = 0; n < width; ++n) {
-                if (from + n >= to) {
-                    for (int64_t d = 0; d < dim / 2; ++d) out[d * width + n] = 0;
-                    continue;
-                }
-                const uint8_t *q = row_of(p.query, p.q_batch, p.q_head, p.q_token, h, from + n - p.query_start);
-                for (int64_t d = 0; d < dim / 2; ++d) std::memcpy(out + d * width + n, q + 4 * d, 4);
-            }
+        const auto row = [&](int64_t n) {
+            return row_of(p.query, p.q_batch, p.q_head, p.q_token, h, from + n - p.query_start);
+        };
+        if (pairs || p.kind == FLOAT32) {
+            pack_words(pairs ? dim / 2 : dim, row);
             return;
         }
         for (int64_t n = 0; n < width; ++n)
             if (from + n < to)
-                widen(row_of(p.query, p.q_batch, p.q_head, p.q_token, h, from + n - p.query_start), dim, p.kind, width,
-                      s.query.at + n);
+                widen(row(n), dim, p.kind, width, s.query.at + n);
             else
                 for (int64_t d = 0; d < dim; ++d) s.query.at[d * width + n] = 0;
+    }
+
+    // rows of 32-bit words, numbers or pairs, transposed; queries beyond the item are zeros
+    template <class Row>
+    void pack_words(int64_t words, const Row &row) {
+        uint32_t *out = reinterpret_cast<uint32_t *>(s.query.at);
+        for (int64_t begin = 0; begin < width; begin += LANES) {
+            const int64_t some = std::clamp<int64_t>(to - from - begin, 0, LANES);
+            int64_t d = 0;
+#ifdef SPARSEPREFILL_SQUARES
+            for (; d + LANES <= words; d += LANES) {
+                Int square[LANES];
+                for (int n = 0; n < LANES; ++n) square[n] = n < some ? load_int(row(begin + n) + 4 * d) : all_int(0);
+                transpose(square);
+                for (int r = 0; r < LANES; ++r) store_int(out + (d + r) * width + begin, square[r]);
+            }
+#endif
+            for (; d < words; ++d)
+                for (int64_t n = 0; n < LANES; ++n) {
+                    uint32_t &word = out[d * width + begin + n];
+                    if (n < some)
+                        std::memcpy(&word, row(begin + n) + 4 * d, 4);
+                    else
+                        word = 0;
+                }
+        }
     }
 
     // logits of the keys at hand, soft-capped and masked, before the scale where there is no soft-cap
@@ -461,6 +515,7 @@ struct Item {
         const int64_t head = h / (p.query_heads / p.kv_heads);
         for (int64_t n = 0; n < keys; ++n) {
             const uint8_t *k = row_of(p.key, p.k_batch, p.k_head, p.k_token, head, s.place[n]);
+            s.ahead[n] = p.output ? row_of(p.value, p.v_batch, p.v_head, p.v_token, head, s.place[n]) : nullptr;
             if (p.kind != FLOAT32 && !pairs) {
                 float *wide = s.wide_key.at + n * p.head_dim;
                 widen(k, p.head_dim, p.kind, 1, wide);
@@ -469,7 +524,7 @@ struct Item {
                 s.key[n] = reinterpret_cast<const float *>(k);
             }
         }
-        const Pass at{s, keys, columns, width, p.head_dim, p.value_dim};
+        const Pass at{s, keys, columns, width, p.head_dim, p.value_dim, p.value_dim * p.width()};
 #ifdef SPARSEPREFILL_PAIRS
         if (pairs)
             all_rows<ScorePairs>(keys, columns, at);
@@ -509,14 +564,13 @@ struct Item {
         if (!scored) score(base);
         for (int64_t c = 0; c < columns; ++c) weigh(c);
         if (p.output) {
-            const int64_t head = h / (p.query_heads / p.kv_heads);
             const bool as_it_lies = p.kind == FLOAT32 || pairs;
             for (int64_t n = 0; n < keys; ++n) {
-                const uint8_t *v = row_of(p.value, p.v_batch, p.v_head, p.v_token, head, s.place[n]);
+                const uint8_t *v = s.ahead[n];
                 if (!as_it_lies) widen(v, p.value_dim, p.kind, 1, s.wide_value.at + n * p.value_dim);
                 s.value[n] = as_it_lies ? reinterpret_cast<const float *>(v) : s.wide_value.at + n * p.value_dim;
             }
-            const Pass at{s, keys, columns, width, p.head_dim, p.value_dim};
+            const Pass at{s, keys, columns, width, p.head_dim, p.value_dim, p.value_dim * p.width()};
 #ifdef SPARSEPREFILL_PAIRS
             if (pairs) {
                 pair_values(reinterpret_cast<const uint16_t *const *>(s.value.data()), keys, p.value_dim,
@@ -586,20 +640,50 @@ struct Item {
     }
 
     void finish() {
-        for (int64_t q = 0; q < to - from; ++q) {
-            const float share = share_of(p, b, h, from + q, s.base[q], s.mass[q]);
+        for (int64_t begin = 0; begin < to - from; begin += LANES) {
+            const int64_t some = std::min<int64_t>(to - from - begin, LANES);
+            float share[LANES];
+            uint8_t *out[LANES];
+            for (int64_t n = 0; n < some; ++n) {
+                share[n] = share_of(p, b, h, from + begin + n, s.base[begin + n], s.mass[begin + n]);
+                out[n] = p.output ? output_of(p, b, h, from + begin + n) : nullptr;
+            }
             if (!p.output) continue;
-            const bool seen = share != 0;
-            uint8_t *out = output_of(p, b, h, from + q);
-            const float *sum = s.output.at + q;
-            if (p.kind == BFLOAT16)
-                for (int64_t d = 0; d < p.value_dim; ++d)
-                    reinterpret_cast<uint16_t *>(out)[d] = to_bfloat16(seen ? sum[d * width] * share : 0);
-            else
-                for (int64_t d = 0; d < p.value_dim; ++d)
-                    reinterpret_cast<float *>(out)[d] = seen ? sum[d * width] * share : 0;
+            const float *sum = s.output.at + begin;
+            int64_t d = 0;
+#ifdef SPARSEPREFILL_SQUARES
+            for (; (p.kind != BFLOAT16 || pairs) && d + LANES <= p.value_dim; d += LANES) {
+                Int square[LANES];
+                for (int r = 0; r < LANES; ++r) square[r] = load_int(sum + (d + r) * width);
+                transpose(square);
+                for (int64_t n = 0; n < some; ++n) {  // where nothing was seen no sum is
+                    const Float x = share[n] == 0 ? all(0.0f) : times((Float)square[n], all(share[n]));
+                    write(out[n], d, x);
+                }
+            }
+#endif
+            for (; d < p.value_dim; ++d)
+                for (int64_t n = 0; n < some; ++n) {
+                    const float x = share[n] == 0 ? 0 : sum[d * width + n] * share[n];
+                    if (p.kind == BFLOAT16)
+                        reinterpret_cast<uint16_t *>(out[n])[d] = to_bfloat16(x);
+                    else
+                        reinterpret_cast<float *>(out[n])[d] = x;
+                }
         }
     }
+
+#ifdef SPARSEPREFILL_SQUARES
+    void write(uint8_t *out, int64_t d, Float x) const {
+#ifdef SPARSEPREFILL_PAIRS
+        if (p.kind == BFLOAT16) {
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + 2 * d), (__m256i)_mm512_cvtneps_pbh(x));
+            return;
+        }
+#endif
+        store(reinterpret_cast<float *>(out) + d, x);
+    }
+#endif
 };
 
 #ifdef SPARSEPREFILL_TILES
@@ -609,24 +693,6 @@ struct Item {
 constexpr int64_t GROUP = 32;  // keys that are packed together: what one product of tiles sums over
 constexpr int64_t MOST_TILES = MOST_QUERIES / TILE_ROWS;
 static_assert(GROUP == 2 * LANES && LANES == TILE_ROWS, "a vector of 32-bit numbers is a row of a tile");
-
-// rows and columns of 16 x 16 numbers of 32 bits exchanged
-inline void transpose(Int *row) {
-    alignas(64) static constexpr int32_t UPPER[4][16] = {
-        {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30},
-        {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
-        {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
-        {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
-    };
-    for (int step = 0, apart = 1; step < 4; ++step, apart *= 2) {
-        const Int upper = load_int(UPPER[step]), lower = _mm512_add_epi32(upper, all_int(apart));
-        for (int n = 0; n < 8; ++n) {
-            const int r = n / apart * 2 * apart + n % apart;
-            const Int a = row[r], b = row[r + apart];
-            row[r] = _mm512_permutex2var_epi32(a, upper, b), row[r + apart] = _mm512_permutex2var_epi32(a, lower, b);
-        }
-    }
-}
 
 // Keys and values in the order in which tiles are read, packed once a call, where one list names them at least: in groups of
 // GROUP from the batch row's anchor on. Keys that no query sees are zeros, whatever they hold: 0 times NaN is NaN.
