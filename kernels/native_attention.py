@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockIndex
+from sparseprefill.kernels.cpu import why_not_cpu
 from sparseprefill.kernels.native_build import library, why_not_built
 
 _KINDS = (torch.float32, torch.bfloat16, torch.float16)  # Kind in native_attention.cpp
@@ -18,12 +19,9 @@ MOST_QUERIES = 64
 
 def why_not_native_attention(inputs: AttentionInputs, index: BlockIndex | None) -> str | None:
     """Why this path cannot serve these inputs, or None."""
-    if inputs.device.type != "cpu":
-        return f"it runs on the CPU, the inputs are on {inputs.device}"
-    if inputs.query.dtype not in _KINDS:
-        return f"it computes float32, bfloat16 and float16, not {inputs.query.dtype}"
-    if inputs.query.requires_grad or inputs.key.requires_grad or inputs.value.requires_grad:
-        return "it has no backward pass: run under torch.no_grad()"
+    reason = why_not_cpu(inputs, index)  # the path in torch takes the same
+    if reason is not None:
+        return reason
     if index is not None and index.skip is not None and index.grid.block_q > MOST_QUERIES:
         return f"where tiles may be skipped it needs rows of at most {MOST_QUERIES} queries, not {index.grid.block_q}"
     return why_not_built()
