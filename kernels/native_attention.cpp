@@ -18,6 +18,10 @@
 #include <memory>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "native_tiles.h"
 #include "native_vectors.h"
 
@@ -25,7 +29,12 @@ namespace {
 
 using namespace sparseprefill;
 
-constexpr int64_t MOST_QUERIES = 64, PIECE = 256;
+constexpr int64_t MOST_QUERIES = 64;
+constexpr int TALL = 6;  // TALL x COLUMNS sums stay in registers
+// Where the queries of an item are more than COLUMNS vectors they lie in strips of that many, one after the other, so that what
+// a product walks along lies together. A strip's weights and the values that it meets are to fit a core's first cache.
+constexpr bool STRIPS = COLUMNS * LANES < MOST_QUERIES;
+constexpr int64_t PIECE = STRIPS ? 128 : 256;
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 enum Kind : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
@@ -62,28 +71,42 @@ struct Room {
     }
 };
 
+// asks for new memory in large pages: to touch it in small ones takes longer than to write it
+inline void in_large_pages(void *memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr int64_t PAGE = 1 << 21;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / PAGE * PAGE;
+    if (first < last) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 // what one thread works with
 struct Scratch {
     int64_t piece;
-    Room<float> query;               // [head_dim, MOST_QUERIES]; or pairs of bfloat16
-    Room<float> logits;              // [piece, MOST_QUERIES], then weights, or pairs of bfloat16 in its first half
-    Room<float> output;              // [value_dim, MOST_QUERIES]
-    Room<float> wide_key, wide_value;  // [piece, dim] where they must be widened; pairs of values
-    std::vector<int64_t> place;      // [piece] slots of the keys at hand
-    std::vector<uint8_t> edge;       // [piece] must it be masked?
+    Room<float> query;               // strips of [head_dim, width]; or pairs of bfloat16
+    Room<float> logits;              // strips of [piece, width], then weights, or pairs of bfloat16 in its first half
+    Room<float> output;              // strips of [value_dim, width]
+    Room<float> wide_key;            // [piece, head_dim] where they must be widened
+    Room<float> wide_value;          // [piece, value_row] where they are widened or copied; pairs of values
+    int64_t value_row;               // an odd number of cache lines: rows a power of two apart would share a few places
+    std::vector<int64_t> place;      // [2 * piece] slots of the keys at hand and of those that come after them
+    std::vector<uint8_t> edge;       // [2 * piece] must it be masked?
     std::vector<const float *> key, value;
-    std::vector<const uint8_t *> ahead;  // [piece] values as they lie, or none
+    std::vector<const uint8_t *> value_at, next_key;  // [piece] where they lie
     alignas(64) float low[MOST_QUERIES], high[MOST_QUERIES];       // from the row's first slot
     alignas(64) float most[MOST_QUERIES], base[MOST_QUERIES], mass[MOST_QUERIES], fade[MOST_QUERIES];
     alignas(64) float peak[MOST_QUERIES], tile_peak[MOST_QUERIES];  // where tiles may be skipped
 
-    explicit Scratch(const Problem &p) : piece(p.skip ? std::max(PIECE, p.block_k) : PIECE) {
+    explicit Scratch(const Problem &p)
+        : piece(p.skip ? std::max(PIECE, p.block_k) : PIECE), value_row(((p.value_dim + 15) / 16 | 1) * 16) {
         query.hold((p.head_dim + 1) * MOST_QUERIES);
         logits.hold(piece * MOST_QUERIES);
         output.hold(p.value_dim * MOST_QUERIES);
         wide_key.hold(piece * p.head_dim);
-        wide_value.hold((piece + 1) * p.value_dim);
-        place.resize(piece), edge.resize(piece), key.resize(piece), value.resize(piece), ahead.resize(piece);
+        wide_value.hold((piece + 1) * value_row);
+        place.resize(2 * piece), edge.resize(2 * piece);
+        key.resize(piece), value.resize(piece), value_at.resize(piece), next_key.resize(piece);
     }
 };
 
@@ -105,6 +128,26 @@ inline void transpose(Int *row) {
             const Int a = row[r], b = row[r + apart];
             row[r] = _mm512_permutex2var_epi32(a, upper, b), row[r + apart] = _mm512_permutex2var_epi32(a, lower, b);
         }
+    }
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+#define SPARSEPREFILL_SQUARES  // 8 x 8 numbers
+
+inline void transpose(Int *row) {
+    Float pairs[8], fours[8];  // numbers of two rows, then of four, beside each other
+    for (int n = 0; n < 8; n += 2) {
+        const Float a = _mm256_castsi256_ps(row[n]), b = _mm256_castsi256_ps(row[n + 1]);
+        pairs[n] = _mm256_unpacklo_ps(a, b), pairs[n + 1] = _mm256_unpackhi_ps(a, b);
+    }
+    for (int n = 0; n < 8; n += 4)
+        for (int m = 0; m < 2; ++m) {
+            const Float a = pairs[n + m], b = pairs[n + 2 + m];
+            fours[n + 2 * m] = _mm256_shuffle_ps(a, b, 0x44), fours[n + 2 * m + 1] = _mm256_shuffle_ps(a, b, 0xee);
+        }
+    for (int n = 0; n < 4; ++n) {
+        row[n] = _mm256_castps_si256(_mm256_permute2f128_ps(fours[n], fours[n + 4], 0x20));
+        row[n + 4] = _mm256_castps_si256(_mm256_permute2f128_ps(fours[n], fours[n + 4], 0x31));
     }
 }
 
@@ -218,14 +261,15 @@ inline Int paired(Float even, Float odd) {
 template <template <int, int> class Work, int C, class... Given>
 inline void some_rows(int64_t rows, int64_t column, const Given &...given) {
     int64_t row = 0;
-    if constexpr (C == 1 && ROWS < 6)  // or too few sums are under way
-        for (; row + 2 * ROWS <= rows; row += 2 * ROWS) Work<2 * ROWS, C>::run(row, column, given...);
-    for (; row + ROWS <= rows; row += ROWS) Work<ROWS, C>::run(row, column, given...);
+    if constexpr (C == 1)  // or too few sums are under way
+        for (; row + 2 * TALL <= rows; row += 2 * TALL) Work<2 * TALL, C>::run(row, column, given...);
+    for (; row + TALL <= rows && rows - row != 7 && rows - row != 8; row += TALL) Work<TALL, C>::run(row, column, given...);
+    if (rows - row > TALL) Work<4, C>::run(row, column, given...), row += 4;  // 4 and 4 of 8, not 6 and 2
     switch (rows - row) {
-        case 5: if constexpr (ROWS > 5) Work<5, C>::run(row, column, given...); break;
-        case 4: if constexpr (ROWS > 4) Work<4, C>::run(row, column, given...); break;
-        case 3: if constexpr (ROWS > 3) Work<3, C>::run(row, column, given...); break;
-        case 2: if constexpr (ROWS > 2) Work<2, C>::run(row, column, given...); break;
+        case 5: Work<5, C>::run(row, column, given...); break;
+        case 4: Work<4, C>::run(row, column, given...); break;
+        case 3: Work<3, C>::run(row, column, given...); break;
+        case 2: Work<2, C>::run(row, column, given...); break;
         case 1: Work<1, C>::run(row, column, given...); break;
     }
 }
@@ -241,33 +285,48 @@ inline void all_rows(int64_t rows, int64_t columns, const Given &...given) {
     }
 }
 
-struct Pass {  // one piece of one item
-    Scratch &s;
-    int64_t keys, columns, width, head_dim, value_dim, value_bytes;
+// Rows that are fetched while something else is computed: a list jumps, so that no processor guesses its next tile. Loads that
+// nobody waits for, not prefetches, which brought nothing where both were measured (Zen 3).
+struct Ahead {
+    const uint8_t *const *row;
+    int64_t count, bytes;
+
+    // the share of steps [from, to) of `all`
+    void fetch(int64_t from, int64_t to, int64_t all) const {
+        for (int64_t n = count * from / all; n < count * to / all; ++n)
+            for (int64_t at = 0; at < bytes; at += 64) static_cast<void>(*static_cast<const volatile uint8_t *>(row[n] + at));
+    }
 };
 
-// asks for the values of some keys while their logits are computed: a list jumps, so that no processor guesses its next tile
-inline void fetch_values(const Pass &at, int64_t row, int rows) {
-    for (int r = 0; r < rows; ++r) {
-        const uint8_t *value = at.s.ahead[row + r];
-        for (int64_t n = 0; value && n < at.value_bytes; n += 64) __builtin_prefetch(value + n, 0, 2);
+struct Pass {  // one piece of one item
+    Scratch &s;
+    int64_t keys, columns, width, head_dim, value_dim;
+    Ahead ahead = {};
+
+    // where a column of vectors begins in strips of so many rows
+    int64_t place(int64_t column, int64_t rows) const { return column / COLUMNS * rows * width + column % COLUMNS * LANES; }
+
+    void fetch(int64_t row, int64_t count, int64_t rows, int64_t column) const {
+        const int64_t from = column / COLUMNS * rows + row;
+        ahead.fetch(from, from + count, (columns + COLUMNS - 1) / COLUMNS * rows);
     }
-}
+};
 
 template <int R, int C>
 struct Scores {
     static void run(int64_t row, int64_t column, const Pass &at) {
-        if (column == 0) fetch_values(at, row, R);
-        score_rows<R, C>(at.s.key.data() + row, at.head_dim, at.s.query.at + column * LANES, at.width,
-                         at.s.logits.at + row * at.width + column * LANES);
+        at.fetch(row, R, at.keys, column);
+        score_rows<R, C>(at.s.key.data() + row, at.head_dim, at.s.query.at + at.place(column, at.head_dim), at.width,
+                         at.s.logits.at + at.place(column, at.s.piece) + row * at.width);
     }
 };
 
 template <int R, int C>
 struct Values {
     static void run(int64_t row, int64_t column, const Pass &at) {
-        value_rows<R, C>(at.s.value.data(), row, at.keys, at.s.logits.at + column * LANES, at.width,
-                         at.s.fade + column * LANES, at.s.output.at + row * at.width + column * LANES);
+        at.fetch(row, R, at.value_dim, column);
+        value_rows<R, C>(at.s.value.data(), row, at.keys, at.s.logits.at + at.place(column, at.s.piece), at.width,
+                         at.s.fade + column * LANES, at.s.output.at + at.place(column, at.value_dim) + row * at.width);
     }
 };
 
@@ -276,19 +335,20 @@ struct Values {
 template <int R, int C>
 struct ScorePairs {
     static void run(int64_t row, int64_t column, const Pass &at) {
-        if (column == 0) fetch_values(at, row, R);
+        at.fetch(row, R, at.keys, column);
         score_pairs<R, C>(at.s.key.data() + row, at.head_dim / 2,
-                          reinterpret_cast<const int32_t *>(at.s.query.at) + column * LANES, at.width,
-                          at.s.logits.at + row * at.width + column * LANES);
+                          reinterpret_cast<const int32_t *>(at.s.query.at) + at.place(column, at.head_dim / 2), at.width,
+                          at.s.logits.at + at.place(column, at.s.piece) + row * at.width);
     }
 };
 
 template <int R, int C>
 struct ValuePairs {
     static void run(int64_t row, int64_t column, const Pass &at) {
+        at.fetch(row, R, at.value_dim, column);
         value_pairs<R, C>(reinterpret_cast<const int32_t *>(at.s.wide_value.at) + row, at.value_dim, (at.keys + 1) / 2,
-                          reinterpret_cast<const int32_t *>(at.s.logits.at) + column * LANES, at.width,
-                          at.s.fade + column * LANES, at.s.output.at + row * at.width + column * LANES);
+                          reinterpret_cast<const int32_t *>(at.s.logits.at) + at.place(column, at.s.piece), at.width,
+                          at.s.fade + column * LANES, at.s.output.at + at.place(column, at.value_dim) + row * at.width);
     }
 };
 
@@ -324,20 +384,23 @@ constexpr bool in_pairs(int64_t kind) {
 
 // ---- one item
 
-// numbers of a row in float32, written with a step
-void widen(const uint8_t *row, int64_t count, int64_t kind, int64_t step, float *out) {
+// numbers of a row in float32
+void widen(const uint8_t *row, int64_t count, int64_t kind, float *out) {
     if (kind == FLOAT32) {
-        const float *from = reinterpret_cast<const float *>(row);
-        for (int64_t n = 0; n < count; ++n) out[n * step] = from[n];
-    } else {
-        const uint16_t *from = reinterpret_cast<const uint16_t *>(row);
-        int64_t n = 0;
-#ifdef SPARSEPREFILL_HALVES
-        if (kind == FLOAT16 && step == 1)
-            for (; n + LANES <= count; n += LANES) store(out + n, load_halves(from + n));
-#endif
-        for (; n < count; ++n) out[n * step] = widened(from[n], kind == BFLOAT16);
+        std::memcpy(out, row, 4 * count);
+        return;
     }
+    const uint16_t *from = reinterpret_cast<const uint16_t *>(row);
+    int64_t n = 0;
+#ifdef SPARSEPREFILL_HALVES
+    if (kind == FLOAT16)
+        for (; n + LANES <= count; n += LANES) store(out + n, load_halves(from + n));
+#endif
+#ifdef SPARSEPREFILL_BRAINS
+    if (kind == BFLOAT16)
+        for (; n + LANES <= count; n += LANES) store(out + n, load_brains(from + n));
+#endif
+    for (; n < count; ++n) out[n] = widened(from[n], kind == BFLOAT16);
 }
 
 uint16_t to_bfloat16(float x) {
@@ -409,24 +472,24 @@ struct Item {
     Scratch &s;
     int64_t b, h, row;
     int64_t from, to;  // slots of its queries
-    int64_t width, columns;
+    int64_t columns, width;  // vectors of queries, and the queries of a strip
     bool pairs;
     float factor;   // what logits in memory are multiplied by to be exponents of two
-    int64_t keys = 0;  // at hand
-    bool masked = false;
+    int64_t kv_head;
+    int64_t held = 0;  // keys whose places are known; the first piece of them is at hand
 
     Item(const Problem &problem, Scratch &scratch, int64_t batch, int64_t head, int64_t r, int64_t first, int64_t last)
         : p(problem), s(scratch), b(batch), h(head), row(r), from(first), to(last) {
-        columns = (to - from + LANES - 1) / LANES, width = columns * LANES;
+        columns = (to - from + LANES - 1) / LANES, width = std::min<int64_t>(columns, COLUMNS) * LANES;
         pairs = in_pairs(p.kind);
+        kv_head = h / (p.query_heads / p.kv_heads);
         factor = p.softcap > 0 ? LOG2_E : p.scale * LOG2_E;
     }
 
     void run() {
-        pack_query();
         const Bounds seen(p, b, from, to);
         const int64_t base = seen.low_least;  // masks are in float, exact up to 2 ** 24 from here
-        for (int64_t n = 0; n < width; ++n) {
+        for (int64_t n = 0; n < columns * LANES; ++n) {
             s.most[n] = NOTHING, s.base[n] = 0, s.mass[n] = 0, s.peak[n] = NOTHING;
             s.low[n] = 1, s.high[n] = 0;  // beyond the item: nothing
             if (from + n >= to) continue;
@@ -434,12 +497,18 @@ struct Item {
             s.low[n] = static_cast<float>(std::min<int64_t>(p.low[i] - base, 1 << 24));
             s.high[n] = static_cast<float>(std::min<int64_t>(p.high[i] - base, 1 << 24));
         }
-        if (p.output) std::fill_n(s.output.at, p.value_dim * width, 0.0f);
+        if (p.output) std::fill_n(s.output.at, p.value_dim * strips() * width, 0.0f);
         const int64_t list = (b * p.query_heads + h) * p.rows + row;
         const float threshold = p.skip ? p.skip[list] : NOTHING;
         const bool skips = threshold > NOTHING;
         const int32_t *block = (skips ? p.visit : p.columns) + p.start[list];
         int64_t dropped = 0;
+        bool ready = false;
+        const auto prepare = [&] {
+            next_keys(0, std::min(held, s.piece)).fetch(0, 1, 1);
+            pack_query();
+            ready = true;
+        };
         for (int64_t t = 0; t < p.count[list]; ++t) {
             const int64_t begin = p.anchor[b] + block[t] * p.block_k, end = begin + p.block_k;
             const int64_t first = std::max(begin, seen.low_least), last = std::min(end, seen.high_most);
@@ -448,22 +517,36 @@ struct Item {
             const bool edge = first < seen.low_most || last > seen.high_least;
             for (int64_t k = first; k < last; ++k) {
                 if (holes && !p.valid[b * p.keys + k]) continue;
-                if (keys == s.piece) add(base);
-                s.place[keys] = k, s.edge[keys] = edge, ++keys;
-                masked |= edge;
+                if (held == 2 * s.piece) {
+                    if (!ready) prepare();
+                    add(base);
+                }
+                s.place[held] = k, s.edge[held] = edge, ++held;
             }
             if (!skips) continue;
+            if (!ready) prepare();
             if (matters(threshold, base))
                 add(base, true);
             else
-                dropped += pairs_of(p, b, from, to, first, last), keys = 0, masked = false;
+                dropped += pairs_of(p, b, from, to, first, last), held = 0;
         }
-        if (keys) add(base);
+        if (!ready) prepare();
+        while (held) add(base);
         if (p.skipped) p.skipped[list] += dropped;
         finish();
     }
 
   private:
+    int64_t strips() const { return (columns + COLUMNS - 1) / COLUMNS; }
+    int64_t at_hand() const { return std::min(held, s.piece); }
+    Pass pass() const { return {s, at_hand(), columns, width, p.head_dim, p.value_dim}; }
+    const uint8_t *key_at(int64_t n) const { return row_of(p.key, p.k_batch, p.k_head, p.k_token, kv_head, s.place[n]); }
+
+    Ahead next_keys(int64_t from, int64_t to) {
+        for (int64_t n = from; n < to; ++n) s.next_key[n - from] = key_at(n);
+        return {s.next_key.data(), to - from, p.head_dim * p.width()};
+    }
+
     const uint8_t *row_of(const uint8_t *tensor, int64_t sb, int64_t sh, int64_t st, int64_t head, int64_t t) const {
         return tensor + (b * sb + head * sh + t * st) * p.width();
     }
@@ -477,18 +560,15 @@ struct Item {
             pack_words(pairs ? dim / 2 : dim, row);
             return;
         }
-        for (int64_t n = 0; n < width; ++n)
-            if (from + n < to)
-                widen(row(n), dim, p.kind, width, s.query.at + n);
-            else
-                for (int64_t d = 0; d < dim; ++d) s.query.at[d * width + n] = 0;
+        for (int64_t n = 0; n < to - from; ++n) widen(row(n), dim, p.kind, s.wide_key.at + n * dim);
+        pack_words(dim, [&](int64_t n) { return reinterpret_cast<const uint8_t *>(s.wide_key.at + n * dim); });
     }
 
     // rows of 32-bit words, numbers or pairs, transposed; queries beyond the item are zeros
     template <class Row>
     void pack_words(int64_t words, const Row &row) {
-        uint32_t *out = reinterpret_cast<uint32_t *>(s.query.at);
-        for (int64_t begin = 0; begin < width; begin += LANES) {
+        for (int64_t begin = 0; begin < columns * LANES; begin += LANES) {
+            uint32_t *out = reinterpret_cast<uint32_t *>(s.query.at) + pass().place(begin / LANES, words);
             const int64_t some = std::clamp<int64_t>(to - from - begin, 0, LANES);
             int64_t d = 0;
 #ifdef SPARSEPREFILL_SQUARES
@@ -496,12 +576,12 @@ struct Item {
                 Int square[LANES];
                 for (int n = 0; n < LANES; ++n) square[n] = n < some ? load_int(row(begin + n) + 4 * d) : all_int(0);
                 transpose(square);
-                for (int r = 0; r < LANES; ++r) store_int(out + (d + r) * width + begin, square[r]);
+                for (int r = 0; r < LANES; ++r) store_int(out + (d + r) * width, square[r]);
             }
 #endif
             for (; d < words; ++d)
                 for (int64_t n = 0; n < LANES; ++n) {
-                    uint32_t &word = out[d * width + begin + n];
+                    uint32_t &word = out[d * width + n];
                     if (n < some)
                         std::memcpy(&word, row(begin + n) + 4 * d, 4);
                     else
@@ -512,32 +592,33 @@ struct Item {
 
     // logits of the keys at hand, soft-capped and masked, before the scale where there is no soft-cap
     void score(int64_t base) {
-        const int64_t head = h / (p.query_heads / p.kv_heads);
+        const int64_t keys = at_hand();
         for (int64_t n = 0; n < keys; ++n) {
-            const uint8_t *k = row_of(p.key, p.k_batch, p.k_head, p.k_token, head, s.place[n]);
-            s.ahead[n] = p.output ? row_of(p.value, p.v_batch, p.v_head, p.v_token, head, s.place[n]) : nullptr;
+            const uint8_t *k = key_at(n);
             if (p.kind != FLOAT32 && !pairs) {
                 float *wide = s.wide_key.at + n * p.head_dim;
-                widen(k, p.head_dim, p.kind, 1, wide);
+                widen(k, p.head_dim, p.kind, wide);
                 s.key[n] = wide;
             } else {
                 s.key[n] = reinterpret_cast<const float *>(k);
             }
+            if (p.output) s.value_at[n] = row_of(p.value, p.v_batch, p.v_head, p.v_token, kv_head, s.place[n]);
         }
-        const Pass at{s, keys, columns, width, p.head_dim, p.value_dim, p.value_dim * p.width()};
+        Pass at = pass();
+        at.ahead = p.output ? Ahead{s.value_at.data(), keys, p.value_dim * p.width()} : next_keys(keys, std::min(held, 2 * keys));
 #ifdef SPARSEPREFILL_PAIRS
         if (pairs)
             all_rows<ScorePairs>(keys, columns, at);
         else
 #endif
             all_rows<Scores>(keys, columns, at);
-        if (p.softcap > 0) cap(s.logits.at, keys * width, p.scale, p.softcap);
-        if (!masked) return;
+        for (int64_t strip = 0; p.softcap > 0 && strip < strips(); ++strip)
+            cap(s.logits.at + strip * s.piece * width, keys * width, p.scale, p.softcap);
         for (int64_t n = 0; n < keys; ++n) {
             if (!s.edge[n]) continue;
             const Float key = all(static_cast<float>(s.place[n] - base));
             for (int64_t c = 0; c < columns; ++c) {
-                float *x = s.logits.at + n * width + c * LANES;
+                float *x = s.logits.at + at.place(c, s.piece) + n * width;
                 store(x, visible(load(x), load(s.low + c * LANES), load(s.high + c * LANES), key));
             }
         }
@@ -546,11 +627,13 @@ struct Item {
     // does any query have a logit above its maximum so far and the threshold? Leaves the logits for `add`.
     bool matters(float threshold, int64_t base) {
         score(base);
+        const int64_t keys = held;
         const float unit = p.softcap > 0 ? 1.0f : p.scale;
         for (int64_t q = 0; q < to - from; ++q) {
+            const float *own = s.logits.at + pass().place(q / LANES, s.piece) + q % LANES;
             float top = NOTHING;
             for (int64_t n = 0; n < keys; ++n) {
-                const float x = s.logits.at[n * width + q];
+                const float x = own[n * width];
                 if (!(x <= top)) top = x;  // NaN stays
                 if (top != top) break;
             }
@@ -562,15 +645,18 @@ struct Item {
     // one step of the online softmax over the keys at hand
     void add(int64_t base, bool scored = false) {
         if (!scored) score(base);
+        const int64_t keys = at_hand();
         for (int64_t c = 0; c < columns; ++c) weigh(c);
         if (p.output) {
-            const bool as_it_lies = p.kind == FLOAT32 || pairs;
+            // every strip reads the values, some channels at a time
+            const bool as_it_lies = pairs || (p.kind == FLOAT32 && strips() == 1);
             for (int64_t n = 0; n < keys; ++n) {
-                const uint8_t *v = s.ahead[n];
-                if (!as_it_lies) widen(v, p.value_dim, p.kind, 1, s.wide_value.at + n * p.value_dim);
-                s.value[n] = as_it_lies ? reinterpret_cast<const float *>(v) : s.wide_value.at + n * p.value_dim;
+                float *wide = s.wide_value.at + n * s.value_row;
+                if (!as_it_lies) widen(s.value_at[n], p.value_dim, p.kind, wide);
+                s.value[n] = as_it_lies ? reinterpret_cast<const float *>(s.value_at[n]) : wide;
             }
-            const Pass at{s, keys, columns, width, p.head_dim, p.value_dim, p.value_dim * p.width()};
+            Pass at = pass();
+            at.ahead = next_keys(keys, std::min(held, keys + s.piece));
 #ifdef SPARSEPREFILL_PAIRS
             if (pairs) {
                 pair_values(reinterpret_cast<const uint16_t *const *>(s.value.data()), keys, p.value_dim,
@@ -580,12 +666,15 @@ struct Item {
 #endif
                 all_rows<Values>(p.value_dim, columns, at);
         }
-        keys = 0, masked = false;
+        std::copy(s.place.begin() + keys, s.place.begin() + held, s.place.begin());
+        std::copy(s.edge.begin() + keys, s.edge.begin() + held, s.edge.begin());
+        held -= keys;
     }
 
     // raise the maximum of one vector of queries and turn their logits into weights
     void weigh(int64_t c) {
-        float *x = s.logits.at + c * LANES;
+        const int64_t keys = at_hand();
+        float *x = s.logits.at + pass().place(c, s.piece);
         const Float unit = all(factor), before = load(s.most + c * LANES);
         Float top = before, other = before;
         int64_t n = 0;
@@ -613,7 +702,7 @@ struct Item {
         float *sum = s.mass + c * LANES;
 #ifdef SPARSEPREFILL_PAIRS
         if (pairs) {
-            int32_t *out = reinterpret_cast<int32_t *>(s.logits.at) + c * LANES;
+            int32_t *out = reinterpret_cast<int32_t *>(x);
             for (n = 0; n < keys; n += 2) {
                 const Float even = two_to(times_plus(load(x + n * width), unit, shift));
                 const Float odd =
@@ -649,15 +738,17 @@ struct Item {
                 out[n] = p.output ? output_of(p, b, h, from + begin + n) : nullptr;
             }
             if (!p.output) continue;
-            const float *sum = s.output.at + begin;
+            const float *sum = s.output.at + pass().place(begin / LANES, p.value_dim);
             int64_t d = 0;
 #ifdef SPARSEPREFILL_SQUARES
-            for (; (p.kind != BFLOAT16 || pairs) && d + LANES <= p.value_dim; d += LANES) {
+            for (; d + LANES <= p.value_dim; d += LANES) {
                 Int square[LANES];
                 for (int r = 0; r < LANES; ++r) square[r] = load_int(sum + (d + r) * width);
                 transpose(square);
                 for (int64_t n = 0; n < some; ++n) {  // where nothing was seen no sum is
-                    const Float x = share[n] == 0 ? all(0.0f) : times((Float)square[n], all(share[n]));
+                    Float x;
+                    std::memcpy(&x, &square[n], sizeof x);
+                    x = share[n] == 0 ? all(0.0f) : times(x, all(share[n]));
                     write(out[n], d, x);
                 }
             }
@@ -681,6 +772,12 @@ struct Item {
             return;
         }
 #endif
+        if (p.kind == BFLOAT16) {
+            float wide[LANES];
+            store(wide, x);
+            for (int n = 0; n < LANES; ++n) reinterpret_cast<uint16_t *>(out)[d + n] = to_bfloat16(wide[n]);
+            return;
+        }
         store(reinterpret_cast<float *>(out) + d, x);
     }
 #endif
@@ -710,7 +807,8 @@ struct Packed {
         key_steps = (p.head_dim + GROUP - 1) / GROUP, value_tiles = (p.value_dim + TILE_ROWS - 1) / TILE_ROWS;
         key_bytes = GROUP / TILE_ROWS * key_steps * TILE_BYTES, value_bytes = p.output ? value_tiles * TILE_BYTES : 0;
         const int64_t all = p.batch * p.kv_heads * groups;
-        in_large_pages(key, all * key_bytes), in_large_pages(value, all * value_bytes);
+        key.hold(all * key_bytes), value.hold(all * value_bytes);
+        in_large_pages(key.at, all * key_bytes), in_large_pages(value.at, all * value_bytes);
         named.resize(all);
         for (int64_t b = 0; b < p.batch; ++b) seen.emplace_back(p, b, p.query_start, p.query_start + p.queries);
     }
@@ -763,16 +861,6 @@ struct Packed {
     }
 
   private:
-    static void in_large_pages(Room<uint8_t> &room, int64_t bytes) {
-        room.hold(bytes);
-#ifdef MADV_HUGEPAGE
-        constexpr int64_t PAGE = 1 << 21;  // to touch new memory in small ones costs more than to pack
-        const uintptr_t first = (reinterpret_cast<uintptr_t>(room.at) + PAGE - 1) / PAGE * PAGE;
-        const uintptr_t last = (reinterpret_cast<uintptr_t>(room.at) + bytes) / PAGE * PAGE;
-        if (first < last) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
-#endif
-    }
-
     // numbers [c, c + 32) of a row, zeros from its end on, and where there is no row
     static Int some_halves(const uint16_t *row, int64_t c, int64_t dim) {
         if (!row) return all_int(0);
@@ -1064,6 +1152,9 @@ extern "C" int sparseprefill_attention(const int64_t *shape, const void *const *
     if (p.kind < FLOAT32 || p.kind > FLOAT16 || p.query_heads % p.kv_heads || threads < 1) return 1;
     if (in_pairs(p.kind) && p.head_dim % 2) return 1;
     if (p.skip && p.block_q > MOST_QUERIES) return 1;
+    const int64_t token = p.query_heads * p.value_dim;
+    if (p.output && p.o_head == p.value_dim && p.o_token == token && p.o_batch == p.queries * token)  // no gaps, most likely new
+        in_large_pages(p.output, p.batch * p.o_batch * (p.kind == BFLOAT16 ? 2 : 4));
     const int64_t parts = (p.block_q + MOST_QUERIES - 1) / MOST_QUERIES, heads = p.batch * p.query_heads;
     // calls work(b, h, row, first, last) with the queries of an item
     const auto each_item = [&](const auto &start) {

@@ -61,6 +61,11 @@ inline Float visible(Float x, Float low, Float high, Float key) {
     const __mmask16 seen = _mm512_cmp_ps_mask(low, key, _CMP_LE_OQ) & _mm512_cmp_ps_mask(key, high, _CMP_LT_OQ);
     return _mm512_mask_blend_ps(seen, all(NOTHING), x);
 }
+#define SPARSEPREFILL_BRAINS
+inline Float load_brains(const void *p) {
+    const __m256i x = _mm256_loadu_si256(static_cast<const __m256i *>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
 #define SPARSEPREFILL_HALVES
 inline Float load_halves(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i *>(p))); }
 inline Float whole(Float x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -121,6 +126,11 @@ inline Float where_less(Float a, Float b, Float yes, Float no) {
 inline Float visible(Float x, Float low, Float high, Float key) {
     const Float seen = _mm256_and_ps(_mm256_cmp_ps(low, key, _CMP_LE_OQ), _mm256_cmp_ps(key, high, _CMP_LT_OQ));
     return _mm256_blendv_ps(all(NOTHING), x, seen);
+}
+#define SPARSEPREFILL_BRAINS
+inline Float load_brains(const void *p) {
+    const __m128i x = _mm_loadu_si128(static_cast<const __m128i *>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
 }
 #if defined(__F16C__)
 #define SPARSEPREFILL_HALVES
