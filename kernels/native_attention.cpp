@@ -3,9 +3,10 @@
 // What is computed stands in sparseprefill/contracts.py (AttentionInputs, BlockIndex). A work item is up to MOST_QUERIES
 // queries of one row of the grid and one head. Queries lie across the lanes of a vector and stay in cache, transposed,
 // for the whole item: logits are the products of a broadcast number of a key with vectors of queries, and the output,
-// transposed too, grows by a broadcast number of a value times vectors of weights. So keys and values are read where
-// they lie, in whatever order the list names them, the softmax needs no sum across lanes, and keys that nobody sees
-// are left out one by one. PIECE keys are multiplied before the running maximum is raised.
+// transposed too, grows by a broadcast number of a value times vectors of weights. So keys (and values, where an item is
+// no more than COLUMNS vectors of queries) are read where they lie, in whatever order the list names them, the softmax needs
+// no sum across lanes, and keys that nobody sees are left out one by one. PIECE keys are multiplied before the running
+// maximum is raised.
 //
 // bfloat16 is multiplied in pairs where the processor can (vdpbf16ps), which takes pairs of values beside each other;
 // else, as float16 always, it is widened piece by piece. Where the processor multiplies tiles (AMX), bfloat16 goes another
@@ -35,6 +36,7 @@ constexpr int TALL = 6;  // TALL x COLUMNS sums stay in registers
 // a product walks along lies together. A strip's weights and the values that it meets are to fit a core's first cache.
 constexpr bool STRIPS = COLUMNS * LANES < MOST_QUERIES;
 constexpr int64_t PIECE = STRIPS ? 128 : 256;
+static_assert(PIECE >= MOST_QUERIES, "queries are widened where keys will be");
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 enum Kind : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
@@ -87,7 +89,7 @@ struct Scratch {
     Room<float> query;               // strips of [head_dim, width]; or pairs of bfloat16
     Room<float> logits;              // strips of [piece, width], then weights, or pairs of bfloat16 in its first half
     Room<float> output;              // strips of [value_dim, width]
-    Room<float> wide_key;            // [piece, head_dim] where they must be widened
+    Room<float> wide_key;            // [piece, head_dim] where they must be widened; before that the queries
     Room<float> wide_value;          // [piece, value_row] where they are widened or copied; pairs of values
     int64_t value_row;               // an odd number of cache lines: rows a power of two apart would share a few places
     std::vector<int64_t> place;      // [2 * piece] slots of the keys at hand and of those that come after them
@@ -110,7 +112,7 @@ struct Scratch {
     }
 };
 
-#if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__) && !defined(SPARSEPREFILL_GENERIC)
+#if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__)
 #define SPARSEPREFILL_SQUARES  // 16 x 16 numbers can be transposed in registers
 
 // rows and columns of 16 x 16 numbers of 32 bits exchanged
@@ -476,7 +478,8 @@ struct Item {
     bool pairs;
     float factor;   // what logits in memory are multiplied by to be exponents of two
     int64_t kv_head;
-    int64_t held = 0;  // keys whose places are known; the first piece of them is at hand
+    int64_t step = PIECE;  // keys at a time; more where tiles may be skipped, which are whole blocks
+    int64_t held = 0;  // keys whose places are known; the first `step` of them are at hand
 
     Item(const Problem &problem, Scratch &scratch, int64_t batch, int64_t head, int64_t r, int64_t first, int64_t last)
         : p(problem), s(scratch), b(batch), h(head), row(r), from(first), to(last) {
@@ -501,11 +504,12 @@ struct Item {
         const int64_t list = (b * p.query_heads + h) * p.rows + row;
         const float threshold = p.skip ? p.skip[list] : NOTHING;
         const bool skips = threshold > NOTHING;
+        if (skips) step = s.piece;
         const int32_t *block = (skips ? p.visit : p.columns) + p.start[list];
         int64_t dropped = 0;
         bool ready = false;
         const auto prepare = [&] {
-            next_keys(0, std::min(held, s.piece)).fetch(0, 1, 1);
+            next_keys(0, at_hand()).fetch(0, 1, 1);
             pack_query();
             ready = true;
         };
@@ -517,7 +521,7 @@ struct Item {
             const bool edge = first < seen.low_most || last > seen.high_least;
             for (int64_t k = first; k < last; ++k) {
                 if (holes && !p.valid[b * p.keys + k]) continue;
-                if (held == 2 * s.piece) {
+                if (held == 2 * step) {
                     if (!ready) prepare();
                     add(base);
                 }
@@ -530,7 +534,7 @@ struct Item {
             else
                 dropped += pairs_of(p, b, from, to, first, last), held = 0;
         }
-        if (!ready) prepare();
+        if (held && !ready) prepare();
         while (held) add(base);
         if (p.skipped) p.skipped[list] += dropped;
         finish();
@@ -538,7 +542,7 @@ struct Item {
 
   private:
     int64_t strips() const { return (columns + COLUMNS - 1) / COLUMNS; }
-    int64_t at_hand() const { return std::min(held, s.piece); }
+    int64_t at_hand() const { return std::min(held, step); }
     Pass pass() const { return {s, at_hand(), columns, width, p.head_dim, p.value_dim}; }
     const uint8_t *key_at(int64_t n) const { return row_of(p.key, p.k_batch, p.k_head, p.k_token, kv_head, s.place[n]); }
 
@@ -612,8 +616,9 @@ struct Item {
         else
 #endif
             all_rows<Scores>(keys, columns, at);
-        for (int64_t strip = 0; p.softcap > 0 && strip < strips(); ++strip)
-            cap(s.logits.at + strip * s.piece * width, keys * width, p.scale, p.softcap);
+        for (int64_t c = 0; p.softcap > 0 && c < columns; ++c)
+            for (int64_t n = 0; n < keys; ++n)
+                cap(s.logits.at + at.place(c, s.piece) + n * width, LANES, p.scale, p.softcap);
         for (int64_t n = 0; n < keys; ++n) {
             if (!s.edge[n]) continue;
             const Float key = all(static_cast<float>(s.place[n] - base));
@@ -656,7 +661,7 @@ struct Item {
                 s.value[n] = as_it_lies ? reinterpret_cast<const float *>(s.value_at[n]) : wide;
             }
             Pass at = pass();
-            at.ahead = next_keys(keys, std::min(held, keys + s.piece));
+            at.ahead = next_keys(keys, std::min(held, keys + step));
 #ifdef SPARSEPREFILL_PAIRS
             if (pairs) {
                 pair_values(reinterpret_cast<const uint16_t *const *>(s.value.data()), keys, p.value_dim,
@@ -1153,7 +1158,8 @@ extern "C" int sparseprefill_attention(const int64_t *shape, const void *const *
     if (in_pairs(p.kind) && p.head_dim % 2) return 1;
     if (p.skip && p.block_q > MOST_QUERIES) return 1;
     const int64_t token = p.query_heads * p.value_dim;
-    if (p.output && p.o_head == p.value_dim && p.o_token == token && p.o_batch == p.queries * token)  // no gaps, most likely new
+    // without gaps it is new, but for `into`
+    if (p.output && p.o_head == p.value_dim && p.o_token == token && p.o_batch == p.queries * token)
         in_large_pages(p.output, p.batch * p.o_batch * (p.kind == BFLOAT16 ? 2 : 4));
     const int64_t parts = (p.block_q + MOST_QUERIES - 1) / MOST_QUERIES, heads = p.batch * p.query_heads;
     // calls work(b, h, row, first, last) with the queries of an item

@@ -26,10 +26,6 @@
 #endif
 #endif
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #ifdef SPARSEPREFILL_TILES
 
 namespace sparseprefill {

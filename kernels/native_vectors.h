@@ -27,7 +27,7 @@ constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 #if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__)
 
 constexpr const char *INSTRUCTIONS = "avx512_vnni";
-constexpr int LANES = 16, ROWS = 6, COLUMNS = 4;  // ROWS x COLUMNS sums are held in registers
+constexpr int LANES = 16, ROWS = 6, COLUMNS = 4;  // ROWS x COLUMNS sums of whole numbers stay in registers
 using Int = __m512i;
 using Float = __m512;
 inline Int load_int(const void *p) { return _mm512_loadu_si512(p); }

@@ -286,6 +286,16 @@ def test_switched_off_it_is_the_same_to_the_bit(dense: bool, impl: str) -> None:
     assert result.skipped.tolist() == [[0] * inputs.query_heads] * inputs.batch
 
 
+@pytest.mark.parametrize("impl", ["cpu", "native"])
+def test_switched_off_in_large_blocks_it_is_the_same_to_the_bit(impl: str) -> None:
+    """Blocks of more keys than are otherwise taken at a time."""
+    inputs = make_inputs(query_heads=2, kv_heads=1, queries=64, keys=700, query_start=636)
+    index = BlockIndex.dense(inputs, BlockGrid.of(inputs, 64, 256))
+    plain, never = (block_sparse_attention(inputs, each, impl) for each in (index, index.skipping(NEVER)))
+    assert torch.equal(never.output, plain.output)
+    assert torch.equal(never.lse, plain.lse)
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_some_heads_of_an_earlier_result(impl: str) -> None:
     """Counts are replaced with the heads; heads that are run again over lists without thresholds skip nothing."""
