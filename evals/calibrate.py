@@ -24,6 +24,8 @@ from sparseprefill.contracts import BlockGrid
 from sparseprefill.evals.bench import checked_parts, dense_attention, median_seconds, random_inputs
 from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.evals.profile_time import RATE, tile_seconds
+from sparseprefill.huggingface import tried_pattern
+from sparseprefill.huggingface_layers import Settings
 from sparseprefill.huggingface_modules import (
     LayerShape,
     attention_modules,
@@ -146,6 +148,15 @@ def calibrate(
         if kernel is None:
             why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             raise NotImplementedError(f"layers {ranges(layers)} cannot be served: {why}")
+        settings = Settings(block_q, block_k, impl)
+        for words, pattern in (one for each in patterns.values() for one in each):
+            if not tried_pattern(pattern, shape, place, settings):
+                continue
+            if kernel_for(shape, place, dtype, impl, block_q, block_k, skips=True)[0] != kernel:
+                raise ValueError(
+                    f"{words} lets its kernel skip tiles, which {kernel} does not at block_q={block_q}: leave it out, "
+                    "or calibrate another block_q"
+                )
         cells: list[CalibrationCell] = []
         for length in lengths:
             cells += _measured(shape, length, patterns, dtype, place, kernel, block_q, block_k, repeats, seed)

@@ -7,6 +7,7 @@ What a patched layer needs to know hangs on its attention module, so that two mo
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -303,12 +304,13 @@ def plan_patch(
     shapes = layer_shapes(modules, config, part)
     last = max(modules) + 1
     stay_dense = {n % last for n in dense_layers} - {n % last for n, _ in heads or {}}
-    for number, module in modules.items():
-        device = device_of(module)
+
+    def check_kernel(number: int, *, skips: bool = False) -> None:
+        device = device_of(modules[number])
         if number in stay_dense or device is None:
-            continue
+            return
         kernel, reasons = kernel_for(
-            shapes[number], device, model.dtype, settings.impl, settings.block_q, settings.block_k
+            shapes[number], device, model.dtype, settings.impl, settings.block_q, settings.block_k, skips=skips
         )
         if kernel is None:
             asked = {name: why for name, why in reasons.items() if settings.impl in ("auto", name)}
@@ -317,10 +319,20 @@ def plan_patch(
                 + "; ".join(f"{name}: {why}" for name, why in asked.items())
                 + f". dense_layers=[{number}] would leave it as it is"
             )
+
+    for number in modules:
+        check_kernel(number)
     all_heads = {number: shape.query_heads * part.ranks for number, shape in shapes.items()}
     chosen = _patterns_of_layers(pattern, all_heads, dense_layers, layers, heads, last_rows_dense)
     chosen = {number: of_heads(each, part.of(all_heads[number])) for number, each in chosen.items()}
-    _try_patterns(chosen, shapes, {number: device_of(module) for number, module in modules.items()}, settings)
+    places = {number: device_of(module) for number, module in modules.items()}
+    skipping = {n: tried_pattern(chosen[n], shapes[n], places[n], settings) for n in chosen}
+    if any(skipping.values()):  # a local layer computes its whole window
+        known = masks.masks_of(model, 2 * settings.block_q)
+        for number in skipping:
+            skipping[number] &= masks.mask_of_layer(known, config, number).local is None
+            if skipping[number]:
+                check_kernel(number, skips=True)
 
     mlps = chunkable_mlps(model, modules) if mlp_chunk is not None else []
     if last_logits:
@@ -330,7 +342,7 @@ def plan_patch(
     states = {
         number: PatchedLayer(
             number, chosen[number], number in stay_dense, settings, previous, name, shapes[number].head_dim,
-            first_head=part.of(all_heads[number]).start,
+            first_head=part.of(all_heads[number]).start, skips=skipping[number],
         )
         for number in sorted(modules)
     }  # fmt: skip
@@ -537,7 +549,8 @@ def _attend_eagerly(
     layer = getattr(module, STATE, None)
     if layer is None:
         shape = LayerShape(query.shape[1], key.shape[1], query.shape[-1], value.shape[-1])
-        layer = _registered_layer(module, shape, query.device, dtype)
+        local = isinstance(attention_mask, MaskInfo) and attention_mask.local is not None
+        layer = _registered_layer(module, shape, query.device, dtype, local)
     if kwargs.get("output_attentions"):
         raise NotImplementedError(_NO_ATTENTIONS)
     strange = (
@@ -588,8 +601,10 @@ def _attend_eagerly(
         observe=settings.observe, sample_rows=settings.sample_rows, guard=settings.guard,
         draw=f"{layer.number}/{layer.sparse_calls}",
     )  # fmt: skip
-    # which kernel serves depends on the index too: tiles that may be skipped, and how large they are
-    impl = choose_implementation(inputs, prefill.index) if settings.impl == "auto" else settings.impl
+    impl = settings.impl
+    if impl == "auto":  # which kernel serves depends on the index too: tiles that may be skipped, and how large they are
+        part = next((part for part in prefill.parts if part.index.skip is not None), prefill.parts[0])
+        impl = choose_implementation(part.inputs, part.index)
     layer.note(prefill, impl)
     output = prefill.result.output
     assert output is not None
@@ -652,9 +667,12 @@ def _run_previous(
 
 
 def _registered_layer(
-    module: nn.Module, shape: LayerShape, device: torch.device, dtype: torch.dtype
+    module: nn.Module, shape: LayerShape, device: torch.device, dtype: torch.dtype, local: bool
 ) -> PatchedLayer | None:
-    """State for a module of a model that was loaded under our name; None where `register` was not called for it."""
+    """State for a module of a model that was loaded under our name; None where `register` was not called for it.
+
+    `local`: it sees a window or chunks alone.
+    """
     if not _REGISTERED or not isinstance(getattr(module, "layer_idx", None), int):
         return None
     previous = _REGISTERED["previous"]
@@ -672,19 +690,14 @@ def _registered_layer(
             warnings.warn(text, UserWarning, stacklevel=2)
     number = module.layer_idx
     assert isinstance(number, int)
+    chosen, settings = _for_layer(pattern, number), _REGISTERED["settings"]
     layer = PatchedLayer(
-        number,
-        _for_layer(pattern, number),
-        False,
-        _REGISTERED["settings"],
-        previous,
-        _REGISTERED["method"],
-        shape.head_dim,
-        registered=True,
+        number, chosen, False, settings, previous, _REGISTERED["method"], shape.head_dim, registered=True
     )
     known = _REGISTERED["calibration"]
     if known is not None:
-        layer.cost = layer_cost(known, layer.settings, shape, device, dtype)
+        layer.skips = not local and tried_pattern(chosen, shape, device, settings)
+        layer.cost = layer_cost(known, settings, shape, device, dtype, skips=layer.skips)
     setattr(module, STATE, layer)
     if config is not None and masks.bound_settings(config) is None:  # a later `register` is for other models
         masks.bind_config(config, MaskSettings(previous, layer.settings.block_q))
@@ -774,25 +787,28 @@ def _each_head(pattern: Pattern, heads: int) -> tuple[Pattern, ...]:
     return (pattern,) * heads
 
 
-def _try_patterns(
-    patterns: Mapping[int, Pattern],
-    shapes: Mapping[int, LayerShape],
-    places: Mapping[int, torch.device | None],
-    settings: Settings,
-) -> None:
-    """Build each index once on two blocks of zeros, where the layer runs: what a pattern refuses is refused before the
-    model is changed. A layer that has no weights yet is tried on the CPU.
+def tried_pattern(pattern: Pattern, shape: LayerShape, place: torch.device | None, settings: Settings) -> bool:
+    """Whether the lists of a pattern let the kernel skip tiles, from an index of two blocks of zeros where a layer runs.
+
+    What a pattern refuses is refused here, before the model is changed. Without a place the CPU is taken: a layer that
+    has no weights yet. A wrapper may leave so short a prompt as it is, so that what it goes around is asked too.
     """
     tokens = 2 * max(settings.block_q, settings.block_k)
-    for number, pattern in patterns.items():
-        shape = shapes[number]
-        place = places[number]
-        device = torch.device("cpu") if place is None or place.type == "meta" else place
-        query = torch.zeros(1, shape.query_heads, tokens, shape.head_dim, device=device)
-        key = torch.zeros(1, shape.kv_heads, tokens, shape.head_dim, device=device)
-        value = torch.zeros(1, shape.kv_heads, tokens, shape.value_dim, device=device)
-        inputs = AttentionInputs(query, key, value, scale=1.0)
-        parts_of(pattern, inputs, BlockGrid.of(inputs, settings.block_q, settings.block_k))
+    device = torch.device("cpu") if place is None or place.type == "meta" else place
+    query = torch.zeros(1, shape.query_heads, tokens, shape.head_dim, device=device)
+    key = torch.zeros(1, shape.kv_heads, tokens, shape.head_dim, device=device)
+    value = torch.zeros(1, shape.kv_heads, tokens, shape.value_dim, device=device)
+    inputs = AttentionInputs(query, key, value, scale=1.0)
+    grid = BlockGrid.of(inputs, settings.block_q, settings.block_k)
+    there = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with there, torch.no_grad(), torch.autocast(device.type, enabled=False):  # as in a prefill
+        own: Any = pattern
+        while True:
+            if any(part.index.skip is not None for part in parts_of(own, inputs, grid)):
+                return True
+            own = getattr(own, "inner", getattr(own, "pattern", None))
+            if not callable(getattr(own, "build_index", None)):
+                return False
 
 
 def _previous_implementation(model: PreTrainedModel, config: PreTrainedConfig) -> str:

@@ -91,6 +91,7 @@ class PatchedLayer:
     registered: bool = False  # made by `register`, not by a patch
     local: str | None = None  # the mask's own window or chunks, in which the layer runs exactly
     first_head: int = 0  # of the heads in this process
+    skips: bool = False  # the pattern's lists let the kernel skip tiles
     cost: LayerCost | None = None  # None where no calibration was read
     decided: tuple[torch.device, torch.dtype] | None = None  # the last call that could have run sparsely
     key: int = field(default_factory=itertools.count().__next__)  # in LAYERS
@@ -110,7 +111,7 @@ class PatchedLayer:
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchedLayer:
         twin = PatchedLayer(
             self.number, self.pattern, self.always_dense, self.settings, self.previous, self.method,
-            self.head_dim, registered=self.registered, first_head=self.first_head, cost=self.cost,
+            self.head_dim, registered=self.registered, first_head=self.first_head, cost=self.cost, skips=self.skips,
             copied=not self.registered,
         )  # fmt: skip
         memo[id(self)] = twin
@@ -282,22 +283,24 @@ def calibrate_layers(
     places: Mapping[int, torch.device | None], dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Look each layer up, by number; one whose device is None has no weights yet, and is not looked up."""
-    found: dict[tuple[LayerShape, torch.device], LayerCost] = {}  # layers of one shape are asked for once
+    found: dict[tuple[LayerShape, torch.device, bool], LayerCost] = {}  # layers of one shape are asked for once
     for number, layer in layers.items():
         shape, device = shapes[number], places[number]
         if device is None:
             continue
-        if (shape, device) not in found:
-            found[shape, device] = layer_cost(known, layer.settings, shape, device, dtype)
-        layer.cost = found[shape, device]
+        asked = shape, device, layer.skips
+        if asked not in found:
+            found[asked] = layer_cost(known, layer.settings, shape, device, dtype, skips=layer.skips)
+        layer.cost = found[asked]
 
 
 def layer_cost(
-    known: Calibration, settings: Settings, shape: LayerShape, device: torch.device, dtype: torch.dtype
-) -> LayerCost:
-    """What a calibration says of a layer of this shape. Reads no file."""
+    known: Calibration, settings: Settings, shape: LayerShape, device: torch.device, dtype: torch.dtype,
+    *, skips: bool = False,
+) -> LayerCost:  # fmt: skip
+    """What a calibration says of a layer of this shape, `skips` as for `kernel_for`. Reads no file."""
     blocks = {"block_q": settings.block_q, "block_k": settings.block_k}
-    kernel, _ = kernel_for(shape, device, dtype, settings.impl, **blocks)
+    kernel, _ = kernel_for(shape, device, dtype, settings.impl, **blocks, skips=skips)
     if kernel is None:
         return LayerCost(device, dtype, None, "no kernel serves this layer")
     key = known.key(device, dtype, kernel, **dataclasses.asdict(shape), **blocks)

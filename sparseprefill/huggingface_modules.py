@@ -200,9 +200,13 @@ def layer_shapes(modules: dict[int, nn.Module], config: PreTrainedConfig, part: 
 
 
 def kernel_for(
-    shape: LayerShape, device: torch.device, dtype: torch.dtype, impl: str, block_q: int, block_k: int
-) -> tuple[str | None, dict[str, str]]:
-    """(the implementation that serves a layer of this shape or None, why not each of the others)."""
+    shape: LayerShape, device: torch.device, dtype: torch.dtype, impl: str, block_q: int, block_k: int,
+    *, skips: bool = False,
+) -> tuple[str | None, dict[str, str]]:  # fmt: skip
+    """(the implementation that serves a layer of this shape or None, why not each of the others).
+
+    `skips`: whether the lists allow the kernel to leave out tiles (`BlockIndex.skip`).
+    """
 
     def zeros(heads: int, dim: int) -> Tensor:
         return torch.zeros(1, heads, 1, dim, device=device, dtype=dtype)
@@ -210,6 +214,7 @@ def kernel_for(
     key, value = zeros(shape.kv_heads, shape.head_dim), zeros(shape.kv_heads, shape.value_dim)
     inputs = AttentionInputs(zeros(shape.query_heads, shape.head_dim), key, value, 1.0)
     index = BlockIndex.dense(inputs, BlockGrid.of(inputs, block_q, block_k))
+    index = index.skipping(torch.zeros((), device=device)) if skips else index
     chosen, reasons = None, {}
     for name, implementation in IMPLEMENTATIONS.items():
         if impl not in ("auto", name):

@@ -185,6 +185,44 @@ class TestNative:
         assert f"\nnative     built for {found[1].instructions}: {found[0]}\n" in str(shown)
         assert shown.to_dict()["native"] == shown.native
 
+    def test_methods_that_skip_tiles_are_served_by_what_can(self, native: Path) -> None:
+        """The native kernel decides for 64 queries at a time: with longer rows another one runs, and is named."""
+        long = {"block_q": 128, "block_k": 64, "min_length": 0}
+        for method, block_q, kernel in (("skip_softmax", 64, "native"), ("skip_softmax", 128, "cpu"),
+                                        ("a_shape", 128, "native")):  # fmt: skip
+            layer = explain(tiny_model("llama"), method, **{**long, "block_q": block_q}).layers[0]
+            assert layer.kernel == kernel
+        why = explain(tiny_model("llama"), "skip_softmax", **long).layers[0].why_not
+        assert "rows of at most 64 queries" in why["native"]
+        model = tiny_model("llama")
+        with pytest.raises(NotImplementedError, match="rows of at most 64 queries"):
+            patch_model(model, "skip_softmax", impl="native", **long)
+        with patch_model(model, "skip_softmax", **long) as patch, torch.no_grad():
+            model(tokens(1, 300))
+            assert patch.report().layers[0].kernels == {"cpu": 1}
+
+    def test_so_are_wrappers_of_such_methods(self, native: Path) -> None:
+        """`pbs` leaves a prompt of one segment as it is, and skips in longer ones."""
+        options = {"inner": "skip_softmax", "block_q": 128, "block_k": 64, "min_length": 0}
+        model = tiny_model("llama")
+        assert explain(model, "pbs", **options).layers[0].kernel == "cpu"
+        with pytest.raises(NotImplementedError, match="rows of at most 64 queries"):
+            patch_model(model, "pbs", impl="native", **options)
+        with patch_model(model, "pbs", **options) as patch, torch.no_grad():
+            model(tokens(1, 600))
+            assert patch.report().layers[0].kernels == {"cpu": 1}
+
+    def test_a_local_layer_skips_nothing(self, native: Path) -> None:
+        """It computes its whole window, whatever the method."""
+        long = {"block_q": 128, "block_k": 64, "min_length": 0}
+        kernels = {layer.mask: layer.kernel for layer in explain(tiny_model("gemma2"), "skip_softmax", **long).layers}
+        assert kernels == {mask: "native" if "window" in mask else "cpu" for mask in kernels}
+        assert len(kernels) == 2
+        model = tiny_model("mistral")
+        with patch_model(model, "skip_softmax", impl="native", **long) as patch, torch.no_grad():
+            model(tokens(1, 300))
+            assert patch.report().layers[0].kernels == {"native": 1}
+
     def test_why_not_is_shown(self) -> None:
         assert "\nnative     it is not built: run `sparseprefill build-cpu`" in str(explain(tiny_model("llama")))
 
