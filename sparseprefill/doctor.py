@@ -222,9 +222,7 @@ def _explain_layer(
     state: PatchedLayer, shape: LayerShape, mask: MaskInfo, device: torch.device, dtype: torch.dtype, longest: int
 ) -> LayerExplanation:
     settings = state.settings
-    kernel, why = kernel_for(
-        shape, device, dtype, settings.impl, settings.block_q, settings.block_k, skips=state.skips
-    )
+    kernel, why = kernel_for(shape, device, dtype, settings.impl, settings.block_q, settings.block_k, skips=state.skips)
     if mask.opaque is not None:
         why[kernel or "sparse"] = f"{mask.opaque}: this layer runs on the previous implementation"
         kernel = None

@@ -602,7 +602,7 @@ def _attend_eagerly(
         draw=f"{layer.number}/{layer.sparse_calls}",
     )  # fmt: skip
     impl = settings.impl
-    if impl == "auto":  # which kernel serves depends on the index too: tiles that may be skipped, and how large they are
+    if impl == "auto":  # tiles that may be skipped, and how large they are, decide with the inputs
         part = next((part for part in prefill.parts if part.index.skip is not None), prefill.parts[0])
         impl = choose_implementation(part.inputs, part.index)
     layer.note(prefill, impl)
@@ -788,7 +788,7 @@ def _each_head(pattern: Pattern, heads: int) -> tuple[Pattern, ...]:
 
 
 def tried_pattern(pattern: Pattern, shape: LayerShape, place: torch.device | None, settings: Settings) -> bool:
-    """Whether the lists of a pattern let the kernel skip tiles, from an index of two blocks of zeros where a layer runs.
+    """Whether the lists of a pattern let the kernel skip tiles: asked with two blocks of zeros where a layer runs.
 
     What a pattern refuses is refused here, before the model is changed. Without a place the CPU is taken: a layer that
     has no weights yet. A wrapper may leave so short a prompt as it is, so that what it goes around is asked too.
