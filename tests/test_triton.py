@@ -163,7 +163,9 @@ def test_some_heads_into_an_earlier_result(fields: dict[str, Any], values: bool)
     inputs = make_inputs(batch=2, query_heads=2, kv_heads=1, dtype=FP16, device=DEVICE, **moved)
     sparse, full = random_index(inputs, 32, 16, 0.3), dense(inputs, 32, 16)
     only = torch.tensor([[False, True], [False, False]], device=DEVICE)
-    result, want = attend(inputs, sparse, values=values), attend(inputs, full, values=values)
+    # some heads are never stacked with others, and a product of more rows may round otherwise
+    unstacked = dataclasses.replace(full, start=full.start.contiguous(), count=full.count.contiguous(), alike=1)
+    result, want = attend(inputs, sparse, values=values), attend(inputs, unstacked, values=values)
     for tensor in (result.output, result.lse):
         if tensor is not None:
             tensor[~only] = 7.0
