@@ -1,4 +1,4 @@
-"""The native CPU path: attention over the listed blocks in one pass over keys and values that stay where they lie."""
+"""The native CPU path: attention over the listed blocks in one pass, keys in whatever order a list names them."""
 
 from __future__ import annotations
 
