@@ -3,7 +3,8 @@
 Dense attention looks at all pairs, and its time grows with the square of the tokens. A method that keeps so many tokens
 for each query attends to as many pairs for each token, so that attending grows with the tokens; finding them grows as
 the method looks: at a few queries, or at all pairs, or at all pairs of blocks. What is given is the slope of the line
-that fits the logarithms of times and lengths best: 1 is linear, 2 is the square. Timed calls are interleaved.
+that fits the logarithms of times and lengths best: 1 is linear, 2 is the square. All lengths are timed in every turn: a
+machine that is slower for some minutes would otherwise be slower for one length, which bends the line.
 """
 
 from __future__ import annotations
@@ -97,26 +98,27 @@ def growth(
         patterns[spec.label] = resolve_method(spec.name, **spec.options)
         if isinstance(patterns[spec.label], ModelPatterns):
             raise ValueError(f"{text} is the profile of a model: name a method that needs none")
-    cells = []
+    contenders: dict[str, Callable[[], Any]] = {}
+    density = {}
     for length in lengths:
         inputs = random_inputs(query_heads, kv_heads, length, head_dim, dtype, device, seed)
         grid = BlockGrid.of(inputs, 64, 64)
-        contenders: dict[str, Callable[[], Any]] = {"dense": functools.partial(dense_attention, inputs)}
-        density = {}
+        contenders[f"dense {length}"] = functools.partial(dense_attention, inputs)
         for label, pattern in patterns.items():
             parts = parts_of(pattern, inputs, grid)
-            density[label] = _checked(label, parts)
-            contenders[f"find {label}"] = functools.partial(parts_of, pattern, inputs, grid)
-            contenders[f"attend {label}"] = functools.partial(attend, parts)
-        seconds = median_seconds(inputs, contenders, repeats)
-        cells += [
-            GrowthCell(
-                label, length, density[label], seconds[f"find {label}"], seconds[f"attend {label}"], seconds["dense"]
-            )
-            for label in patterns
-        ]
+            density[label, length] = _checked(label, parts)
+            contenders[f"find {length} {label}"] = functools.partial(parts_of, pattern, inputs, grid)
+            contenders[f"attend {length} {label}"] = functools.partial(attend, parts)
         progress(1)
-    return cells
+    seconds = median_seconds(inputs, contenders, repeats)
+    return [
+        GrowthCell(
+            label, length, density[label, length], seconds[f"find {length} {label}"],
+            seconds[f"attend {length} {label}"], seconds[f"dense {length}"],
+        )
+        for length in lengths
+        for label in patterns
+    ]  # fmt: skip
 
 
 def _checked(label: str, parts: Sequence[Part]) -> float:

@@ -28,10 +28,15 @@ from support import left_padding, make_inputs
 
 def made_seconds(inputs: Any, contenders: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Every call is made; dense takes the square of the tokens, attending the tokens, finding their 1.5th power."""
-    taken = {"dense": 1e-9 * inputs.queries**2, "find": 1e-7 * inputs.queries**1.5, "attend": 1e-5 * inputs.queries}
-    for run in contenders.values():
+    taken: dict[str, Callable[[int], float]] = {
+        "dense": lambda n: 1e-9 * n**2, "find": lambda n: 1e-7 * n**1.5, "attend": lambda n: 1e-5 * n,
+    }  # fmt: skip
+    seconds = {}
+    for name, run in contenders.items():
         run()
-    return {name: taken.get(name.partition(" ")[0], 1e-3) for name in contenders}
+        what, length = [*name.split(), ""][:2]
+        seconds[name] = taken.get(what, lambda n: 1e-3)(int(length) if length.isdigit() else inputs.queries)
+    return seconds
 
 
 @pytest.mark.parametrize("slope", [0.5, 1.0, 1.5, 2.0])
