@@ -311,7 +311,7 @@ def rows_to_be(name: str, written: dict[str, Any]) -> list[list[str]]:
     if name == "never_slower_cpu.json":
         kept = [{k: v for k, v in cell.items() if k not in ("allowed", "passes")} for cell in written["cells"]]
         return cells_of(never_slower_table([Slowdown(**cell) for cell in kept], markdown=True))
-    if name == "growth_cpu.json":
+    if name.startswith("growth"):
         return cells_of(growth_table([GrowthCell(**cell) for cell in written["cells"]], markdown=True).split("\n\n")[1])
     if name.startswith("bench_cpu"):
         against = RIVALS if any(cell["flex"] is not None for cell in written["kernel"]) else ("dense",)
@@ -330,7 +330,10 @@ def cells_of(table: str) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     "name",
-    ["bench_cpu.json", "bench_cpu_32k.json", "never_slower_cpu.json", "growth_cpu.json", "overhead_all_cpu.json"],
+    [
+        "bench_cpu.json", "bench_cpu_32k.json", "never_slower_cpu.json", "growth_cpu.json", "growth_native_cpu.json",
+        "overhead_all_cpu.json",
+    ],
 )
 def test_tables_of_results_are_those_of_the_results(name: str) -> None:
     """The page has a place for it: empty as long as nothing was measured, then what the command prints."""
