@@ -723,6 +723,32 @@ def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         calibrate(shapes, device="cpu", dtype=torch.float32, lengths=(256, 384))
 
 
+def test_a_method_that_another_kernel_serves_is_not_calibrated(native: Path) -> None:
+    """The native kernel skips tiles of at most 64 queries: with more, its cost says nothing of such a method."""
+    shapes = {LayerShape(2, 1, 16, 16): (0,)}
+    asked: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "lengths": (256, 384), "densities": (0.5,)}
+    with pytest.raises(ValueError, match=r"skip_softmax.* lets its kernel skip tiles, which native does not"):
+        calibrate(shapes, methods=("block_sparse", "skip_softmax"), block_q=128, block_k=128, **asked)
+
+
+def test_a_registered_layer_that_skips_goes_by_the_kernel_that_will_run(native: Path, tmp_path: Path) -> None:
+    """An entry of the native kernel is not one for a method that runs on another at this size of rows."""
+    model, path = tiny_model("llama"), tmp_path / "calibration.json"
+    model.save_pretrained(tmp_path / "model")
+    long = {"block_q": 128, "block_k": 64}
+    key = Calibration((), Machine.here()).key(CPU, torch.float32, "native", **SHAPE, **long)
+    save_entries([dataclasses.replace(entry(), key=key)], path)
+    found = {}
+    for method in ("block_sparse", "skip_softmax"):
+        register(method, **long, calibration=path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation=NAME).eval()
+        with torch.no_grad():
+            loaded(input_ids=tokens(1, 300))
+        costs = [getattr(m, STATE).cost for m in loaded.modules() if hasattr(m, STATE)]
+        found[method] = {(cost.kernel, cost.entry is not None) for cost in costs}
+    assert found == {"block_sparse": {("native", True)}, "skip_softmax": {("cpu", False)}}
+
+
 class TestCommand:
     """`sparseprefill bench --calibrate` and `sparseprefill doctor` after it."""
 
