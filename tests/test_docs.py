@@ -331,8 +331,13 @@ def cells_of(table: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     "name",
     [
-        "bench_cpu.json", "bench_cpu_avx2.json", "bench_cpu_32k.json", "never_slower_cpu.json", "growth_cpu.json",
-        "growth_native_cpu.json", "overhead_all_cpu.json",
+        "bench_cpu.json",
+        "bench_cpu_avx2.json",
+        "bench_cpu_32k.json",
+        "never_slower_cpu.json",
+        "growth_cpu.json",
+        "growth_native_cpu.json",
+        "overhead_all_cpu.json",
     ],
 )
 def test_tables_of_results_are_those_of_the_results(name: str) -> None:
