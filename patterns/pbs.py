@@ -22,6 +22,14 @@ from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.expected_density import expected_density, kept_share
 from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead, stated_overhead
 from sparseprefill.patterns.parts import Part
+from sparseprefill.patterns.segments import (
+    behind_alone,
+    check_segment,
+    in_order,
+    order_inside,
+    own_segments,
+    segments_behind,
+)
 
 PUBLISHED = BlockSparse(mass=0.9, sink=0, local=0)
 """What the paper's own experiments go around."""
@@ -65,29 +73,25 @@ class Pbs:
 
     def build_parts(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Part, ...]:
         """A row's own segment with keys as they lie, and what `inner` chose of the sorted ones behind it."""
-        if self.segment % grid.block_k:
-            raise ValueError(
-                f"segments of {self.segment} tokens are no multiple of key blocks of {grid.block_k}: choose a segment "
-                "that is, or another block_k"
-            )
+        check_segment(self.segment, grid)
         if self.keeps_everything():
             return (Part(inputs, self.inner.build_index(inputs, grid)),)
         asked = grid.real_queries(inputs).sum(-1, keepdim=True).expand(-1, inputs.query_heads)
         if inputs.last_key <= self.segment:
             self.inner.build_index(inputs, grid)  # what it refuses is refused at any length, before a model is patched
             return (Part(inputs, dataclasses.replace(BlockIndex.dense(inputs, grid), unjudged=asked)),)
-        since, until = self._behind(inputs, grid)
-        order = self._order(inputs)
-        sorted_inputs = _sorted(inputs, order)
+        since, until = segments_behind(inputs, grid, self.segment)
+        order = order_inside(inputs, self.segment, self._importance(inputs))
+        sorted_inputs = in_order(inputs, order)
         chosen = self.inner.build_index(sorted_inputs, grid.between(since, until))
         first = _block_of_first(inputs, order, grid.block_k) if self.force_first else None
-        behind = _behind_alone(chosen, grid, since, until, first, inputs.group_size)
+        behind = behind_alone(chosen, grid, since, until, first, inputs.group_size)
         unjudged = chosen.unjudged
         if inputs.key_valid is not None:  # batch rows of at most one segment, beside longer ones
             short = inputs.tail().clamp(max=inputs.filled) - inputs.anchor() <= self.segment
             judged = torch.zeros_like(asked) if unjudged is None else unjudged
             unjudged = torch.where(short[:, None], asked, judged)
-        own = dataclasses.replace(_own(inputs, grid, since, until), unjudged=unjudged)
+        own = dataclasses.replace(own_segments(inputs, grid, since, until), unjudged=unjudged)
         return Part(inputs, own), Part(sorted_inputs, behind)
 
     def keeps_everything(self) -> bool:
@@ -112,40 +116,6 @@ class Pbs:
         """Beside `inner` the probe's products, and keys and values written in their new order."""
         own = stated_overhead(device, head_dim, keys=self.probe + 16, tiles=0.5 / (block_q * block_k), steps=1.5)
         return own + expected_overhead(self.inner, device, head_dim, block_q, block_k)
-
-    def _behind(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Tensor, Tensor]:
-        """int64 [batch, rows] twice: key blocks [since, until) of the segments that lie behind each row."""
-        blocks = self.segment // grid.block_k
-        row = grid.first[:, None] + torch.arange(grid.rows, device=inputs.device)
-        until = row * grid.block_q // self.segment * blocks
-        low, _ = inputs.visible_range()
-        begin, end = grid.row_slots()
-        last = (end - 1 - inputs.query_start).clamp(0, inputs.queries - 1)
-        past = (low.gather(1, last) - grid.anchor[:, None]).clamp(min=0)
-        since = -(-past // self.segment) * blocks
-        until = torch.where(end > begin, until.clamp(max=grid.key_blocks), 0)
-        return torch.minimum(since, until), until
-
-    def _order(self, inputs: AttentionInputs) -> Tensor:
-        """int64 [batch, kv_heads, keys]: the slot whose key comes to stand in each slot."""
-        anchor, keys = inputs.anchor(), inputs.keys
-        importance = self._importance(inputs)  # [batch, kv_heads, keys], -inf for what no query may see
-        count = -(-keys // self.segment)
-        slot = anchor[:, None] + torch.arange(count * self.segment, device=inputs.device)
-        inside = slot < keys
-        place = slot.clamp(max=keys - 1)[:, None].expand(-1, inputs.kv_heads, -1)
-        own = importance.gather(2, place).masked_fill(~inside[:, None], -torch.inf).unflatten(2, (count, self.segment))
-        # a slot without a key to sort keeps its own, so that it is known by its place who is padding; of the others the
-        # first gets the heaviest key
-        counted = own > -torch.inf
-        rank = counted.cumsum(-1) - 1
-        heaviest = own.argsort(dim=-1, descending=True, stable=True).gather(-1, rank.clamp(min=0))
-        here = torch.arange(self.segment, device=inputs.device)
-        begin = torch.arange(count, device=inputs.device)[:, None] * self.segment
-        moved = anchor[:, None, None] + (torch.where(counted, heaviest, here) + begin).flatten(2)
-        past = torch.arange(keys, device=inputs.device) - anchor[:, None]
-        moved = moved.gather(2, past.clamp(0, moved.shape[2] - 1)[:, None].expand(-1, inputs.kv_heads, -1))
-        return torch.where((past >= 0)[:, None], moved, torch.arange(keys, device=inputs.device))
 
     def _importance(self, inputs: AttentionInputs) -> Tensor:
         """[batch, kv_heads, keys]: mean weight of each key of a whole segment for the last queries of the group."""
@@ -182,44 +152,8 @@ class Pbs:
         return importance.masked_fill(~counted[:, None], -torch.inf)
 
 
-def _sorted(inputs: AttentionInputs, order: Tensor) -> AttentionInputs:
-    """Keys and values in another order; invalid ones stay where they are, so that `key_valid` stays what it is."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        return tensor.gather(2, order[..., None].expand(-1, -1, -1, tensor.shape[3]))
-
-    return dataclasses.replace(inputs, key=moved(inputs.key), value=moved(inputs.value))
-
-
 def _block_of_first(inputs: AttentionInputs, order: Tensor, block_k: int) -> Tensor:
     """int64 [batch, kv_heads]: the key block that each batch row's first valid key went to."""
     anchor = inputs.anchor()[:, None]
     slot = (order == anchor[..., None]).to(torch.int64).argmax(-1)
     return (slot - anchor).clamp(min=0) // block_k
-
-
-def _behind_alone(
-    chosen: BlockIndex, grid: BlockGrid, since: Tensor, until: Tensor, first: Tensor | None, group_size: int
-) -> BlockIndex:
-    """What was chosen of the blocks behind each row, on the whole grid: nothing where there are none."""
-    block = torch.arange(grid.key_blocks, device=since.device)
-    parts = []
-    for start, stop in grid.slabs(chosen.query_heads):
-        legal = (block >= since[:, start:stop, None]) & (block < until[:, start:stop, None])
-        mask = chosen.to_mask(start, stop)
-        if first is not None:
-            mask = mask | (block == first.repeat_interleave(group_size, 1)[..., None, None])
-        parts.append(BlockIndex.from_mask(grid, mask & legal[:, None]))
-    index = dataclasses.replace(BlockIndex.stack(parts), skip=chosen.skip)
-    if chosen.visit is None:
-        return index
-    return index.visiting(lambda start, stop: -chosen.visit_places(start, stop))
-
-
-def _own(inputs: AttentionInputs, grid: BlockGrid, since: Tensor, until: Tensor) -> BlockIndex:
-    """All visible blocks but those behind each row, the same for all heads."""
-    block = torch.arange(grid.key_blocks, device=inputs.device)
-    behind = (block >= since[..., None]) & (block < until[..., None])
-    return BlockIndex.from_mask(grid, (grid.visible_block_mask(inputs) & ~behind)[:, None]).for_heads(
-        inputs.query_heads
-    )
