@@ -25,9 +25,10 @@ from sparseprefill.patterns.tri_shape import TriShape
 from sparseprefill.patterns.vertical_slash import PUBLISHED, VerticalSlash
 from sparseprefill.patterns.xattention import XAttention
 
-KINDS = ("static", "selector", "wrapper", "kernel option")
+KINDS = ("static", "selector", "wrapper", "kernel option", "context")
 """Static: does not look at the prompt; selector: does; wrapper: changes how another method runs; kernel option: what
-the kernel leaves out while it runs, of the blocks of another method.
+the kernel leaves out while it runs, of the blocks of another method; context: serves questions about a fixed context,
+and has a table of its own (`sparseprefill.patterns.context_methods`).
 """
 
 SHARES = (0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7)

@@ -12,6 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparseprefill.context import FixedContext, prepare_context
+    from sparseprefill.context_store import load_context
     from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid, BlockIndex
     from sparseprefill.doctor import Explanation, explain
     from sparseprefill.huggingface import Patch, patch_model, register
@@ -26,10 +28,13 @@ _HOMES = {
     "BlockGrid": "sparseprefill.contracts",
     "BlockIndex": "sparseprefill.contracts",
     "Explanation": "sparseprefill.doctor",
+    "FixedContext": "sparseprefill.context",
     "Patch": "sparseprefill.huggingface",
     "block_sparse_attention": "sparseprefill.kernels",
     "explain": "sparseprefill.doctor",
+    "load_context": "sparseprefill.context_store",
     "patch_model": "sparseprefill.huggingface",
+    "prepare_context": "sparseprefill.context",
     "profile_model": "sparseprefill.profile",
     "register": "sparseprefill.huggingface",
 }
@@ -40,10 +45,13 @@ __all__ = [
     "BlockGrid",
     "BlockIndex",
     "Explanation",
+    "FixedContext",
     "Patch",
     "block_sparse_attention",
     "explain",
+    "load_context",
     "patch_model",
+    "prepare_context",
     "profile_model",
     "register",
 ]

@@ -13,6 +13,7 @@ from sparseprefill.cli_bench import bench
 from sparseprefill.cli_build import build_cpu
 from sparseprefill.cli_capture import capture
 from sparseprefill.cli_compare import compare
+from sparseprefill.cli_context import context
 from sparseprefill.cli_evals import DEMO, along, fidelity, longbench, needle, report, ruler
 from sparseprefill.cli_options import Numbers, clear_errors
 from sparseprefill.cli_profile import profile
@@ -41,7 +42,7 @@ def methods(as_json: bool, markdown: bool) -> None:
 
 _CALIBRATION = "What `bench --calibrate` wrote; default: where it writes by default, if that is there."
 
-for each in (needle, ruler, longbench, fidelity, capture, compare, report, profile, bench, build_cpu):
+for each in (needle, ruler, longbench, fidelity, capture, compare, report, profile, bench, build_cpu, context):
     main.add_command(each)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from sparseprefill.cli_bench_context import bench_context
 from sparseprefill.cli_bench_first_token import first_token
 from sparseprefill.cli_bench_growth import bench_growth, heads_of
 from sparseprefill.cli_bench_slower import bench_never_slower
@@ -198,3 +199,4 @@ def _calibrate(
 
 bench.add_command(bench_never_slower)
 bench.add_command(bench_growth)
+bench.add_command(bench_context)

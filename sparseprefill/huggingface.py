@@ -109,6 +109,15 @@ class Patch:
             self._undo.pop()()
 
     @property
+    def layers(self) -> dict[int, PatchedLayer]:
+        """The state of each patched layer, by its number."""
+        return dict(self._layers)
+
+    def undo(self, action: Callable[[], None]) -> None:
+        """Let `remove` do this too, first of all."""
+        self._undo.append(action)
+
+    @property
     def patterns(self) -> dict[int, Pattern]:
         """What each patched layer follows, by its number, as the method was resolved for this model."""
         return {number: layer.pattern for number, layer in self._layers.items()}
@@ -168,6 +177,7 @@ def patch_model(
     calibration: str | Path | None = None,
     mlp_chunk: int | None = None,
     last_logits: bool = False,
+    context: Any = None,
     **options: Any,
 ) -> Patch:
     """Let a stock Hugging Face model prefill long prompts sparsely, until the returned handle is removed.
@@ -202,6 +212,8 @@ def patch_model(
         mlp_chunk: MLPs compute that many tokens at a time, so that a long prompt's activations do not decide which
             length fits. Exact up to rounding, as each token is computed for itself; None: as they were.
         last_logits: the last token's logits alone, where the caller gives neither `logits_to_keep` nor `labels`.
+        context: what `prepare_context` or `load_context` gave: questions and answers attend to what its method chooses.
+            Of the other arguments it goes with `observe`, `sample_rows`, `mlp_chunk` and `last_logits`.
         options: of the method.
 
     Raises:
@@ -214,6 +226,22 @@ def patch_model(
     sparse attention has not (`output_attentions`, dropout, gradients), FloatingPointError where queries or keys are
     NaN, and ValueError for a batch row that is padding only.
     """
+    if context is not None:
+        others = {
+            "profile": profile, "strict": strict, "dense_layers": dense_layers, "layers": layers, "heads": heads,
+            "last_rows_dense": last_rows_dense, "min_length": min_length, "min_mass": min_mass,
+            "calibration": calibration, "impl": None if impl == "auto" else impl,
+            "block_q": None if block_q == 64 else block_q, "block_k": None if block_k == 64 else block_k,
+        }  # fmt: skip
+        given = [name for name, value in others.items() if value not in (None, False, (), [], {}, 0)] + list(options)
+        if given:
+            raise ValueError(
+                f"{', '.join(given)}: a context was prepared with its own options, and takes none of these"
+            )
+        patched: Patch = context.patch(
+            model, method, observe=observe, sample_rows=sample_rows, mlp_chunk=mlp_chunk, last_logits=last_logits
+        )
+        return patched
     settings = Settings(block_q, block_k, impl, min_length, observe, sample_rows, min_mass)
     known = settings.calibration(calibration)
     plan = plan_patch(
@@ -565,6 +593,11 @@ def _attend_eagerly(
     back = functools.partial(_run_previous, layer, module, query, key, value, attention_mask, scaling, dropout, kwargs)
     if layer is None:
         return back()
+    if layer.context is not None:
+        _refuse_training(layer, dropout, query, key, value)
+        _watch_for_nan(layer, query, key)
+        served = layer.context.attend(layer, query, key, value, attention_mask, scaling, kwargs)
+        return served.to(query.dtype).transpose(1, 2).contiguous(), None
     queries = query.shape[2]
     reason = _why_previous(layer, module, query, key, attention_mask, kwargs)
     if reason is None:
@@ -574,12 +607,7 @@ def _attend_eagerly(
     if reason is not None:
         layer.note_previous(reason)
         return back()
-    if dropout:
-        raise NotImplementedError(
-            f"layer {layer.number}: attention dropout ({dropout}) in training mode: call model.eval()"
-        )
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        raise NotImplementedError("sparse prefill has no backward pass: run the model under torch.no_grad()")
+    _refuse_training(layer, dropout, query, key, value)
     info = attention_mask.on(query.device)
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (t.to(dtype) for t in (query, key, value))
@@ -594,7 +622,7 @@ def _attend_eagerly(
         key_length=min(keys, info.query_start + queries),
         segment=info.segment,
     )  # fmt: skip
-    _watch_for_nan(layer, inputs)
+    _watch_for_nan(layer, inputs.query, inputs.key)
     settings = layer.settings
     prefill = sparse_prefill(
         inputs, layer.pattern_under(info), block_q=settings.block_q, block_k=settings.block_k, impl=settings.impl,
@@ -609,6 +637,16 @@ def _attend_eagerly(
     output = prefill.result.output
     assert output is not None
     return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _refuse_training(layer: PatchedLayer, dropout: float, *tensors: Tensor) -> None:
+    """Raises NotImplementedError for what sparse attention has not."""
+    if dropout:
+        raise NotImplementedError(
+            f"layer {layer.number}: attention dropout ({dropout}) in training mode: call model.eval()"
+        )
+    if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
+        raise NotImplementedError("sparse prefill has no backward pass: run the model under torch.no_grad()")
 
 
 _attend_outside_of_graphs = torch.compiler.disable(_attend_eagerly)  # whose wrapper takes time in every call
@@ -713,10 +751,10 @@ def _supports(module: nn.Module, flag: str) -> bool:
     return all(getattr(family, flag, False) for family in families)
 
 
-def _watch_for_nan(layer: PatchedLayer, inputs: AttentionInputs) -> None:
+def _watch_for_nan(layer: PatchedLayer, query: Tensor, key: Tensor) -> None:
     """On the CPU raise at once, on a GPU set a flag that is read once after the forward pass."""
-    nan = inputs.query.isnan().any() | inputs.key.isnan().any()
-    if inputs.device.type == "cpu":
+    nan = query.isnan().any() | key.isnan().any()
+    if query.device.type == "cpu":
         if nan:
             _nan_error(layer.number)
     else:

@@ -88,7 +88,7 @@ def why_no_chunks(mlp: nn.Module) -> str | None:
 def chunk_mlps(mlps: list[nn.Module], tokens: int, undo: list[Callable[[], None]]) -> None:
     """Let each MLP take `tokens` tokens at a time. What `undo` gains puts its `forward` back."""
     for mlp in mlps:
-        _replace_forward(mlp, functools.partial(_in_chunks, mlp.forward, tokens), undo)
+        replace_forward(mlp, functools.partial(_in_chunks, mlp.forward, tokens), undo)
 
 
 def _in_chunks(
@@ -133,7 +133,7 @@ def keep_last_logits(model: PreTrainedModel, undo: list[Callable[[], None]]) -> 
     names = list(inspect.signature(model.forward).parameters)
     places: dict[str, int] = {name: names.index(name) for name in ("logits_to_keep", "labels") if name in names}
     forward = functools.partial(_last_token, model.forward, places)
-    _replace_forward(model, functools.update_wrapper(forward, model.forward), undo)  # generate reads its signature
+    replace_forward(model, functools.update_wrapper(forward, model.forward), undo)  # generate reads its signature
 
 
 def _last_token(forward: Callable[..., Any], places: Mapping[str, int], *args: Any, **options: Any) -> Any:
@@ -145,7 +145,7 @@ def _last_token(forward: Callable[..., Any], places: Mapping[str, int], *args: A
     return forward(*args, **options)
 
 
-def _replace_forward(module: nn.Module, forward: Callable[..., Any], undo: list[Callable[[], None]]) -> None:
+def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: list[Callable[[], None]]) -> None:
     """For this module alone; a `forward` of its own (offloaded weights have one) comes back."""
     if "forward" in vars(module):
         undo.append(functools.partial(setattr, module, "forward", vars(module)["forward"]))

@@ -103,6 +103,7 @@ class PatchedLayer:
     guard: GuardLog = field(default_factory=GuardLog)
     nan: Tensor | None = None  # bool [] on the device: a query or key was NaN
     copied: bool = False  # belongs to a copy of a patched model
+    context: Any = None  # what attends instead, where the model is patched for a fixed context: has `attend`
     choices: dict[tuple[Any, ...], str | None] = field(default_factory=dict)  # of `choice`, by what it depends on
 
     def __post_init__(self) -> None:
@@ -120,6 +121,8 @@ class PatchedLayer:
     def decision(self, device: torch.device, dtype: torch.dtype) -> tuple[CostModel, str]:
         """What chooses between sparse and dense for calls there, and in words."""
         here = self._cost_at(device, dtype)
+        if self.context is not None:
+            return stated_cost(device.type, None), "every call attends to the context it was patched for"
         stated = stated_cost(device.type, None if here is None else here.kernel)
         if self.settings.min_length is not None:
             return stated, f"sparse from {self.settings.min_length} keys on (min_length)"
@@ -228,6 +231,16 @@ class PatchedLayer:
             if len(self.timings) > 256:  # these ended long ago
                 self._read_timing(self.timings.pop(0))
 
+    def note_context(self, counted: Mapping[str, Tensor] | None, mass: Tensor | None, seconds: float) -> None:
+        """A call that attended to a fixed context; `counted` are pairs, None where a local layer ran exactly."""
+        with COUNTING:
+            self.sparse_calls += 1
+            self.kernels["context"] = self.kernels.get("context", 0) + 1
+            for name, value in {**(counted or {}), "mass": mass}.items():
+                if value is not None:
+                    self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self._spent(0.0, seconds)
+
     def _spent(self, estimator: float, kernel: float) -> None:
         self.sums["estimator"] = self.sums.get("estimator", 0.0) + estimator
         self.sums["kernel"] = self.sums.get("kernel", 0.0) + kernel
@@ -246,8 +259,11 @@ class PatchedLayer:
         while self.timings:
             self._read_timing(self.timings.pop())
         sums = self.sums
-        density = tile_work = mass = None
-        if "kept" in sums:
+        density = tile_work = mass = share = None
+        if "context_kept" in sums:
+            density = (sums["kept"].double() / sums["visible"]).tolist()
+            share = (sums["context_kept"].double() / sums["context_visible"]).tolist()
+        elif "kept" in sums:
             computed = sums["kept"].double() - sums["skipped"].double() / 2
             density = (computed / sums["visible"]).tolist()
             tile_work = (sums["tiles"].double() / sums["dense_tiles"]).tolist()
@@ -257,7 +273,7 @@ class PatchedLayer:
             self.number, self._described(), self.sparse_calls,
             dict(self.previous_calls), dict(self.kernels), density, tile_work, mass,
             sums.get("estimator", 0.0), sums.get("kernel", 0.0), *self.guard.read(), self.first_head,
-            self._overhead(tile_work), int(sums.get("unjudged", 0)),
+            self._overhead(tile_work), int(sums.get("unjudged", 0)), share,
         )  # fmt: skip
 
     def _overhead(self, tile_work: list[float] | None) -> float | None:
@@ -270,6 +286,8 @@ class PatchedLayer:
         return float(self.sums["estimator"] / dense)
 
     def _described(self) -> str:
+        if self.context is not None and self.local is None:
+            return describe_pattern(self.context.method)
         if self.always_dense:
             return "dense"
         return describe_pattern(self.pattern) if self.local is None else f"Dense() {self.local}"

@@ -19,6 +19,7 @@ from sparseprefill.coverage import Coverage
 from sparseprefill.guard import Guard, GuardedCall, guarded
 from sparseprefill.kernels.row_lse import row_lse
 from sparseprefill.patterns import Dense, LastRowsDense, Pattern, PerHead
+from sparseprefill.patterns.context_methods import CONTEXT_METHODS, ContextRow
 from sparseprefill.patterns.expected_overhead import NOTHING, Overhead
 from sparseprefill.patterns.methods import DEFAULT, DEFAULT_OPTIONS, METHODS, MethodRow
 from sparseprefill.patterns.parts import Part, attend, parts_coverage, parts_of, without_heads
@@ -62,6 +63,11 @@ def named_method(method: Any, profile: Any, options: dict[str, Any]) -> tuple[An
 
 
 def _by_name(method: str, options: dict[str, Any]) -> Pattern | ModelPatterns:
+    if method in CONTEXT_METHODS:
+        raise ValueError(
+            f"method {method!r} serves a fixed context: prepare one with prepare_context(model, input_ids, "
+            f"method={method!r}), and give it as context="
+        )
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}.{_nearest(method, METHODS)} Methods: {', '.join(METHODS)}")
     row = METHODS[method]
@@ -304,13 +310,14 @@ def describe_pattern(pattern: Any) -> str:
 
 def methods_table() -> list[dict[str, str]]:
     """The rows of `sparseprefill methods`."""
+    rows: dict[str, MethodRow | ContextRow] = {**METHODS, **CONTEXT_METHODS}
     return [
         {
             "method": name, "kind": row.kind, "what it keeps": row.summary, "options": ", ".join(row.options) or "-",
             "looks ahead": "yes" if row.looks_ahead else "no", "chunked prefill": row.chunked,
             "paper": row.paper or "-", "page": method_page(name),
         }
-        for name, row in METHODS.items()
+        for name, row in rows.items()
     ]  # fmt: skip
 
 

@@ -30,6 +30,7 @@ class LayerReport:
     first_head: int = 0  # which query head the lists begin with: under tensor parallelism a process has some of them
     overhead: float | None = None  # estimator_seconds over those of dense attention, reckoned from kernel_seconds
     unjudged: int = 0  # queries whose row was kept whole, as the estimator could not judge them
+    context_share: list[float] | None = None  # of a fixed context, the keys attended to over all; None without one
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,11 @@ class PatchReport:
     def kept_mass(self) -> float | None:
         """As `density`."""
         return _mean(x for layer in self.layers for x in layer.kept_mass or ())
+
+    @property
+    def context_share(self) -> float | None:
+        """As `density`."""
+        return _mean(x for layer in self.layers for x in layer.context_share or ())
 
     @property
     def sparse_calls(self) -> int:
@@ -104,6 +110,8 @@ class PatchReport:
         lines += [f"on the previous implementation: {n} calls, {why}" for why, n in self.previous_calls.items()]
         if self.guard_checks:
             lines.append(f"guard: {self.guard_reruns} of {self.guard_checks} checked heads ran again with full rows")
+        if self.context_share is not None:
+            lines.append(f"of the context, {self.context_share:.3f} of the keys were attended to")
         unjudged = sum(layer.unjudged for layer in self.layers)
         if unjudged:
             lines.append(f"{unjudged} queries could not be judged by the estimator, so that their rows were kept whole")

@@ -16,6 +16,7 @@ from sparseprefill.evals.loading import load_model
 from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.evals.needle_tasks import NeedlesAlong
 from sparseprefill.evals.runner import run_eval
+from sparseprefill.patterns.context_methods import CONTEXT_METHODS
 from sparseprefill.patterns.methods import KINDS, METHODS
 
 
@@ -34,9 +35,9 @@ def failed(*arguments: str) -> str:
 
 def test_methods_lists_every_method() -> None:
     output = run("methods")
-    assert all(name in output for name in METHODS)
+    assert all(name in output for name in (*METHODS, *CONTEXT_METHODS))
     rows = json.loads(run("methods", "--json"))
-    assert {row["method"] for row in rows} == set(METHODS)
+    assert {row["method"] for row in rows} == {*METHODS, *CONTEXT_METHODS}
     assert {row["kind"] for row in rows} <= set(KINDS)
     assert run("methods", "--markdown").startswith("| method")
 

@@ -33,9 +33,10 @@ from sparseprefill.evals.results import EvalResult
 from sparseprefill.evals.selector_result import DENSITIES, WORKS, SelectorResult
 from sparseprefill.huggingface import patch_model
 from sparseprefill.huggingface_layers import Settings
+from sparseprefill.patterns.context_methods import CONTEXT_METHODS, ContextRow, context_method
 from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.expected_overhead import expected_overhead
-from sparseprefill.patterns.methods import DEFAULT, METHODS
+from sparseprefill.patterns.methods import DEFAULT, METHODS, MethodRow
 from sparseprefill.prefill import COST_MODELS, method_page, methods_table, resolve_method
 from sparseprefill.reports import number
 
@@ -139,6 +140,9 @@ def check_click_command(words: list[str]) -> None:
         for method in (chosen,) if isinstance(chosen, str) else chosen or ():
             spec = MethodSpec.parse(method)
             own = {name: value for name, value in spec.options.items() if name not in Settings.__dataclass_fields__}
+            if spec.name in CONTEXT_METHODS:
+                context_method(spec.name, spec.options)
+                continue
             resolve_method(spec.name, **(own or MethodSpec.at_density(spec.name, 0.2).options))
 
 
@@ -174,15 +178,22 @@ def test_python_examples_name_what_exists(page: str) -> None:
                 check_call(node)
 
 
+ALL_METHODS: dict[str, MethodRow | ContextRow] = {**METHODS, **CONTEXT_METHODS}
+
+
 def check_call(call: ast.Call) -> None:
     name = ast.unparse(call.func).removeprefix("sparseprefill.")
+    if name == "prepare_context":
+        words = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+        method = words.pop("method", None) or ast.literal_eval(call.args[2])
+        context_method(method, {key: value for key, value in words.items() if key not in ("prefill", "store", "chunk")})
     if name not in ("explain", "patch_model", "register"):
         return
     own = set(inspect.signature(patch_model).parameters) | set(Settings.__dataclass_fields__) | {"previous", "device"}
     given = {str(word.arg): word.value for word in call.keywords}
     place = 0 if name == "register" else 1
     method = given.get("method") or (call.args[place] if len(call.args) > place else None)
-    if not isinstance(method, ast.Constant):
+    if not isinstance(method, ast.Constant) or "context" in given:
         return
     options = {key: ast.literal_eval(value) for key, value in given.items() if key not in own}
     if "profile" in options:  # a file that the reader has
@@ -194,7 +205,7 @@ def check_call(call: ast.Call) -> None:
 @pytest.mark.parametrize("row", methods_table(), ids=lambda row: str(row["method"]))
 def test_every_method_has_a_page(row: dict[str, str]) -> None:
     """With what the table says of it, each of its options, and no others."""
-    text, method = PAGES[row["page"]], METHODS[row["method"]]
+    text, method = PAGES[row["page"]], ALL_METHODS[row["method"]]
     facts = re.findall(r"^\| ([a-z ]+) \| (yes|no) \| (\w+) \| (\d+) x (\d+) \| (.*) \|$", text, flags=re.MULTILINE)
     assert len(facts) == 1
     kind, ahead, chunked, block_q, block_k, paper = facts[0]
@@ -230,7 +241,11 @@ def test_the_table_in_the_readme_is_that_of_the_methods() -> None:
     )
     assert rows
     for name, link, kind, ahead in rows:
-        assert (link, kind, ahead == "yes") == (method_page(name), METHODS[name].kind, METHODS[name].looks_ahead), name
+        assert (link, kind, ahead == "yes") == (
+            method_page(name),
+            ALL_METHODS[name].kind,
+            ALL_METHODS[name].looks_ahead,
+        ), name
 
 
 def test_figures_on_which_method_are_those_of_the_results() -> None:

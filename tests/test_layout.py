@@ -71,7 +71,7 @@ ALL_PYTHON = sorted(
 def room(module: str) -> str:
     """The place-giving part of a module's name: 'sparseprefill.kernels.cpu' -> 'kernels'."""
     name = module.split(".")[1]
-    return next((spine for spine in ("huggingface", "profile", "cli") if name.startswith(f"{spine}_")), name)
+    return next((spine for spine in ("huggingface", "context", "profile", "cli") if name.startswith(f"{spine}_")), name)
 
 
 def imports(path: Path, module: str = "") -> Iterator[str]:

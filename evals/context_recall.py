@@ -1,0 +1,122 @@
+"""How many of the nearest keys an index finds, against how many keys it looks at: on the queries and keys of a model.
+
+Recall@k: of the k keys with the largest inner products, the share that was found. Scanned: inner products over keys.
+Queries are those of questions about the context, which no index has seen; what knows queries learnt from the context's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseprefill.estimators.nearest_keys import FaissKeys, build_index, nearest_of, scanned_by_hnsw
+from sparseprefill.reports import number, table
+
+EFFORTS = {
+    "flat": (1,), "ivf": (1, 2, 4, 8, 16, 32, 64, 128), "hnsw": (100, 150, 200, 400, 800, 1600),
+    "cells": (1, 2, 4, 8, 16, 32, 64), "graph": (100, 150, 200, 400, 800, 1600),
+}  # fmt: skip
+"""How far each kind is let look."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecallCell:
+    """One kind at one effort, means over heads and queries."""
+
+    kind: str
+    effort: int
+    recall: float
+    scanned: float  # share of the keys
+    build_seconds: float  # of one KV head
+
+
+def recall_curves(
+    heads: Sequence[tuple[Tensor, Tensor, Tensor]],
+    *,
+    kinds: Mapping[str, Sequence[int]] = EFFORTS,
+    k: int = 100,
+    links: int = 128,
+    progress: Callable[[int], Any] = lambda steps: None,
+) -> list[RecallCell]:
+    """Curves over KV heads, each (keys [keys, head_dim], queries to learn from, queries to search with), float32.
+
+    Raises ValueError where a head has fewer than `k` keys.
+    """
+    if any(len(key) < k for key, _, _ in heads):
+        raise ValueError(f"recall@{k} needs at least {k} keys")
+    exact = [nearest_of(query, key, k) for key, _, query in heads]
+    cells = []
+    for kind, efforts in kinds.items():
+        indexes, seconds = [], []
+        for key, learnt, _ in heads:
+            began = time.perf_counter()
+            indexes.append(build_index(kind, key, learnt, links=links))
+            seconds.append(time.perf_counter() - began)
+            progress(1)
+        for effort in efforts:
+            recalls, scans = [], []
+            for index, want, (key, _, query) in zip(indexes, exact, heads, strict=True):
+                found = index.search(query, k, effort)
+                hits = (found.ids[:, :, None] == want[:, None]).any(1)
+                recalls.append(hits.double().mean())
+                scanned = found.scanned
+                if isinstance(index, FaissKeys) and index.kind == "hnsw":
+                    scanned = scanned_by_hnsw(index, query, k, effort)
+                scans.append(scanned.double().mean() / len(key))
+            cells.append(RecallCell(
+                kind, effort, float(torch.stack(recalls).mean()), float(torch.stack(scans).mean()),
+                sum(seconds) / len(seconds),
+            ))  # fmt: skip
+    return cells
+
+
+def recall_table(cells: Sequence[RecallCell], *, markdown: bool = False) -> str:
+    """One line a kind and effort."""
+    rows = [
+        [cell.kind, str(cell.effort), number(cell.recall), f"{cell.scanned:.1%}", number(cell.build_seconds, 2)]
+        for cell in cells
+    ]
+    return table(["index", "effort", "recall", "scanned", "build s"], rows, markdown=markdown)
+
+
+def scan_for(cells: Sequence[RecallCell], kind: str, recall: float) -> float | None:
+    """Share of the keys that a kind scans for this recall, between its points; None where it does not get there."""
+    points = sorted((cell.recall, cell.scanned) for cell in cells if cell.kind == kind)
+    below = [point for point in points if point[0] < recall]
+    above = [point for point in points if point[0] >= recall]
+    if not above:
+        return None
+    if not below:
+        return above[0][1]
+    (r0, s0), (r1, s1) = below[-1], above[0]
+    return s0 + (s1 - s0) * (recall - r0) / (r1 - r0)
+
+
+def recall_plot(cells: Sequence[RecallCell], path: Path, k: int) -> None:
+    """Recall against the scanned share, logarithmic; format by the name's ending."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    names = {"flat": "flat (exact)", "ivf": "IVF, keys alone", "hnsw": "HNSW, keys alone",
+             "cells": "cells trained on queries", "graph": "graph projected from queries"}  # fmt: skip
+    for place, kind in enumerate(dict.fromkeys(cell.kind for cell in cells)):
+        own = sorted((cell.scanned, cell.recall) for cell in cells if cell.kind == kind)
+        axis.plot(
+            *zip(*own, strict=True), marker="o^sDv"[place % 5], markersize=5, linewidth=1.3, label=names.get(kind, kind)
+        )
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+    axis.set_xlabel("keys scanned")
+    axis.set_ylabel(f"recall@{k}")
+    axis.set_ylim(0, 1.03)
+    axis.grid(visible=True, which="major", linewidth=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)

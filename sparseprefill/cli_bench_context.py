@@ -1,0 +1,132 @@
+"""`sparseprefill bench context`: what context methods keep and cost, on the model inside and on made-up clusters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparseprefill.cli_options import Numbers, Shares, clear_errors, progress_bar
+
+_OUT = click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures as JSON.")
+_MARKDOWN = click.option("--markdown", is_flag=True, help="Print Markdown tables.")
+_MODEL = click.option("--model", help="Hub name or folder.  [default: the model that ships inside]")
+
+
+@click.group("context")
+def bench_context() -> None:
+    """Measure methods for a fixed context: answers and times, nearest keys found, one level of clusters or two."""
+
+
+@bench_context.command("questions")
+@_MODEL
+@click.option("--length", type=Numbers(), default="16k", show_default=True, help="Tokens of a context.")
+@click.option("--contexts", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--questions", type=click.IntRange(1, 60), default=40, show_default=True, help="A context.")
+@click.option("--shares", type=Shares(), default="0.15,0.05,0.02", show_default=True,
+              help="Of the context's keys, sink and local window included.")  # fmt: skip
+@click.option("--index", default="cells", show_default=True, help="Of retrieval.")
+@click.option("--sink", default=16, show_default=True)
+@click.option("--local", default=128, show_default=True)
+@_OUT
+@_MARKDOWN
+def questions(
+    model: str | None, length: tuple[int, ...], contexts: int, questions: int, shares: tuple[float, ...], index: str,
+    sink: int, local: int, out: Path | None, markdown: bool,
+) -> None:  # fmt: skip
+    """Ask many questions about long contexts, with each method, dense, and with keys chosen at random."""
+    from dataclasses import asdict
+
+    from sparseprefill.evals import context_questions as eval_
+    from sparseprefill.evals.loading import load_model, provenance
+    from sparseprefill.files import check_folder, write_text
+    from sparseprefill.patterns.retrieval import Retrieval
+    from sparseprefill.patterns.squeezed import Squeezed
+
+    methods: list[tuple[str, Any, str]] = [
+        ("squeezed", Squeezed, "tokens"), ("squeezed, in tiles", Squeezed, "tiles"),
+        ("squeezed, two levels", lambda **options: Squeezed(coarse=0.01, **options), "tokens"),
+        (f"retrieval, {index}", lambda **options: Retrieval(index=index, **options), "tokens"),
+        ("random", eval_.RandomKeys, "tokens"),
+    ]  # fmt: skip
+    with clear_errors():
+        if out is not None:
+            check_folder(out)
+        loaded, tokenizer = load_model(model)
+        with progress_bar(len(methods) * len(shares) * contexts, "contexts") as progress:
+            cells, again = eval_.ask_all(
+                loaded, tokenizer, methods, length=length[0], contexts=contexts, questions=questions, shares=shares,
+                sink=sink, local=local, progress=progress,
+            )  # fmt: skip
+        click.echo(eval_.question_table(cells, again, markdown=markdown))
+        if out is not None:
+            written = {
+                "provenance": provenance(loaded), "length": length[0], "contexts": contexts, "questions": questions,
+                "sink": sink, "local": local, "again": again, "cells": list(map(asdict, cells)),
+            }  # fmt: skip
+            write_text(out, json.dumps(written, indent=1) + "\n")
+            click.echo(f"wrote {out}")
+
+
+@bench_context.command("recall")
+@_MODEL
+@click.option("--length", type=Numbers(), default="16k", show_default=True, help="Tokens of the context.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curves, as PNG.")
+@_OUT
+@_MARKDOWN
+def recall(
+    model: str | None, length: tuple[int, ...], plot: Path | None, out: Path | None, markdown: bool
+) -> None:  # fmt: skip
+    """Recall@100 of indexes of keys against the share of the keys that they scan, with questions' queries."""
+    from dataclasses import asdict
+
+    from sparseprefill.evals import context_recall as eval_
+    from sparseprefill.evals.context_heads import question_heads
+    from sparseprefill.evals.loading import load_model, provenance
+    from sparseprefill.files import check_folder, write_text
+
+    with clear_errors():
+        for path in (plot, out):
+            if path is not None:
+                check_folder(path)
+        loaded, tokenizer = load_model(model)
+        heads = question_heads(loaded, tokenizer, length[0])
+        with progress_bar(len(heads) * len(eval_.EFFORTS), "indexes") as progress:
+            cells = eval_.recall_curves(heads, progress=progress)
+        click.echo(eval_.recall_table(cells, markdown=markdown))
+        for kind in eval_.EFFORTS:
+            share = eval_.scan_for(cells, kind, 0.9)
+            click.echo(f"{kind}: recall 0.9 with {'no effort tried' if share is None else f'{share:.1%} scanned'}")
+        if out is not None:
+            written = {"provenance": provenance(loaded), "length": length[0], "cells": list(map(asdict, cells))}
+            write_text(out, json.dumps(written, indent=1) + "\n")
+            click.echo(f"wrote {out}")
+        if plot is not None:
+            eval_.recall_plot(cells, plot, 100)
+            click.echo(f"wrote {plot}")
+
+
+@bench_context.command("levels")
+@click.option("--lengths", type=Numbers(), default="16k,64k,256k,1024k", show_default=True, help="Keys.")
+@_OUT
+@_MARKDOWN
+def levels(lengths: tuple[int, ...], out: Path | None, markdown: bool) -> None:
+    """Time a choice among clusters of one level and of two, on made-up clusters."""
+    from dataclasses import asdict
+
+    from sparseprefill.evals import context_levels as eval_
+    from sparseprefill.evals.loading import provenance
+    from sparseprefill.files import check_folder, write_text
+
+    with clear_errors():
+        if out is not None:
+            check_folder(out)
+        with progress_bar(len(lengths), "lengths") as progress:
+            cells = eval_.level_times(lengths, progress=progress)
+        click.echo(eval_.level_table(cells, markdown=markdown))
+        if out is not None:
+            written = {"provenance": provenance(), "cells": list(map(asdict, cells))}
+            write_text(out, json.dumps(written, indent=1) + "\n")
+            click.echo(f"wrote {out}")

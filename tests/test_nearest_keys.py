@@ -1,0 +1,125 @@
+"""Indexes of keys: what they find is there, flat is exact, looking further finds more, and files give the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparseprefill.estimators.key_clusters import cluster_keys, spherical_kmeans
+from sparseprefill.estimators.nearest_keys import KINDS, build_index, load_index, nearest_of
+from sparseprefill.evals.context_levels import level_table, level_times
+from sparseprefill.evals.context_recall import RecallCell, recall_curves, recall_table, scan_for
+
+
+def made(keys: int = 600, queries: int = 300, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, queries to learn from and to search with; queries come from a part of the space that few keys are in."""
+    draw = torch.Generator().manual_seed(seed)
+    key = torch.randn(keys, 16, generator=draw)
+    turn = torch.randn(16, 16, generator=draw) / 4
+    shift = 2 * torch.randn(16, generator=draw)
+    learnt, asked = (torch.randn(n, 16, generator=draw) @ turn + shift for n in (queries, 20))
+    return key, learnt, asked
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_found_is_there_and_files_give_the_same(kind: str) -> None:
+    key, learnt, asked = made()
+    index = build_index(kind, key, learnt, links=32, degree=8)
+    found = index.search(asked, 10, 40)
+    assert found.ids.shape == found.scores.shape == (20, 10)
+    for query, ids, scores in zip(asked, found.ids, found.scores, strict=True):
+        real = ids[ids >= 0]
+        assert len(real.unique()) == len(real) > 0
+        torch.testing.assert_close(scores[ids >= 0], key[real] @ query, atol=1e-4, rtol=1e-4)
+        assert bool((scores.diff() <= 0).all()), "best first"
+    again = load_index(kind, key, index.tensors()).search(asked, 10, 40)
+    assert torch.equal(again.ids, found.ids)
+    if kind == "flat":
+        assert torch.equal(found.ids, nearest_of(asked, key, 10))
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw", "graph"])
+def test_looking_at_everything_finds_everything(kind: str) -> None:
+    key, learnt, asked = made()
+    index = build_index(kind, key, learnt, links=32, degree=8)
+    found = index.search(asked, 10, 600)
+    same = (found.ids[:, :, None] == nearest_of(asked, key, 10)[:, None]).any(1).double().mean()
+    assert float(same) == (1.0 if kind != "hnsw" else pytest.approx(1.0, abs=0.03))
+
+
+def test_cells_find_what_queries_of_their_kind_wanted() -> None:
+    key, learnt, asked = made()
+    index = build_index("cells", key, learnt, links=64)
+    few, many = (index.search(asked, 10, effort) for effort in (1, 9))
+    best = nearest_of(asked, key, 10)
+    share = [float((found.ids[:, :, None] == best[:, None]).any(1).double().mean()) for found in (few, many)]
+    assert share[0] <= share[1]
+    assert share[1] > 0.9, "queries from the same part of the space"
+    assert bool((few.scanned < many.scanned).all())
+    assert float(many.scanned.double().mean()) < 600
+
+
+def test_a_key_that_is_near_to_all_does_not_collect_the_graph() -> None:
+    key, learnt, _ = made()
+    key[0] *= 30  # every lost key has it as its nearest
+    index = build_index("graph", key, learnt[:20], links=4, degree=4)
+    assert index.tensors()["neighbours"].shape[1] <= 12
+    found = index.search(learnt[:5], 600, 600)
+    assert bool((found.ids.sort(1).values == torch.arange(600)).all()), "every key can be reached"
+
+
+@pytest.mark.parametrize("kind", ["cells", "graph"])
+def test_without_queries_there_is_nothing_to_learn(kind: str) -> None:
+    with pytest.raises(ValueError, match="built with queries"):
+        build_index(kind, made()[0], None)
+    with pytest.raises(ValueError, match="is one of"):
+        build_index("lsh", made()[0], None)
+
+
+@pytest.mark.parametrize("backend", ["sklearn", "faiss"])
+def test_k_means_of_both_kinds(backend: str) -> None:
+    draw = torch.Generator().manual_seed(1)
+    centre = torch.randn(6, 16, generator=draw)
+    member = torch.arange(300) % 6
+    key = (centre[member] + 0.05 * torch.randn(300, 16, generator=draw)) * (
+        0.1 + 3 * torch.rand(300, 1, generator=draw)
+    )
+    label = spherical_kmeans(key, 30, seed=3, backend=backend)
+    pure = [len(member[label == each].unique()) == 1 for each in range(int(label.max()) + 1)]
+    assert all(pure), "directions tell them apart, lengths do not"
+    assert torch.equal(label, spherical_kmeans(key, 30, seed=3, backend=backend)), "the same seed gives the same"
+    with pytest.raises(ValueError, match="no more than keys"):
+        spherical_kmeans(key, 301, backend=backend)
+    with pytest.raises(ValueError, match="not finite"):
+        cluster_keys(torch.full((1, 10, 4), torch.nan), 0.5)
+    same = spherical_kmeans(key[:1].expand(50, -1), 7, backend=backend)
+    assert same.max() < 7
+    assert torch.equal(same.unique(), torch.arange(int(same.max()) + 1)), "numbered without gaps"
+
+
+def test_recall_against_scanned_share() -> None:
+    kinds = {"flat": (1,), "ivf": (1, 64), "cells": (1, 9), "graph": (50, 200)}
+    cells = recall_curves([made(seed=seed) for seed in (0, 1)], kinds=kinds, k=10, links=64)
+    by = {(cell.kind, cell.effort): cell for cell in cells}
+    assert by["flat", 1].recall == by["flat", 1].scanned == 1.0
+    for kind, (low, high) in {"ivf": (1, 64), "cells": (1, 9), "graph": (50, 200)}.items():
+        assert by[kind, low].recall <= by[kind, high].recall + 1e-9
+        assert by[kind, low].scanned < by[kind, high].scanned
+    assert "cells" in recall_table(cells)
+    with pytest.raises(ValueError, match="at least 700 keys"):
+        recall_curves([made()], kinds=kinds, k=700)
+
+
+def test_scan_for_a_recall_lies_between_points() -> None:
+    cells = [RecallCell("ivf", n, recall, scanned, 0.0) for n, recall, scanned in ((1, 0.5, 0.1), (2, 0.9, 0.3))]
+    assert scan_for(cells, "ivf", 0.7) == pytest.approx(0.2)
+    assert scan_for(cells, "ivf", 0.4) == 0.1
+    assert scan_for(cells, "ivf", 0.95) is None
+
+
+def test_one_level_and_two_are_timed_on_the_same_choice() -> None:
+    cells = level_times((2000, 4000), queries=(1, 5), repeats=1)
+    assert [(cell.keys, cell.queries) for cell in cells] == [(2000, 1), (2000, 5), (4000, 1), (4000, 5)]
+    assert all(cell.one > 0 and cell.two > 0 and 0 < cell.looked_at < 1 for cell in cells)
+    assert "one / two" in level_table(cells)
