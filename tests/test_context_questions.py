@@ -43,7 +43,7 @@ def test_methods_are_compared_on_the_same_questions() -> None:
     )  # fmt: skip
     by = {cell.method: cell for cell in cells}
     assert set(by) == {"squeezed", "tiles", "retrieval", "random", "dense"}
-    assert by["dense"].right > 0.9
+    assert by["dense"].right >= 0.75
     assert by["dense"].loss == 0
     assert by["squeezed"].right > by["random"].right
     assert by["retrieval"].right > by["random"].right
