@@ -67,6 +67,22 @@ MORE_INPUTS: dict[str, dict[str, Any]] = {
 }
 """And some, in test files of their own."""
 
+PART_INPUTS: dict[str, dict[str, Any]] = {
+    "plain": {"queries": 250},
+    "one-query": {"queries": 1},
+    "one-query-late": {"queries": 1, "keys": 100},
+    "padded": {"batch": 3, "queries": 200, "key_valid": left_padding(200, [0, 75, 199])},
+    "right-padded": {"batch": 2, "queries": 200, "key_valid": left_padding(200, [0, 75]).flip(1)},
+    "holes": {"batch": 2, "queries": 200, "key_valid": torch.arange(400).view(2, 200) % 7 < 5},
+    "window": {"queries": 250, "window": 100},
+    "packed": {"queries": 200, "segment": torch.tensor([[0] * 90 + [1] * 110])},
+    "chunk-inside-a-block": {"queries": 75, "keys": 250},
+    "static-cache": {"queries": 100, "keys": 300, "query_start": 50, "key_length": 150},
+    "softcap": {"queries": 150, "softcap": 1.5},
+    "sinks": {"queries": 150, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+}  # fmt: skip
+"""What patterns that lay keys in another order meet theirs on."""
+
 Slow = Callable[[AttentionInputs, int, int, range, Any], dict[int, set[int]]]
 """(inputs, batch row, head, rows of the grid that hold a real query, pattern) -> the key blocks of each row."""
 

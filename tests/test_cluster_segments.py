@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_cases import BLOCK, slow_anchor, slow_row
+from method_cases import BLOCK, PART_INPUTS, slow_anchor, slow_row
 from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid
@@ -18,20 +18,6 @@ from sparseprefill.patterns.parts import Part, attend, parts_coverage, parts_of
 from sparseprefill.prefill import sparse_prefill
 from support import left_padding, make_inputs
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "plain": {"queries": 250},
-    "one-query": {"queries": 1},
-    "one-query-late": {"queries": 1, "keys": 100},
-    "padded": {"batch": 3, "queries": 200, "key_valid": left_padding(200, [0, 75, 199])},
-    "right-padded": {"batch": 2, "queries": 200, "key_valid": left_padding(200, [0, 75]).flip(1)},
-    "holes": {"batch": 2, "queries": 200, "key_valid": torch.arange(400).view(2, 200) % 7 < 5},
-    "window": {"queries": 250, "window": 100},
-    "packed": {"queries": 200, "segment": torch.tensor([[0] * 90 + [1] * 110])},
-    "chunk-inside-a-block": {"queries": 75, "keys": 250},
-    "static-cache": {"queries": 100, "keys": 300, "query_start": 50, "key_length": 150},
-    "softcap": {"queries": 150, "softcap": 1.5},
-    "sinks": {"queries": 150, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
-}  # fmt: skip
 SMALL = ClusterSegments(keep=0.4, segment=32, tokens=4, iterations=3)
 
 
@@ -39,9 +25,9 @@ def parts_for(pattern: Any, inputs: AttentionInputs) -> tuple[Part, ...]:
     return parts_of(pattern, inputs, BlockGrid.of(inputs, BLOCK, BLOCK))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", PART_INPUTS)
 def test_everything_is_dense(shape: str) -> None:
-    inputs = make_inputs(**SHAPES[shape])
+    inputs = make_inputs(**PART_INPUTS[shape])
     parts = parts_for(dataclasses.replace(SMALL, keep=1.0), inputs)
     result, exact = attend(parts), reference_attention(inputs, None)
     plain = reference_attention(inputs, None, dtype=torch.float32)
@@ -56,9 +42,9 @@ def test_everything_is_dense(shape: str) -> None:
     assert bool((counted.kept == counted.visible).all()), "every pair once"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", PART_INPUTS)
 def test_lists_are_valid_and_leave_something_out(shape: str) -> None:
-    inputs = make_inputs(**SHAPES[shape])
+    inputs = make_inputs(**PART_INPUTS[shape])
     parts = parts_for(SMALL, inputs)
     for number, part in enumerate(parts):
         part.index.validate(part.inputs, empty_rows=len(parts) > 1)
@@ -89,7 +75,7 @@ def test_later_tokens_change_nothing() -> None:
 
 @pytest.mark.parametrize("shape", ["plain", "padded", "softcap", "chunk-inside-a-block", "holes"])
 def test_choice_is_that_of_the_definition(shape: str) -> None:
-    inputs = make_inputs(**{**SHAPES[shape], "dtype": torch.float64})
+    inputs = make_inputs(**{**PART_INPUTS[shape], "dtype": torch.float64})
     parts = parts_for(SMALL, inputs)
     clusters = SegmentClusters.of(inputs, SMALL.segment, SMALL.segment // SMALL.tokens, SMALL.iterations)
     behind = parts[1]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_cases import BLOCK, slow_anchor, slow_row, slow_visible
+from method_cases import BLOCK, PART_INPUTS, slow_anchor, slow_row, slow_visible
 from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid
@@ -22,20 +22,6 @@ from sparseprefill.patterns.xattention import XAttention
 from sparseprefill.prefill import keeps_everything, resolve_method, sparse_prefill
 from support import left_padding, make_inputs
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "plain": {"queries": 250},
-    "one-query": {"queries": 1},
-    "one-query-late": {"queries": 1, "keys": 100},
-    "padded": {"batch": 3, "queries": 200, "key_valid": left_padding(200, [0, 75, 199])},
-    "right-padded": {"batch": 2, "queries": 200, "key_valid": left_padding(200, [0, 75]).flip(1)},
-    "holes": {"batch": 2, "queries": 200, "key_valid": torch.arange(400).view(2, 200) % 7 < 5},
-    "window": {"queries": 250, "window": 100},
-    "packed": {"queries": 200, "segment": torch.tensor([[0] * 90 + [1] * 110])},
-    "chunk-inside-a-block": {"queries": 75, "keys": 250},
-    "static-cache": {"queries": 100, "keys": 300, "query_start": 50, "key_length": 150},
-    "softcap": {"queries": 150, "softcap": 1.5},
-    "sinks": {"queries": 150, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
-}  # fmt: skip
 SMALL = Pbs(segment=32, probe=24)
 
 
@@ -126,7 +112,7 @@ def slow_pbs(inputs: AttentionInputs, b: int, h: int, m: int, pattern: Pbs) -> s
 @pytest.mark.parametrize("name", ["plain", "padded", "right-padded", "holes", "chunk-inside-a-block", "softcap"])
 @pytest.mark.parametrize("force_first", [True, False])
 def test_equals_the_slow_definition_in_float64(name: str, force_first: bool) -> None:
-    shape = {**SHAPES[name], "batch": min(2, SHAPES[name].get("batch", 1))}
+    shape = {**PART_INPUTS[name], "batch": min(2, PART_INPUTS[name].get("batch", 1))}
     if "key_valid" in shape:
         shape["key_valid"] = shape["key_valid"][:2]
     inputs = named(make_inputs(query_heads=2, kv_heads=1, head_dim=8, dtype=torch.float64, seed=3, **shape))
@@ -148,10 +134,10 @@ def test_equals_the_slow_definition_in_float64(name: str, force_first: bool) -> 
                     assert torch.equal(found[b, h, i], wanted & visible[b, i]), f"{b=} {h=} {r=} {i=}"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", PART_INPUTS)
 @pytest.mark.parametrize("sizes", [(16, 16), (32, 16), (48, 32), (16, 8)], ids=str)
 def test_parts_are_disjoint_and_everything_kept_is_dense(shape: str, sizes: tuple[int, int]) -> None:
-    inputs = named(make_inputs(head_dim=8, **SHAPES[shape]))
+    inputs = named(make_inputs(head_dim=8, **PART_INPUTS[shape]))
     for inner in (BlockSparse(keep=1.0), BlockSparse(mass=1.0), FlashPrefill(alpha=0.0)):
         parts = parts_for(Pbs(inner, segment=32, probe=24), inputs, *sizes)
         for part in parts:
@@ -167,9 +153,9 @@ def test_parts_are_disjoint_and_everything_kept_is_dense(shape: str, sizes: tupl
         torch.testing.assert_close(fast.output.double(), exact.output, rtol=0, atol=2e-5)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", PART_INPUTS)
 def test_around_dense_it_is_the_identity(shape: str) -> None:
-    inputs = make_inputs(head_dim=8, **SHAPES[shape])
+    inputs = make_inputs(head_dim=8, **PART_INPUTS[shape])
     plain, wrapped = (sparse_prefill(inputs, pattern, block_q=16, block_k=16) for pattern in (Dense(), Pbs(Dense())))
     assert torch.equal(plain.result.output, wrapped.result.output)  # type: ignore[arg-type]
     assert torch.equal(plain.result.lse, wrapped.result.lse)
