@@ -59,7 +59,7 @@ class KeyClusters:
         total = (
             _total(logits, self.size, others)
             if self.coarse is None
-            else self.coarse_total(query, scale, softcap, others)
+            else self.coarse_log_shares(query, scale, softcap, others)[1]
         )
         return logits - total[..., None]
 
@@ -80,12 +80,6 @@ class KeyClusters:
         logits = _logits(query, self.coarse, scale, softcap).masked_fill((size == 0)[:, None], -torch.inf)
         total = _total(logits, size, others)
         return logits - total[..., None], total
-
-    def coarse_total(
-        self, query: Tensor, scale: float, softcap: float | None = None, others: Tensor | None = None
-    ) -> Tensor:
-        """float32 [kv_heads, queries]: log of what `log_shares` divides by, where there are coarse clusters."""
-        return self.coarse_log_shares(query, scale, softcap, others)[1]
 
     def some_log_shares(
         self, head: int, ids: Tensor, query: Tensor, total: Tensor, scale: float, softcap: float | None = None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
+from sparseprefill.patterns.names import nearest_name
 from sparseprefill.patterns.retrieval import Retrieval
 from sparseprefill.patterns.squeezed import Squeezed
 
@@ -47,14 +47,14 @@ def context_method(method: Any, options: dict[str, Any]) -> Any:
     """
     if isinstance(method, str):
         if method not in CONTEXT_METHODS:
-            raise ValueError(f"unknown context method {method!r:.80}.{_nearest(method, CONTEXT_METHODS)} "
+            raise ValueError(f"unknown context method {method!r:.80}.{nearest_name(method, CONTEXT_METHODS)} "
                              f"Context methods: {', '.join(CONTEXT_METHODS)}")  # fmt: skip
         row = CONTEXT_METHODS[method]
         for name in options:
             if name not in row.options:
                 raise ValueError(
-                    f"context method {method!r} has no option {name!r:.80}.{_nearest(name, row.options)} Its options: "
-                    f"{', '.join(row.options)}"
+                    f"context method {method!r} has no option {name!r:.80}.{nearest_name(name, row.options)} Its "
+                    f"options: {', '.join(row.options)}"
                 )
         return row.method(**options)
     if not all(callable(getattr(method, verb, None)) for verb in VERBS):
@@ -65,8 +65,3 @@ def context_method(method: Any, options: dict[str, Any]) -> Any:
     if options:
         raise ValueError(f"options go with a method's name; {type(method).__name__} got {', '.join(options)}")
     return method
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f" Did you mean {close[0]!r}?" if close else ""

@@ -283,8 +283,15 @@ def attend_to_context(
 def _whole_tiles(marked: Tensor, block_k: int) -> Tensor:
     """bool [kv_heads, blocks, middle]: every key of a tile in which one is marked."""
     middle = marked.shape[-1]
-    tiles: Tensor = torch.nn.functional.pad(marked, (0, -middle % block_k)).unflatten(-1, (-1, block_k)).any(-1)
-    return tiles.repeat_interleave(block_k, -1)[..., :middle]
+    return _tiles_of(marked, block_k).repeat_interleave(block_k, -1)[..., :middle]
+
+
+def _tiles_of(marked: Tensor, block_k: int) -> Tensor:
+    """bool [kv_heads, blocks, tiles]: those in which a key is marked."""
+    tiles: Tensor = (
+        torch.nn.functional.pad(marked, (0, -marked.shape[-1] % block_k)).unflatten(-1, (-1, block_k)).any(-1)
+    )
+    return tiles
 
 
 def _by_tiles(
@@ -307,8 +314,7 @@ def _by_tiles(
         tail.scale, softcap=tail.softcap, query_start=aligned, key_length=middle,
     )  # fmt: skip
     grid = BlockGrid.of(inputs, block_q, block_k)
-    tiles = torch.nn.functional.pad(marked, (0, -middle % block_k)).unflatten(-1, (-1, block_k)).any(-1)
-    mask = tiles.repeat_interleave(query_heads // kv_heads, 0)[None].to(query.device)
+    mask = _tiles_of(marked, block_k).repeat_interleave(query_heads // kv_heads, 0)[None].to(query.device)
     result = block_sparse_attention(inputs, BlockIndex.from_mask(grid, mask))
     assert result.output is not None
     shape = (query_heads, batch, queries)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import math
 import time
@@ -22,6 +21,7 @@ from sparseprefill.patterns import Dense, LastRowsDense, Pattern, PerHead
 from sparseprefill.patterns.context_methods import CONTEXT_METHODS, ContextRow
 from sparseprefill.patterns.expected_overhead import NOTHING, Overhead
 from sparseprefill.patterns.methods import DEFAULT, DEFAULT_OPTIONS, METHODS, MethodRow
+from sparseprefill.patterns.names import nearest_name
 from sparseprefill.patterns.parts import Part, attend, parts_coverage, parts_of, without_heads
 from sparseprefill.patterns.store import INSIDE, SALE_INSIDE, ModelPatterns, load_patterns
 
@@ -69,7 +69,7 @@ def _by_name(method: str, options: dict[str, Any]) -> Pattern | ModelPatterns:
             f"method={method!r}), and give it as context="
         )
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}.{_nearest(method, METHODS)} Methods: {', '.join(METHODS)}")
+        raise ValueError(f"unknown method {method!r}.{nearest_name(method, METHODS)} Methods: {', '.join(METHODS)}")
     row = METHODS[method]
     others = {name: value for name, value in options.items() if name not in row.options}
     if row.wraps:  # what is not its own belongs to the method that it goes around
@@ -80,7 +80,7 @@ def _by_name(method: str, options: dict[str, Any]) -> Pattern | ModelPatterns:
             if name not in served and isinstance(around, str) and around in METHODS:
                 raise ValueError(
                     f"neither {method!r} nor {around!r:.80}, around which it goes, has an option {name!r}."
-                    f"{_nearest(name, served)} Their options: {', '.join(served)}"
+                    f"{nearest_name(name, served)} Their options: {', '.join(served)}"
                 )
         inner = resolve_method(around, **(row.around(others) if around == row.inner else others))
         if isinstance(inner, ModelPatterns):
@@ -88,7 +88,9 @@ def _by_name(method: str, options: dict[str, Any]) -> Pattern | ModelPatterns:
         return row.build(inner=inner, **own)
     for name in others:
         known = ", ".join(row.options) or "none"
-        raise ValueError(f"method {method!r} has no option {name!r}.{_nearest(name, row.options)} Its options: {known}")
+        raise ValueError(
+            f"method {method!r} has no option {name!r}.{nearest_name(name, row.options)} Its options: {known}"
+        )
     if options.get("profile") is not None:
         return _from_profile(method, row, options)
     return row.build(**{name: value for name, value in options.items() if name != "profile"})
@@ -120,11 +122,6 @@ def _from_profile(method: str, row: MethodRow, options: dict[str, Any]) -> Model
                 f"{' and '.join(each.__name__ for each in row.profile)} alone: use it with method 'minference'"
             )
     return found
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 @dataclass(frozen=True, slots=True)
