@@ -21,7 +21,8 @@ from torch import Tensor
 from sparseprefill.estimators.key_clusters import spherical_kmeans
 
 _HOSTS = 32  # nearest reached keys that one which is not may hang on
-_GATHERED = 1 << 24  # numbers of candidates that are gathered at one time
+_SCORES = 1 << 24  # of queries and keys that are held at one time
+_DISTANCES = 1 << 22  # between keys, that are held at one time
 
 KINDS = ("flat", "ivf", "hnsw", "cells", "graph")
 
@@ -32,9 +33,7 @@ class Found:
 
     ids: Tensor  # int64 [queries, k], -1 where fewer keys were looked at; best first
     scores: Tensor  # float32 [queries, k] inner products, -inf there
-    scanned: (
-        Tensor  # int64 [queries]: inner products computed, those with centroids included; -1: see `scanned_by_hnsw`
-    )
+    scanned: Tensor  # int64 [queries]: keys considered, and centroids looked at; -1: see `scanned_by_walk`
 
 
 class KeyIndex(Protocol):
@@ -58,7 +57,7 @@ class KeyIndex(Protocol):
 
 
 def build_index(
-    kind: str, key: Tensor, query: Tensor | None, *, links: int = 128, degree: int = 32, seed: int = 0
+    kind: str, key: Tensor, query: Tensor | None, *, links: int = 128, degree: int = 16, seed: int = 0
 ) -> KeyIndex:
     """An index over keys of one KV head.
 
@@ -91,25 +90,13 @@ def load_index(kind: str, key: Tensor, tensors: dict[str, Tensor]) -> KeyIndex:
     if kind == "cells":
         return QueryCells(key, **tensors)
     if kind == "graph":
-        return ProjectedGraph(key, **tensors)
+        return ProjectedGraph.load(key, **tensors)
     return FaissKeys.load(kind, key, tensors["faiss"])
 
 
 def nearest_of(query: Tensor, key: Tensor, k: int, *, slab: int = 1024) -> Tensor:
     """int64 [queries, k]: the keys with the largest inner products, best first."""
     return torch.cat([(part @ key.T).topk(k, -1).indices for part in query.split(slab)])
-
-
-def _ranked(query: Tensor, key: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The best k of each query's candidates, int64 [queries, some], -1 for none: ids and inner products."""
-    scores = torch.einsum("nd,ncd->nc", query, key[candidates.clamp(min=0)])
-    scores = scores.masked_fill(candidates < 0, -torch.inf)
-    if candidates.shape[1] < k:
-        more = k - candidates.shape[1]
-        scores = torch.nn.functional.pad(scores, (0, more), value=-torch.inf)
-        candidates = torch.nn.functional.pad(candidates, (0, more), value=-1)
-    best = scores.topk(k, -1)
-    return candidates.gather(1, best.indices).masked_fill(best.values == -torch.inf, -1), best.values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,20 +125,31 @@ class QueryCells:
         return QueryCells(key, torch.nn.functional.normalize(total, dim=-1), (pair % len(key)).to(torch.int32), start)
 
     def search(self, query: Tensor, k: int, effort: int) -> Found:
+        together = max(1, _SCORES // max(1, len(self.key)))
+        parts = [self._search(some, k, effort) for some in query.split(together)]
+        return Found(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+    def _search(self, query: Tensor, k: int, effort: int) -> tuple[Tensor, Tensor, Tensor]:
+        """All queries are compared with every key that one of them considers, and ranked by their own alone."""
+        keys = len(self.key)
         visited = (query @ self.centroid.T).topk(min(effort, len(self.centroid)), -1).indices
-        candidates = []
-        for cells in visited:
-            parts = [self.members[self.start[c] : self.start[c + 1]] for c in cells.tolist()]
-            candidates.append(torch.cat(parts).unique())
-        scanned = torch.tensor([len(each) for each in candidates])
-        together = max(1, _GATHERED // (max(1, int(scanned.max())) * self.key.shape[1]))
-        found = []
-        for start in range(0, len(query), together):
-            some = slice(start, start + together)
-            padded = torch.nn.utils.rnn.pad_sequence(candidates[some], batch_first=True, padding_value=-1)
-            found.append(_ranked(query[some], self.key, padded.to(torch.int64), k))
-        ids, scores = (torch.cat(each) for each in zip(*found, strict=True))
-        return Found(ids, scores, scanned + len(self.centroid))
+        cells, place = visited.unique(return_inverse=True)
+        start, count = self.start[cells], self.start[cells + 1] - self.start[cells]
+        owner = torch.arange(len(cells)).repeat_interleave(count)
+        at = torch.arange(len(owner)) + (start - (count.cumsum(0) - count)).repeat_interleave(count)
+        held = torch.zeros(len(cells), keys, dtype=torch.bool)
+        held.view(-1)[owner * keys + self.members[at]] = True
+        considered = held[place[:, 0]]
+        for column in place.T[1:]:
+            considered |= held[column]
+        some = considered.any(0).nonzero()[:, 0]
+        considered = considered[:, some]
+        scores = (query @ self.key[some].T).masked_fill_(~considered, -torch.inf)
+        best = scores.topk(min(k, len(some)), -1)
+        missing = k - best.values.shape[1]
+        found = torch.nn.functional.pad(best.values, (0, missing), value=-torch.inf)
+        ids = torch.nn.functional.pad(some[best.indices], (0, missing), value=-1)
+        return ids.masked_fill(found == -torch.inf, -1), found, considered.sum(1) + len(self.centroid)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"centroid": self.centroid, "members": self.members, "start": self.start}
@@ -162,90 +160,112 @@ class ProjectedGraph:
     """A graph of keys, two of which are linked where some query wanted both; searched by best first.
 
     For each query of the prefill its nearest key is linked to its other near ones, as far as none that is linked
-    already lies between (the occlusion rule), up to `degree`. Keys that no search from the entry would reach are linked
-    to the nearest key that one does. After Chen et al., "RoarGraph", 2024, arXiv:2408.08933, whose queries stand in the
-    graph while it is built and are projected away.
+    already lies between (the occlusion rule), up to `degree`. Queries want few of the keys, so that every key is also
+    linked to half as many of the keys that it would itself find as a query. Keys that no search from the entry would
+    reach are linked to the nearest key that one does. After Chen et al., "RoarGraph", 2024, arXiv:2408.08933, whose
+    queries stand in the graph while it is built and are projected away, and whose own links between keys come from
+    searches in what is there; here they are exact.
     """
 
     key: Tensor  # float32 [keys, head_dim]
     neighbours: Tensor  # int32 [keys, most], -1 for none
-    entry: Tensor  # int64 [some]: where every search begins
+    entry: Tensor  # int64 []: where every search begins
+    index: Any  # of faiss, which walks
 
     @staticmethod
     def of(key: Tensor, nearest: Tensor, degree: int) -> ProjectedGraph:
         """From the nearest keys of queries, int64 [queries, links], best first."""
         keys = len(key)
-        wanted: list[list[int]] = [[] for _ in range(keys)]
-        for row in nearest.tolist():
-            wanted[row[0]].extend(row[1:])
-        linked: list[list[int]] = [[] for _ in range(keys)]
-        for pivot, others in enumerate(wanted):
-            if others:
-                linked[pivot] = _not_occluded(key, pivot, list(dict.fromkeys(others)), degree)
+        wanted: dict[int, dict[int, None]] = {}
+        for pivot, *others in nearest.tolist():
+            wanted.setdefault(pivot, {}).update(dict.fromkeys(others))
+        linked: list[dict[int, None]] = [{} for _ in range(keys)]
+        pivots = torch.tensor(list(wanted))
+        by_queries = torch.nn.utils.rnn.pad_sequence(
+            [
+                _nearest_first(key, pivot, torch.tensor(list(others)))[: 4 * degree]
+                for pivot, others in wanted.items()
+            ],
+            batch_first=True, padding_value=-1,
+        )  # fmt: skip
+        own = max(1, degree // 2)
+        by_keys = nearest_of(key, key, min(4 * own, keys))
+        for some, near, most in ((pivots, by_queries, degree), (torch.arange(keys), by_keys, own)):
+            for pivot, chosen in zip(some.tolist(), _not_occluded(key, some, near, most), strict=True):
+                linked[pivot].update(dict.fromkeys(chosen))
         for pivot, others in enumerate(list(map(list, linked))):
             for other in others:  # and back, as far as there is room
-                if len(linked[other]) < 2 * degree and pivot not in linked[other]:
-                    linked[other].append(pivot)
-        popular = torch.bincount(nearest[:, 0], minlength=keys)
-        entry = popular.topk(min(8, keys)).indices
-        _connect(key, linked, entry.tolist(), 3 * degree)
-        most = max(map(len, linked), default=1)
+                if len(linked[other]) < 2 * degree:
+                    linked[other][pivot] = None
+        entry = torch.bincount(nearest[:, 0], minlength=keys).argmax()  # what most queries want first
+        lists = list(map(list, linked))
+        _connect(key, lists, [int(entry)], 3 * degree)
+        most = max(map(len, lists), default=1)
         table = np.full((keys, max(1, most)), -1, dtype=np.int32)
-        for row, others in zip(table, linked, strict=True):
-            row[: len(others)] = others
-        return ProjectedGraph(key, torch.from_numpy(table), entry)
+        for row, links in zip(table, lists, strict=True):
+            row[: len(links)] = links
+        return ProjectedGraph.load(key, torch.from_numpy(table), entry)
+
+    @staticmethod
+    def load(key: Tensor, neighbours: Tensor, entry: Tensor) -> ProjectedGraph:
+        """From what `tensors` gave. Raises ValueError for links to keys that do not exist."""
+        keys, dim = key.shape
+        if len(neighbours) != keys or not (-1 <= int(neighbours.min()) <= int(neighbours.max()) < keys):
+            raise ValueError(f"a graph of {keys} keys is damaged: it links to others")
+        if not 0 <= int(entry) < keys:
+            raise ValueError(f"a graph of {keys} keys is damaged: searches begin at {int(entry)}")
+        faiss = _faiss()
+        # a small-world graph of one level, whose links are these
+        made = faiss.IndexHNSWFlat(dim, -(-neighbours.shape[1] // 2), faiss.METRIC_INNER_PRODUCT)
+        faiss.downcast_index(made.storage).add(key.numpy())
+        made.ntotal = keys
+        faiss.copy_array_to_vector(np.ones(keys, dtype=np.int32), made.hnsw.levels)
+        made.hnsw.prepare_level_tab(keys, True)
+        links = faiss.rev_swig_ptr(made.hnsw.neighbors.data(), made.hnsw.neighbors.size()).reshape(keys, -1)
+        links[:] = -1
+        links[:, : neighbours.shape[1]] = neighbours.numpy()
+        made.hnsw.entry_point, made.hnsw.max_level = int(entry), 0
+        return ProjectedGraph(key, neighbours, entry, made)
 
     def search(self, query: Tensor, k: int, effort: int) -> Found:
-        """All queries walk together, each with `effort` keys in sight: its best unvisited one is opened next."""
-        width, number = max(effort, k), len(query)
-        seen = torch.zeros(number, len(self.key) + 1, dtype=torch.bool)
-        seen[:, -1] = True  # where -1 points to
-        ids = torch.full((number, width), -1)
-        scores = torch.full((number, width), -torch.inf)
-        opened = torch.zeros(number, width, dtype=torch.bool)
-        scanned = torch.zeros(number, dtype=torch.int64)
-        fresh = self.entry.expand(number, -1)
-        while True:
-            new = ~seen.gather(1, fresh)
-            seen.scatter_(1, fresh, True)
-            scanned += new.sum(1)
-            found = torch.einsum("nd,ncd->nc", query, self.key[fresh.clamp(0, len(self.key) - 1)]).masked_fill(
-                ~new, -torch.inf
-            )
-            best = torch.cat([scores, found], 1).topk(width, 1)
-            ids = torch.cat([ids, fresh], 1).gather(1, best.indices)
-            opened = torch.cat([opened, torch.zeros_like(new)], 1).gather(1, best.indices)
-            scores = best.values
-            waiting = scores.masked_fill(opened, -torch.inf)
-            score, place = waiting.max(1)
-            alive = score > -torch.inf
-            if not bool(alive.any()):
-                return Found(ids[:, :k].masked_fill(scores[:, :k] == -torch.inf, -1), scores[:, :k], scanned)
-            opened[torch.arange(number), place] = True
-            node = ids[torch.arange(number), place].clamp(min=0)
-            fresh = self.neighbours[node].to(torch.int64).masked_fill(~alive[:, None], -1)
-            fresh = torch.where(fresh < 0, len(self.key), fresh)  # the place that is always seen
+        parameters = _faiss().SearchParametersHNSW(efSearch=max(effort, k))
+        scores, ids = self.index.search(query.numpy(), k, params=parameters)
+        return _found(scores, ids, torch.full((len(query),), -1))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"neighbours": self.neighbours, "entry": self.entry}
 
 
-def _not_occluded(key: Tensor, pivot: int, others: list[int], degree: int) -> list[int]:
-    """Of the others, nearest to the pivot first, those that are nearer to it than to any that was taken before."""
-    ids = torch.tensor(others)
-    points = key[ids]
-    distance = (points - key[pivot]).norm(dim=-1)
-    order = distance.argsort(stable=True)[: 4 * degree]
-    points, ids, distance = points[order], ids[order], distance[order]
-    between = torch.cdist(points, points)
-    taken: list[int] = []
-    for place in range(len(ids)):
-        if len(taken) == degree:
-            break
-        if not taken or bool((distance[place] < between[place, taken]).all()):
-            taken.append(place)
-    left = [place for place in range(len(ids)) if place not in set(taken)]
-    return ids[taken + left[: degree - len(taken)]].tolist()  # what is left fills the room, nearest first
+def _nearest_first(key: Tensor, pivot: int, others: Tensor) -> Tensor:
+    """The others by their distance from the pivot, without itself."""
+    others = others[others != pivot]
+    return others[(key[others] - key[pivot]).norm(dim=-1).argsort(stable=True)]
+
+
+def _not_occluded(key: Tensor, pivots: Tensor, others: Tensor, degree: int) -> list[list[int]]:
+    """Of each pivot's others [pivots, some] those that are nearer to it than to any nearer one that was taken.
+
+    -1 is none, as is the pivot itself. What room is left of `degree` is filled with the rest, nearest first.
+    """
+    found = []
+    for some in torch.arange(len(pivots)).split(max(1, _DISTANCES // max(1, others.shape[1]) ** 2)):
+        pivot, ids = pivots[some], others[some]
+        none = (ids < 0) | (ids == pivot[:, None])
+        apart = (key[ids.clamp(min=0)] - key[pivot][:, None]).norm(dim=-1).masked_fill(none, torch.inf)
+        apart, order = apart.sort(dim=1, stable=True)
+        ids = ids.gather(1, order)
+        points = key[ids.clamp(min=0)]
+        between = torch.cdist(points, points)
+        nearest = torch.full_like(apart, torch.inf)  # of those that were taken, how far the nearest one is
+        taken = torch.zeros_like(ids, dtype=torch.bool)
+        for place in range(ids.shape[1]):
+            take = (apart[:, place] < nearest[:, place]) & (taken.sum(1) < degree)
+            taken[:, place] = take
+            nearest = torch.where(take[:, None], nearest.minimum(between[:, place]), nearest)
+        first = (~taken).to(torch.int8).argsort(dim=1, stable=True)[:, :degree]
+        chosen = ids.gather(1, first).masked_fill(apart.gather(1, first) == torch.inf, -1)
+        found += [[each for each in row if each >= 0] for row in chosen.tolist()]
+    return found
 
 
 def _connect(key: Tensor, linked: list[list[int]], entry: list[int], room: int) -> None:
@@ -329,15 +349,22 @@ class FaissKeys:
         else:
             scores, ids = self.index.search(query.numpy(), k)
             scanned = torch.full((len(query),), keys)
-        found = torch.from_numpy(ids)
-        return Found(found, torch.from_numpy(scores).masked_fill(found < 0, -torch.inf), scanned)
+        return _found(scores, ids, scanned)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"faiss": torch.from_numpy(_faiss().serialize_index(self.index))}
 
 
-def scanned_by_hnsw(index: FaissKeys, query: Tensor, k: int, effort: int) -> Tensor:
-    """int64 [queries]: inner products of each search. faiss counts for the whole process: ask for it in one thread."""
+def _found(scores: np.ndarray, ids: np.ndarray, scanned: Tensor) -> Found:
+    found = torch.from_numpy(ids)
+    return Found(found, torch.from_numpy(scores).masked_fill(found < 0, -torch.inf), scanned)
+
+
+def scanned_by_walk(index: FaissKeys | ProjectedGraph, query: Tensor, k: int, effort: int) -> Tensor:
+    """int64 [queries]: inner products of each search in a graph, faiss's or projected.
+
+    faiss counts for the whole process: ask for it in one thread.
+    """
     faiss = _faiss()
     parameters = faiss.SearchParametersHNSW(efSearch=max(effort, k))
     counts = []

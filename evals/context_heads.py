@@ -60,10 +60,13 @@ class _Seen:
 
 @torch.no_grad()
 def question_heads(
-    model: PreTrainedModel, tokenizer: Any, length: int, *, questions: int = 20, train: int = 4096, sink: int = 16,
-    local: int = 128, seed: int = 1,
+    model: PreTrainedModel, tokenizer: Any, length: int, *, questions: int = 20, train: int = 4096, most: int = 256,
+    sink: int = 16, local: int = 128, seed: int = 1,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """For each layer and KV head: keys between sink and local window, queries of the context, queries of questions."""
+    """For each layer and KV head: keys between sink and local window, queries of the context, queries of questions.
+
+    At most `train` and `most` queries, evenly spaced.
+    """
     made = make_questions(tokenizer, length, questions, margin=(sink + 64, local + 64), seed=str(seed))
     method = _Watching(sink, local)
     context = prepare_context(model, made.context, method, progress=False)
@@ -81,6 +84,7 @@ def question_heads(
         learnt = seen.keys.query.unflatten(0, (kv_heads, -1)).flatten(1, 2)
         some = torch.linspace(0, learnt.shape[1] - 1, min(train, learnt.shape[1])).round().to(torch.int64)
         asked = torch.cat(seen.asked, 1)
+        own = torch.linspace(0, asked.shape[1] - 1, min(most, asked.shape[1])).round().to(torch.int64)
         for head in range(kv_heads):
-            found.append((seen.keys.key[head].contiguous(), learnt[head, some], asked[head].float().contiguous()))
+            found.append((seen.keys.key[head].contiguous(), learnt[head, some], asked[head, own].float()))
     return found

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseprefill.estimators.nearest_keys import FaissKeys, build_index, nearest_of, scanned_by_hnsw
+from sparseprefill.estimators.nearest_keys import FaissKeys, ProjectedGraph, build_index, nearest_of, scanned_by_walk
 from sparseprefill.reports import number, table
 
 EFFORTS = {
@@ -66,8 +66,8 @@ def recall_curves(
                 hits = (found.ids[:, :, None] == want[:, None]).any(1)
                 recalls.append(hits.double().mean())
                 scanned = found.scanned
-                if isinstance(index, FaissKeys) and index.kind == "hnsw":
-                    scanned = scanned_by_hnsw(index, query, k, effort)
+                if isinstance(index, ProjectedGraph) or (isinstance(index, FaissKeys) and index.kind == "hnsw"):
+                    scanned = scanned_by_walk(index, query, k, effort)
                 scans.append(scanned.double().mean() / len(key))
             cells.append(RecallCell(
                 kind, effort, float(torch.stack(recalls).mean()), float(torch.stack(scans).mean()),

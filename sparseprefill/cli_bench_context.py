@@ -27,17 +27,19 @@ def bench_context() -> None:
 @click.option("--questions", type=click.IntRange(1, 60), default=40, show_default=True, help="A context.")
 @click.option("--shares", type=Shares(), default="0.15,0.05,0.02", show_default=True,
               help="Of the context's keys, sink and local window included.")  # fmt: skip
-@click.option("--index", default="cells", show_default=True, help="Of retrieval.")
+@click.option("--index", "indexes", multiple=True, default=("graph", "hnsw", "flat"), show_default=True,
+              help="Of retrieval; may be given again.")  # fmt: skip
 @click.option("--sink", default=16, show_default=True)
 @click.option("--local", default=128, show_default=True)
 @_OUT
 @_MARKDOWN
 def questions(
-    model: str | None, length: tuple[int, ...], contexts: int, questions: int, shares: tuple[float, ...], index: str,
+    model: str | None, length: tuple[int, ...], contexts: int, questions: int, shares: tuple[float, ...], indexes: tuple[str, ...],
     sink: int, local: int, out: Path | None, markdown: bool,
 ) -> None:  # fmt: skip
     """Ask many questions about long contexts, with each method, dense, and with keys chosen at random."""
     from dataclasses import asdict
+    from functools import partial
 
     from sparseprefill.evals import context_questions as eval_
     from sparseprefill.evals.loading import load_model, provenance
@@ -47,8 +49,8 @@ def questions(
 
     methods: list[tuple[str, Any, str]] = [
         ("squeezed", Squeezed, "tokens"), ("squeezed, in tiles", Squeezed, "tiles"),
-        ("squeezed, two levels", lambda **options: Squeezed(coarse=0.01, **options), "tokens"),
-        (f"retrieval, {index}", lambda **options: Retrieval(index=index, **options), "tokens"),
+        ("squeezed, two levels", partial(Squeezed, coarse=0.01), "tokens"),
+        *((f"retrieval, {index}", partial(Retrieval, index=index), "tokens") for index in indexes),
         ("random", eval_.RandomKeys, "tokens"),
     ]  # fmt: skip
     with clear_errors():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparseprefill.estimators.key_clusters import cluster_keys, spherical_kmeans
-from sparseprefill.estimators.nearest_keys import KINDS, build_index, load_index, nearest_of
+from sparseprefill.estimators.nearest_keys import KINDS, QueryCells, _not_occluded, build_index, load_index, nearest_of
 from sparseprefill.evals.context_levels import level_table, level_times
 from sparseprefill.evals.context_recall import RecallCell, recall_curves, recall_table, scan_for
 
@@ -58,6 +58,51 @@ def test_cells_find_what_queries_of_their_kind_wanted() -> None:
     assert share[1] > 0.9, "queries from the same part of the space"
     assert bool((few.scanned < many.scanned).all())
     assert float(many.scanned.double().mean()) < 600
+
+
+def test_cells_by_definition() -> None:
+    key, learnt, asked = made()
+    index = build_index("cells", key, learnt, links=20)
+    assert isinstance(index, QueryCells)
+    found = index.search(asked, 10, 3)
+    for query, ids, scanned in zip(asked, found.ids, found.scanned, strict=True):
+        cells = (index.centroid @ query).topk(3).indices.tolist()
+        members = {int(key) for cell in cells for key in index.members[index.start[cell] : index.start[cell + 1]]}
+        assert int(scanned) == len(members) + len(index.centroid)
+        listed = torch.tensor(sorted(members))
+        assert set(ids.tolist()) == set(listed[(key[listed] @ query).topk(10).indices].tolist())
+
+
+@pytest.mark.parametrize("most", [4, 40])
+def test_links_by_definition(most: int) -> None:
+    key, learnt, _ = made()
+    pivots = torch.arange(0, 600, 7)
+    others = nearest_of(key[pivots], key, 30)
+    others[:, 25:] = torch.where(torch.arange(len(pivots))[:, None] % 2 == 0, others[:, 25:], -1)
+    for pivot, near, got in zip(
+        pivots.tolist(), others.tolist(), _not_occluded(key, pivots, others, most), strict=True
+    ):
+        near = sorted({n for n in near if n not in (-1, pivot)}, key=lambda n: float((key[n] - key[pivot]).norm()))
+        taken: list[int] = []
+        for each in near:
+            apart = float((key[each] - key[pivot]).norm())
+            if all(apart < float((key[each] - key[other]).norm()) for other in taken) and len(taken) < most:
+                taken.append(each)
+        rest = [each for each in near if each not in taken]
+        assert got == taken + rest[: most - len(taken)]
+
+
+def test_a_graph_that_links_to_nothing_is_refused() -> None:
+    key, learnt, _ = made()
+    tensors = build_index("graph", key, learnt, links=8).tensors()
+    with pytest.raises(ValueError, match="links to others"):
+        load_index("graph", key[:-1], tensors)
+    with pytest.raises(ValueError, match="links to others"):
+        load_index(
+            "graph", key, {**tensors, "neighbours": tensors["neighbours"].masked_fill(tensors["neighbours"] == 3, 600)}
+        )
+    with pytest.raises(ValueError, match="searches begin at 600"):
+        load_index("graph", key, {**tensors, "entry": torch.tensor(600)})
 
 
 def test_a_key_that_is_near_to_all_does_not_collect_the_graph() -> None:
