@@ -22,6 +22,7 @@ from sparseprefill.estimators.key_clusters import spherical_kmeans
 
 _HOSTS = 32  # nearest reached keys that one which is not may hang on
 _SCORES = 1 << 24  # of queries and keys that are held at one time
+_EXACT = 1 << 15  # keys that are compared with each other; what more of them would find is searched for
 _DISTANCES = 1 << 22  # between keys, that are held at one time
 
 KINDS = ("flat", "ivf", "hnsw", "cells", "graph")
@@ -51,6 +52,11 @@ class KeyIndex(Protocol):
         """
         ...
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory beside what `tensors` gives."""
+        ...
+
     def tensors(self) -> dict[str, Tensor]:
         """What a file has to hold beside the keys themselves."""
         ...
@@ -66,15 +72,19 @@ def build_index(
         key: float32 [keys, head_dim].
         query: float32 [queries, head_dim], of the prefill, for the kinds that learn from queries.
         links: nearest keys of each such query that are learnt from.
-        degree: of the graphs.
+        degree: of the graphs, at least 2.
         seed: of K-means.
 
     Raises:
-        ValueError: unknown kinds, and queries that are missing.
+        ValueError: unknown kinds, numbers that are none, queries that are missing, keys or queries that are not finite.
         ModuleNotFoundError: faiss is not installed.
     """
     if kind not in KINDS:
         raise ValueError(f"an index of keys is one of {', '.join(KINDS)}, got {kind!r}")
+    if degree < 2 or links < 1:
+        raise ValueError(f"a graph has at least 2 links a key, and a query 1, got degree={degree} and links={links}")
+    if not len(key) or not bool(key.isfinite().all()) or (query is not None and not bool(query.isfinite().all())):
+        raise ValueError("an index needs keys, and they and its queries must be finite")
     if kind in ("cells", "graph"):
         if query is None or not len(query):
             raise ValueError(f"an index of kind {kind!r} is built with queries of the prefill, and there are none")
@@ -94,9 +104,10 @@ def load_index(kind: str, key: Tensor, tensors: dict[str, Tensor]) -> KeyIndex:
     return FaissKeys.load(kind, key, tensors["faiss"])
 
 
-def nearest_of(query: Tensor, key: Tensor, k: int, *, slab: int = 1024) -> Tensor:
+def nearest_of(query: Tensor, key: Tensor, k: int) -> Tensor:
     """int64 [queries, k]: the keys with the largest inner products, best first."""
-    return torch.cat([(part @ key.T).topk(k, -1).indices for part in query.split(slab)])
+    together = max(1, _SCORES // max(1, len(key)))
+    return torch.cat([(part @ key.T).topk(k, -1).indices for part in query.split(together)])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,6 +162,10 @@ class QueryCells:
         ids = torch.nn.functional.pad(some[best.indices], (0, missing), value=-1)
         return ids.masked_fill(found == -torch.inf, -1), found, considered.sum(1) + len(self.centroid)
 
+    @property
+    def held_bytes(self) -> int:
+        return 4 * self.key.numel()
+
     def tensors(self) -> dict[str, Tensor]:
         return {"centroid": self.centroid, "members": self.members, "start": self.start}
 
@@ -164,7 +179,7 @@ class ProjectedGraph:
     linked to half as many of the keys that it would itself find as a query. Keys that no search from the entry would
     reach are linked to the nearest key that one does. After Chen et al., "RoarGraph", 2024, arXiv:2408.08933, whose
     queries stand in the graph while it is built and are projected away, and whose own links between keys come from
-    searches in what is there; here they are exact.
+    searches in what is there; here they are exact, or from a small-world graph where keys are many.
     """
 
     key: Tensor  # float32 [keys, head_dim]
@@ -183,13 +198,13 @@ class ProjectedGraph:
         pivots = torch.tensor(list(wanted))
         by_queries = torch.nn.utils.rnn.pad_sequence(
             [
-                _nearest_first(key, pivot, torch.tensor(list(others)))[: 4 * degree]
+                _nearest_first(key, pivot, torch.tensor(list(others), dtype=torch.int64))[: 4 * degree]
                 for pivot, others in wanted.items()
             ],
             batch_first=True, padding_value=-1,
         )  # fmt: skip
         own = max(1, degree // 2)
-        by_keys = nearest_of(key, key, min(4 * own, keys))
+        by_keys = _neighbours(key, min(4 * own, keys), degree)
         for some, near, most in ((pivots, by_queries, degree), (torch.arange(keys), by_keys, own)):
             for pivot, chosen in zip(some.tolist(), _not_occluded(key, some, near, most), strict=True):
                 linked[pivot].update(dict.fromkeys(chosen))
@@ -216,12 +231,18 @@ class ProjectedGraph:
             raise ValueError(f"a graph of {keys} keys is damaged: searches begin at {int(entry)}")
         faiss = _faiss()
         # a small-world graph of one level, whose links are these
-        made = faiss.IndexHNSWFlat(dim, -(-neighbours.shape[1] // 2), faiss.METRIC_INNER_PRODUCT)
+        half = max(2, -(-neighbours.shape[1] // 2))  # faiss cannot do with one
+        made = faiss.IndexHNSWFlat(dim, half, faiss.METRIC_INNER_PRODUCT)
         faiss.downcast_index(made.storage).add(key.numpy())
         made.ntotal = keys
         faiss.copy_array_to_vector(np.ones(keys, dtype=np.int32), made.hnsw.levels)
         made.hnsw.prepare_level_tab(keys, True)
-        links = faiss.rev_swig_ptr(made.hnsw.neighbors.data(), made.hnsw.neighbors.size()).reshape(keys, -1)
+        if made.hnsw.nb_neighbors(0) != 2 * half or made.hnsw.neighbors.size() != keys * 2 * half:
+            raise RuntimeError(
+                f"this version of faiss ({faiss.__version__}) lays its graphs out in another way: use index='cells' or "
+                "'hnsw', and please report it"
+            )
+        links = faiss.rev_swig_ptr(made.hnsw.neighbors.data(), keys * 2 * half).reshape(keys, 2 * half)
         links[:] = -1
         links[:, : neighbours.shape[1]] = neighbours.numpy()
         made.hnsw.entry_point, made.hnsw.max_level = int(entry), 0
@@ -232,8 +253,20 @@ class ProjectedGraph:
         scores, ids = self.index.search(query.numpy(), k, params=parameters)
         return _found(scores, ids, torch.full((len(query),), -1))
 
+    @property
+    def held_bytes(self) -> int:
+        """The keys twice, as faiss has them too, and links, levels and offsets of faiss."""
+        return 8 * self.key.numel() + 4 * int(self.index.hnsw.neighbors.size()) + 12 * len(self.key)
+
     def tensors(self) -> dict[str, Tensor]:
         return {"neighbours": self.neighbours, "entry": self.entry}
+
+
+def _neighbours(key: Tensor, k: int, degree: int) -> Tensor:
+    """int64 [keys, k]: what each key would find as a query, -1 for none; not exact where keys are many."""
+    if len(key) <= _EXACT:
+        return nearest_of(key, key, k)
+    return FaissKeys.of("hnsw", key, degree).search(key, k, 2 * k).ids
 
 
 def _nearest_first(key: Tensor, pivot: int, others: Tensor) -> Tensor:
@@ -304,6 +337,13 @@ class FaissKeys:
     kind: str
     key: Tensor  # float32 [keys, head_dim]
     index: Any  # of faiss
+    sizes: np.ndarray  # of the lists of "ivf"
+
+    @staticmethod
+    def around(kind: str, key: Tensor, index: Any) -> FaissKeys:
+        """With the sizes of its lists."""
+        lists = range(index.nlist) if kind == "ivf" else ()
+        return FaissKeys(kind, key, index, np.array([index.invlists.list_size(each) for each in lists], dtype=np.int64))
 
     @staticmethod
     def of(kind: str, key: Tensor, degree: int) -> FaissKeys:
@@ -321,7 +361,7 @@ class FaissKeys:
         else:
             made = faiss.IndexFlatIP(dim)
         made.add(key.numpy())
-        return FaissKeys(kind, key, made)
+        return FaissKeys.around(kind, key, made)
 
     @staticmethod
     def load(kind: str, key: Tensor, data: Tensor) -> FaissKeys:
@@ -331,7 +371,9 @@ class FaissKeys:
             made = faiss.deserialize_index(data.numpy())
         except RuntimeError as error:
             raise ValueError(f"an index of faiss is damaged: {str(error)[:200]}") from error
-        return FaissKeys(kind, key, made)
+        if (made.ntotal, made.d, made.metric_type) != (*key.shape, faiss.METRIC_INNER_PRODUCT):
+            raise ValueError(f"an index of faiss is of {made.ntotal} other keys, not of these {len(key)}")
+        return FaissKeys.around(kind, key, made)
 
     def search(self, query: Tensor, k: int, effort: int) -> Found:
         faiss = _faiss()
@@ -340,8 +382,7 @@ class FaissKeys:
             lists = min(effort, self.index.nlist)
             scores, ids = self.index.search(query.numpy(), k, params=faiss.SearchParametersIVF(nprobe=lists))
             visited = self.index.quantizer.search(query.numpy(), lists)[1]
-            sizes = np.array([self.index.invlists.list_size(each) for each in range(self.index.nlist)])
-            scanned = torch.from_numpy(np.where(visited >= 0, sizes[visited], 0).sum(1)) + self.index.nlist
+            scanned = torch.from_numpy(np.where(visited >= 0, self.sizes[visited], 0).sum(1)) + self.index.nlist
         elif self.kind == "hnsw":
             parameters = faiss.SearchParametersHNSW(efSearch=max(effort, k))
             scores, ids = self.index.search(query.numpy(), k, params=parameters)
@@ -350,6 +391,10 @@ class FaissKeys:
             scores, ids = self.index.search(query.numpy(), k)
             scanned = torch.full((len(query),), keys)
         return _found(scores, ids, scanned)
+
+    @property
+    def held_bytes(self) -> int:
+        return 4 * self.key.numel()  # once more in what `tensors` gives
 
     def tensors(self) -> dict[str, Tensor]:
         return {"faiss": torch.from_numpy(_faiss().serialize_index(self.index))}

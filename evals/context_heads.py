@@ -46,7 +46,7 @@ class _Seen:
 
     def choose(self, query: Tensor, real: Tensor, queries: Tensor, edge_lse: Tensor) -> Tensor:
         """Everything; the queries are kept."""
-        self.asked.append(query[:, real].clone())
+        self.asked.append(query[:, real].cpu())
         return torch.ones(*query.shape[:2], self.order.shape[1], dtype=torch.bool)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -54,7 +54,8 @@ class _Seen:
         return {}
 
     def to(self, device: torch.device) -> _Seen:
-        """It stays where it is."""
+        """The order goes there."""
+        self.order = self.order.to(device)
         return self
 
 

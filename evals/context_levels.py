@@ -42,7 +42,7 @@ def level_times(
     head_dim: int = 64,
     share: float = 0.05,
     coarse_share: float = 0.01,
-    coarse_density: float = 0.4,
+    coarse_density: float = 0.6,
     density: float = 0.05,
     repeats: int = 5,
     seed: int = 0,

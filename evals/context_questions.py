@@ -10,7 +10,8 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparseprefill.context import FixedContext, run_context
-from sparseprefill.evals.compare import bootstrap_interval
 from sparseprefill.evals.prompt_rendering import plain_ids, prefix_ids
 from sparseprefill.evals.retrieval_prompts import (
     INTRO_SOME,
@@ -139,20 +139,50 @@ class RandomIndex:
 
 
 @dataclass(frozen=True, slots=True)
+class EveryKey:
+    """Dense attention in the context's own cache: nothing is indexed, and nothing left out."""
+
+    sink: int
+    local: int
+
+    def check_length(self, length: int) -> None:
+        """See `Squeezed.check_length`."""
+        room_left(length, self.sink, self.local)
+
+    def index_layer(self, keys: ContextKeys) -> None:
+        """No index."""
+
+    def calibrate(self, indexes: Sequence[None], length: int) -> None:
+        """Nothing is calibrated."""
+
+    def load_index(self, *_: Any) -> None:
+        """It is not kept in files."""
+        raise NotImplementedError("the dense context is not kept in files")
+
+
+@dataclass(frozen=True, slots=True)
 class QuestionCell:
     """One method over all questions."""
 
     method: str
     wished: float | None  # share of the context's keys that it was to attend to; None for dense
     share: float  # that it attended to, sink and local window included
-    chosen: float  # the same without them
+    asking: float  # the same of the questions' tokens alone
+    answering: float  # and of the answers'
+    chosen: float  # of all, without sink and local window
     right: float  # share of the questions answered
-    loss: float  # of dense attention's right answers, in points: dense - method on the same questions
-    low: float | None  # 95 % interval of the loss
-    high: float | None
+    lost: int  # questions that dense attention answered, and this did not
+    gained: int  # the other way round
+    loss: float  # share of right answers, in points: dense - method on the same questions
+    low: float  # 95 % interval of the loss
+    high: float
     seconds: float  # of one question and its answer, a median
     index_seconds: float  # of indexing one context, a median
     index_bytes: int  # beside keys and values
+
+
+DENSE = ("dense, transformers' cache", "dense, this cache")
+"""Labels of the two rows of dense attention: what a stock model does, and the context with every key attended to."""
 
 
 def ask_all(
@@ -179,7 +209,7 @@ def ask_all(
         contexts, questions: so many contexts, each with so many questions.
         shares: of the context's keys, sink and local window included.
         sink, local: tokens.
-        timed: questions whose answers are timed one by one, of the first context.
+        timed: questions of the first context whose answers are timed, each with every method in turn.
         seed: of contexts and questions.
         progress: called with 1 for each method, share and context.
     """
@@ -188,47 +218,65 @@ def ask_all(
         for n in range(contexts)
     ]
     right: dict[tuple[str, float | None], list[list[float]]] = {}
-    kept: dict[tuple[str, float | None], list[tuple[float, float]]] = {}
-    seconds: dict[tuple[str, float | None], list[float]] = {}
+    kept: dict[tuple[str, float | None], list[tuple[float, ...]]] = {}
     built: dict[tuple[str, float | None], list[tuple[float, int]]] = {}
-    again: list[float] = []
+    seconds: dict[tuple[str, float | None], float] = {}
+    again = 0.0
     for n, each in enumerate(made):
-        planned = [(label, share, make(density=share, sink=sink, local=local), access)
-                   for label, make, access in methods for share in shares]  # fmt: skip
+        planned: list[tuple[str, float | None, Any, str]] = [(DENSE[1], None, EveryKey(sink, local), "tokens")]
+        planned += [(label, share, make(density=share, sink=sink, local=local), access)
+                    for label, make, access in methods for share in shares]  # fmt: skip
         run = run_context(model, each.context, methods=[method for _, _, method, _ in planned])
+        ready: dict[tuple[str, float | None], tuple[FixedContext, str | None]] = {}
         for label, share, method, access in planned:
-            key: tuple[str, float | None] = (label, share)
+            key = label, share
             context = run.index(method, label)
             built.setdefault(key, []).append((context.made["seconds"]["indexing"], context.bytes["index"]))
-            with context.patch(model, sample_rows=0, access=access) as patch:
-                right.setdefault(key, []).append(_answered(model, tokenizer, context, each))
-                attended = patch.report().context_share or 1.0
-            kept.setdefault(key, []).append((attended, attended - (sink + local) / len(context)))
+            answers, shown = _answered(model, tokenizer, context, each, access)
+            right.setdefault(key, []).append(answers)
+            kept.setdefault(key, []).append((*shown, shown[0] - (sink + local) / len(context)))
             if n == 0:
-                seconds[key] = _timed(model, context, each.asked[:timed], access)
-            progress(1)
-        key = ("dense", None)
-        right.setdefault(key, []).append(_answered(model, tokenizer, context, each))
+                ready[key] = context, access
+                if share is None:
+                    ready[DENSE[0], None] = context, None
+            if share is None:
+                right.setdefault((DENSE[0], None), []).append(_answered(model, tokenizer, context, each, None)[0])
+            else:
+                progress(1)
         if n == 0:
-            seconds[key] = _timed(model, context, each.asked[:timed])
-            again = _read_again(model, each, timed)
+            seconds = _timed(model, ready, each.asked[:timed])
+            again = _read_again(model, each)
+    dense = np.array(right[DENSE[0], None])
     cells = []
-    dense = np.array(right["dense", None])
-    for (label, wished), found in right.items():
+    for key, found in right.items():
         values = np.array(found)
-        low, high = bootstrap_interval(
-            100 * (dense - values).reshape(-1, 1),
-            np.ones((dense.size, 1)),
-            [n for n in range(contexts) for _ in range(questions)],
-        )
-        attended, chosen = np.mean(kept.get((label, wished), [(1.0, 1.0)]), axis=0)
-        index = built.get((label, wished), [(0.0, 0)])
+        share, asking, answering, chosen = map(float, np.mean(kept.get(key, [(1.0,) * 4]), axis=0))
+        index = [(0.0, 0)] if key[1] is None else built[key]
+        low, high = paired_interval(dense - values)
         cells.append(QuestionCell(
-            label, wished, float(attended), float(chosen), float(values.mean()), float(100 * (dense - values).mean()),
-            low, high, statistics.median(seconds[label, wished]), statistics.median(each[0] for each in index),
-            index[0][1],
+            *key, share, asking, answering, chosen, float(values.mean()), int((dense > values).sum()),
+            int((values > dense).sum()), float(100 * (dense - values).mean()), low, high, seconds[key],
+            statistics.median(one[0] for one in index), index[0][1],
         ))  # fmt: skip
-    return cells, statistics.median(again)
+    return cells, again
+
+
+def paired_interval(difference: np.ndarray, resamples: int = 5000, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of [contexts, questions], in points: contexts are drawn, and questions within them.
+
+    Where no question differs there is nothing to draw from, and it is the exact interval of a share that was not seen
+    once, to both sides.
+    """
+    contexts, questions = difference.shape
+    if not difference.any():
+        bound = 100 * (1 - 0.025 ** (1 / difference.size))
+        return -bound, bound
+    draw = np.random.default_rng(seed)
+    outer = draw.integers(contexts, size=(resamples, contexts, 1))
+    inner = draw.integers(questions, size=(resamples, contexts, questions))
+    means = 100 * difference[outer, inner].mean((1, 2))
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def _settings() -> dict[str, Any]:
@@ -237,39 +285,55 @@ def _settings() -> dict[str, Any]:
 
 @torch.no_grad()
 def _answered(
-    model: PreTrainedModel, tokenizer: Any, context: FixedContext, made: Questions, batch: int = 20
-) -> list[float]:
-    """1 for every question that was answered right; the model attends as it is patched."""
-    generate: Any = model.generate
-    found: list[float] = []
-    for start in range(0, len(made.asked), batch):
-        rows = list(made.asked[start : start + batch])
-        inputs = context.inputs(rows)
-        written = generate(**inputs, **_settings())[:, inputs["input_ids"].shape[1] :]
-        for new, answer in zip(written, made.answers[start : start + batch], strict=True):
-            found.append(share_found(postprocess(tokenizer.decode(new, skip_special_tokens=True)), [answer]))
-    return found
+    model: PreTrainedModel, tokenizer: Any, context: FixedContext, made: Questions, access: str | None, batch: int = 20
+) -> tuple[list[float], tuple[float, float, float]]:
+    """1 for every question that was answered right; the share of the context attended to, by questions and by answers.
+
+    Without `access`, dense attention as transformers has it.
+    """
+
+    def answers(new: int) -> tuple[list[float], float]:
+        found: list[float] = []
+        patched = nullcontext() if access is None else context.patch(model, sample_rows=0, access=access)
+        with patched as patch:
+            for start in range(0, len(made.asked), batch):
+                inputs = context.inputs(list(made.asked[start : start + batch]))
+                given: dict[str, Any] = {**inputs, **_settings(), "max_new_tokens": new}
+                generate: Any = model.generate
+                written = generate(**given)[:, inputs["input_ids"].shape[1] :]
+                for row, answer in zip(written, made.answers[start : start + batch], strict=True):
+                    text = postprocess(tokenizer.decode(row, skip_special_tokens=True))
+                    found.append(share_found(text, [answer]))
+            share = 1.0 if patch is None else patch.report().context_share
+        return found, 1.0 if share is None else share
+
+    found, whole = answers(NEW_TOKENS)
+    if access is None or whole == 1.0:
+        return found, (1.0, 1.0, 1.0)
+    _, asking = answers(1)
+    asked = sum(map(len, made.asked))
+    written = (NEW_TOKENS - 1) * len(made.asked)  # the first token of an answer comes with the question
+    return found, (whole, asking, (whole * (asked + written) - asking * asked) / written)
 
 
 @torch.no_grad()
 def _timed(
-    model: PreTrainedModel, context: FixedContext, asked: Sequence[Tensor], access: str | None = None
-) -> list[float]:
-    """Seconds of each question with its answer, the first one left out; without `access`, dense."""
+    model: PreTrainedModel, ready: Mapping[tuple[str, float | None], tuple[FixedContext, str | None]],
+    asked: Sequence[Tensor],
+) -> dict[tuple[str, float | None], float]:  # fmt: skip
+    """Median seconds of a question with its answer, each method in turn for each question, after one for warmth."""
     generate: Any = model.generate
-    found = []
+    found: dict[tuple[str, float | None], list[float]] = {key: [] for key in ready}
     for row in (asked[0], *asked):
-        inputs = context.inputs(row)
-        if access is None:
-            inputs["past_key_values"] = dense_cache(context)
-            began = time.perf_counter()
-            generate(**inputs, **_settings())
-        else:
-            with context.patch(model, observe=False, access=access):
+        for key, (context, access) in ready.items():
+            inputs = context.inputs(row)
+            if access is None:
+                inputs["past_key_values"] = dense_cache(context)
+            with nullcontext() if access is None else context.patch(model, observe=False, access=access):
                 began = time.perf_counter()
                 generate(**inputs, **_settings())
-        found.append(time.perf_counter() - began)
-    return found[1:]
+            found[key].append(time.perf_counter() - began)
+    return {key: statistics.median(each[1:]) for key, each in found.items()}
 
 
 def dense_cache(context: FixedContext) -> DynamicCache:
@@ -282,34 +346,34 @@ def dense_cache(context: FixedContext) -> DynamicCache:
 
 
 @torch.no_grad()
-def _read_again(model: PreTrainedModel, made: Questions, timed: int) -> list[float]:
-    """Seconds of reading context and question, and answering: without anything kept."""
+def _read_again(model: PreTrainedModel, made: Questions) -> float:
+    """Median seconds of reading context and question, and answering, without anything kept: of three, after one."""
     generate: Any = model.generate
     found = []
-    for row in made.asked[: max(1, timed // 4)]:
-        ids = torch.cat([made.context, row])[None].to(model.device)
+    for turn in range(4):
+        ids = torch.cat([made.context, made.asked[turn % len(made.asked)]])[None].to(model.device)
         began = time.perf_counter()
         generate(ids, attention_mask=torch.ones_like(ids), **_settings())
         found.append(time.perf_counter() - began)
-    return found
+    return statistics.median(found[1:])
 
 
 def question_table(cells: Sequence[QuestionCell], again: float, *, markdown: bool = False) -> str:
-    """One line a method and share, dense last."""
-    dense = next(cell for cell in cells if cell.wished is None)
+    """One line a method and share, dense first. Ratios of time are to the faster of the two dense ones."""
+    dense = min(cell.seconds for cell in cells if cell.wished is None)
     head = [
-        "method", "wished", "attended", "without sink and local", "right", "loss in points", "95 % interval",
-        "seconds a question", "dense / method", "reading again / method", "indexing s", "index MiB",
+        "method", "wished", "attended", "by questions", "by answers", "without sink and local", "right", "lost",
+        "gained", "loss in points", "95 % interval", "s a question", "dense / method", "reading again / method",
+        "indexing s", "index MiB",
     ]  # fmt: skip
     rows = [
         [
             cell.method, "-" if cell.wished is None else f"{cell.wished:.0%}", f"{cell.share:.1%}",
-            f"{cell.chosen:.1%}",
-            f"{cell.right:.1%}", f"{cell.loss:.1f}",
-            "-" if cell.low is None or cell.high is None else f"{cell.low:.1f} to {cell.high:.1f}",
-            number(cell.seconds), number(dense.seconds / cell.seconds, 2), number(again / cell.seconds, 1),
+            f"{cell.asking:.1%}", f"{cell.answering:.1%}", f"{cell.chosen:.1%}", f"{cell.right:.1%}",
+            str(cell.lost), str(cell.gained), f"{cell.loss:.1f}", f"{cell.low:.1f} to {cell.high:.1f}",
+            number(cell.seconds), number(dense / cell.seconds, 2), number(again / cell.seconds, 1),
             number(cell.index_seconds, 1), number(cell.index_bytes / 2**20, 1),
         ]
-        for cell in cells
+        for cell in sorted(cells, key=lambda cell: cell.wished is not None)
     ]  # fmt: skip
     return table(head, rows, markdown=markdown)

@@ -98,6 +98,25 @@ def scan_for(cells: Sequence[RecallCell], kind: str, recall: float) -> float | N
     return s0 + (s1 - s0) * (recall - r0) / (r1 - r0)
 
 
+def scan_table(
+    cells: Sequence[RecallCell], *, recalls: Sequence[float] = (0.8, 0.9, 0.95, 0.98), markdown: bool = False
+) -> str:
+    """One line a kind: the share of the keys that it scans for a recall, between the efforts that were tried."""
+
+    def shown(kind: str, recall: float) -> str:
+        share = scan_for(cells, kind, recall)
+        if share is None:
+            return "-"
+        least = min((cell.scanned, cell.recall) for cell in cells if cell.kind == kind)
+        return f"{'<= ' if share == least[0] < 1 and recall < least[1] else ''}{share:.1%}"
+
+    rows = []
+    for kind in dict.fromkeys(cell.kind for cell in cells):
+        seconds = next(cell.build_seconds for cell in cells if cell.kind == kind)
+        rows.append([kind, *(shown(kind, recall) for recall in recalls), number(seconds, 2)])
+    return table(["index", *(f"scanned for {recall:.0%}" for recall in recalls), "build s"], rows, markdown=markdown)
+
+
 def recall_plot(cells: Sequence[RecallCell], path: Path, k: int) -> None:
     """Recall against the scanned share, logarithmic; format by the name's ending."""
     from matplotlib.figure import Figure

@@ -17,6 +17,7 @@ An index lays out the middle (`order`) and has the verb `choose`, see there.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -48,13 +49,19 @@ class ContextKeys:
     held_out: Tensor  # float32 [query_heads, at most local, head_dim]: the last ones, which stand behind the middle
     scale: float
     softcap: float | None
-    memo: dict[Any, Any] = field(default_factory=dict)  # what methods that differ in a budget alone need to make once
+    memo: dict[Any, tuple[Any, float]] = field(default_factory=dict)  # what methods that differ in a budget alone
+    # need to make once, and the seconds it took
+    saved: list[float] = field(default_factory=list)  # seconds of what was there already, for who asked since
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` gives, which is called once for each key."""
-        if key not in self.memo:
-            self.memo[key] = make()
-        return self.memo[key]
+        if key in self.memo:
+            self.saved.append(self.memo[key][1])
+        else:
+            began = time.perf_counter()
+            made = make()
+            self.memo[key] = made, time.perf_counter() - began
+        return self.memo[key][0]
 
     @property
     def group_size(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sparseprefill.patterns.a_shape import AShape
 from sparseprefill.patterns.block_sparse import BlockSparse
+from sparseprefill.patterns.cluster_segments import ClusterSegments
 from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.flashprefill import FlashPrefill
 from sparseprefill.patterns.flexprefill import FlexPrefill
@@ -70,8 +71,10 @@ class MethodRow:
 
     @property
     def stored(self) -> bool:
-        """Whether profiles hold its pattern under this name: not what goes around others, nor a second name."""
-        return not self.wraps and not self.names
+        """Whether profiles hold its pattern under this name: not what goes around others, or moves keys for a whole
+        layer, nor a second name.
+        """
+        return not self.wraps and not self.names and not getattr(self.pattern, "in_parts", False)
 
     def build(self, **options: Any) -> Pattern:
         """The pattern with these options."""
@@ -165,6 +168,10 @@ METHODS: dict[str, MethodRow] = {
     "spargeattn": MethodRow(
         SpargeAttn, "selector", "the best block means, and blocks whose mean does not speak for them",
         "arXiv:2502.18137", True, "own", (128, 64), share="topk", knob="topk", knobs=SHARES,
+    ),
+    "clusters": MethodRow(
+        ClusterSegments, "selector", "tiles of keys that lie sorted by cluster in finished segments, and the own one",
+        "arXiv:2505.02922", False, "own", share="keep", knob="keep", knobs=SHARES,
     ),
     "pbs": MethodRow(
         Pbs, "wrapper", "what another method finds among sorted keys, and each row's own segment", "arXiv:2510.21270",

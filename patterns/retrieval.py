@@ -38,7 +38,7 @@ class Retrieval:
 
     keys: int = 100  # for each query and head
     density: float | None = 0.15  # of the context's keys at most, sink and local window included; None: no limit
-    index: str = "cells"  # one of `KINDS`
+    index: str = "graph"  # one of `KINDS`
     effort: int | None = None  # None: see `EFFORTS`
     sink: int = 128  # first tokens, attended to always
     local: int = 512  # last tokens, attended to always
@@ -161,8 +161,8 @@ class RetrievalIndex:
 
     @property
     def held_bytes(self) -> int:
-        """Memory beside what `tensors` gives: the keys once more, in float32."""
-        return sum(4 * index.key.numel() for index in self.indexes)
+        """Memory beside what `tensors` gives: the keys once more in float32, and what faiss makes of links."""
+        return sum(index.held_bytes for index in self.indexes)
 
     def tensors(self) -> dict[str, Tensor]:
         """See `ContextIndex.tensors`."""

@@ -45,7 +45,7 @@ class Squeezed:
     density: float = 0.15  # of the context's keys that are attended to, sink and local window included
     clusters: float = 0.05  # clusters over keys
     coarse: float | None = None  # coarse clusters over keys; None: a single level
-    coarse_density: float = 0.4  # of the keys that lie in chosen coarse clusters
+    coarse_density: float = 0.6  # of the keys that lie in chosen coarse clusters
     sink: int = 64  # first tokens, attended to always
     local: int = 256  # last tokens, attended to always; their queries calibrate the threshold
     reduce: str = "max"  # over the queries and heads of a block: "max" or "mean"

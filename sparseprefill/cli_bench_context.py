@@ -27,15 +27,15 @@ def bench_context() -> None:
 @click.option("--questions", type=click.IntRange(1, 60), default=40, show_default=True, help="A context.")
 @click.option("--shares", type=Shares(), default="0.15,0.05,0.02", show_default=True,
               help="Of the context's keys, sink and local window included.")  # fmt: skip
-@click.option("--index", "indexes", multiple=True, default=("graph", "hnsw", "flat"), show_default=True,
+@click.option("--index", "indexes", multiple=True, default=("graph", "hnsw"), show_default=True,
               help="Of retrieval; may be given again.")  # fmt: skip
 @click.option("--sink", default=16, show_default=True)
 @click.option("--local", default=128, show_default=True)
 @_OUT
 @_MARKDOWN
 def questions(
-    model: str | None, length: tuple[int, ...], contexts: int, questions: int, shares: tuple[float, ...], indexes: tuple[str, ...],
-    sink: int, local: int, out: Path | None, markdown: bool,
+    model: str | None, length: tuple[int, ...], contexts: int, questions: int, shares: tuple[float, ...],
+    indexes: tuple[str, ...], sink: int, local: int, out: Path | None, markdown: bool,
 ) -> None:  # fmt: skip
     """Ask many questions about long contexts, with each method, dense, and with keys chosen at random."""
     from dataclasses import asdict
@@ -98,9 +98,8 @@ def recall(
         with progress_bar(len(heads) * len(eval_.EFFORTS), "indexes") as progress:
             cells = eval_.recall_curves(heads, progress=progress)
         click.echo(eval_.recall_table(cells, markdown=markdown))
-        for kind in eval_.EFFORTS:
-            share = eval_.scan_for(cells, kind, 0.9)
-            click.echo(f"{kind}: recall 0.9 with {'no effort tried' if share is None else f'{share:.1%} scanned'}")
+        click.echo()
+        click.echo(eval_.scan_table(cells, markdown=markdown))
         if out is not None:
             written = {"provenance": provenance(loaded), "length": length[0], "cells": list(map(asdict, cells))}
             write_text(out, json.dumps(written, indent=1) + "\n")

@@ -142,11 +142,14 @@ class ContextRun:
         place = torch.device(store) if store is not None else None
         layers: dict[int, ContextLayer] = {}
         indexes: dict[int, Any] = {}
+        saved = 0.0  # what other methods have paid for
         for number in tqdm(sorted(self.recorded), desc="indexing the context", unit="layer", disable=not progress):
             place_of = number, method.sink, method.local
             if last or place_of not in self.seen:
                 self.seen[place_of] = _context_keys(self.recorded[number], self.held[number][0], method)
+            self.seen[place_of].saved.clear()
             indexes[number] = method.index_layer(self.seen[place_of])
+            saved += sum(self.seen[place_of].saved)
             if last:
                 del self.seen[place_of]
         if indexes:
@@ -158,7 +161,7 @@ class ContextRun:
                 del self.held[number], key, value
                 if number in self.recorded:
                     self.recorded[number].key = self.recorded[number].value = None
-        seconds = {"running": round(self.seconds, 3), "indexing": round(time.perf_counter() - began, 3)}
+        seconds = {"running": round(self.seconds, 3), "indexing": round(saved + time.perf_counter() - began, 3)}
         made = {"seconds": seconds, "tokens": len(self.tokens), "prefill": self.prefill}
         scales = {number: (each.scale, each.softcap) for number, each in self.recorded.items()}
         return FixedContext(self.model, name, method, self.tokens, layers, scales, self.fingerprint, made)

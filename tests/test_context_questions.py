@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -12,7 +13,14 @@ from click.testing import CliRunner
 from sparseprefill.cli import main
 from sparseprefill.evals.context_heads import question_heads
 from sparseprefill.evals.context_prompts import PLAIN, ContextPrompt
-from sparseprefill.evals.context_questions import RandomKeys, ask_all, make_questions, question_table
+from sparseprefill.evals.context_questions import (
+    DENSE,
+    RandomKeys,
+    ask_all,
+    make_questions,
+    paired_interval,
+    question_table,
+)
 from sparseprefill.evals.loading import load_model
 from sparseprefill.patterns.retrieval import Retrieval
 from sparseprefill.patterns.squeezed import Squeezed
@@ -42,18 +50,36 @@ def test_methods_are_compared_on_the_same_questions() -> None:
         length=1000, contexts=2, questions=4, shares=(0.3,), timed=1,
     )  # fmt: skip
     by = {cell.method: cell for cell in cells}
-    assert set(by) == {"squeezed", "tiles", "retrieval", "random", "dense"}
-    assert by["dense"].right >= 0.75
-    assert by["dense"].loss == 0
+    assert set(by) == {"squeezed", "tiles", "retrieval", "random", *DENSE}
+    assert by[DENSE[0]].right >= 0.75
+    assert by[DENSE[0]].loss == by[DENSE[1]].loss == 0
+    assert by[DENSE[0]].high == pytest.approx(100 * (1 - 0.025 ** (1 / 8)))
     assert by["squeezed"].right > by["random"].right
     assert by["retrieval"].right > by["random"].right
     for cell in cells:
         assert cell.share == pytest.approx(1.0 if cell.wished is None else cell.share)
         assert cell.chosen < cell.share or cell.wished is None
+        assert cell.loss == pytest.approx(100 * (cell.lost - cell.gained) / 8)
+        low, high = sorted((cell.asking, cell.answering))
+        assert low - 1e-9 <= cell.share <= high + 1e-9
     assert by["retrieval"].share <= 0.301
     assert abs(by["random"].share - 0.3) < 0.02
     assert by["tiles"].share > by["squeezed"].share, "whole tiles hold more than what was chosen"
     assert "random" in question_table(cells, again)
+
+
+def test_the_interval_of_a_paired_loss() -> None:
+    rare = np.zeros((5, 40))
+    assert paired_interval(rare) == pytest.approx((-1.83, 1.83), abs=0.01)
+    rare[0, 0] = 1
+    low, high = paired_interval(rare)
+    assert low == 0
+    assert 0.5 < high <= 2.5
+    apart = np.zeros((4, 50))
+    apart[0] = 1  # one context differs from the others in every question
+    low, high = paired_interval(apart)
+    assert low == 0
+    assert high >= 50, "contexts are drawn too"
 
 
 def test_heads_are_those_of_all_layers() -> None:

@@ -24,6 +24,9 @@ import sparseprefill
 from sparseprefill import calibration, cli
 from sparseprefill.evals.bench import RIVALS, KernelCell, first_token_times, kernel_table
 from sparseprefill.evals.compare import summarise
+from sparseprefill.evals.context_levels import LevelCell, level_table
+from sparseprefill.evals.context_questions import QuestionCell, question_table
+from sparseprefill.evals.context_recall import RecallCell, scan_table
 from sparseprefill.evals.growth import GrowthCell, growth_table
 from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.evals.never_slower import Slowdown, never_slower_table
@@ -323,6 +326,13 @@ def test_figures_of_finding_the_blocks_are_those_of_the_results() -> None:
 
 def rows_to_be(name: str, written: dict[str, Any]) -> list[list[str]]:
     """Cells of the table that a page shows of a file in docs/results."""
+    if name == "context_questions_cpu.json":
+        questions = [QuestionCell(**cell) for cell in written["cells"]]
+        return cells_of(question_table(questions, written["again"], markdown=True))
+    if name == "context_recall_cpu.json":
+        return cells_of(scan_table([RecallCell(**cell) for cell in written["cells"]], markdown=True))
+    if name == "context_levels_cpu.json":
+        return cells_of(level_table([LevelCell(**cell) for cell in written["cells"]], markdown=True))
     if name == "never_slower_cpu.json":
         kept = [{k: v for k, v in cell.items() if k not in ("allowed", "passes")} for cell in written["cells"]]
         return cells_of(never_slower_table([Slowdown(**cell) for cell in kept], markdown=True))
@@ -344,20 +354,23 @@ def cells_of(table: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "shown"),
     [
-        "bench_cpu.json",
-        "bench_cpu_avx2.json",
-        "bench_cpu_32k.json",
-        "never_slower_cpu.json",
-        "growth_cpu.json",
-        "growth_native_cpu.json",
-        "overhead_all_cpu.json",
+        ("bench_cpu.json", "docs/performance.md"),
+        ("bench_cpu_avx2.json", "docs/performance.md"),
+        ("bench_cpu_32k.json", "docs/performance.md"),
+        ("never_slower_cpu.json", "docs/performance.md"),
+        ("growth_cpu.json", "docs/performance.md"),
+        ("growth_native_cpu.json", "docs/performance.md"),
+        ("overhead_all_cpu.json", "docs/performance.md"),
+        ("context_questions_cpu.json", "docs/context.md"),
+        ("context_recall_cpu.json", "docs/context.md"),
+        ("context_levels_cpu.json", "docs/context.md"),
     ],
 )
-def test_tables_of_results_are_those_of_the_results(name: str) -> None:
+def test_tables_of_results_are_those_of_the_results(name: str, shown: str) -> None:
     """The page has a place for it: empty as long as nothing was measured, then what the command prints."""
-    page, path = PAGES["docs/performance.md"], ROOT / "docs/results" / name
+    page, path = PAGES[shown], ROOT / "docs/results" / name
     found = cells_of(page.partition(f"<!-- {name}")[2].partition("-->")[2].lstrip("\n"))
     assert f"<!-- {name}" in page
     if path.exists():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparseprefill.estimators import nearest_keys
 from sparseprefill.estimators.key_clusters import cluster_keys, spherical_kmeans
 from sparseprefill.estimators.nearest_keys import KINDS, QueryCells, _not_occluded, build_index, load_index, nearest_of
 from sparseprefill.evals.context_levels import level_table, level_times
@@ -60,6 +61,43 @@ def test_cells_find_what_queries_of_their_kind_wanted() -> None:
     assert float(many.scanned.double().mean()) < 600
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("keys", [1, 2, 3, 40])
+def test_few_keys_few_queries_and_equal_ones(kind: str, keys: int) -> None:
+    key, learnt, asked = made()
+    for own, some, links in (
+        (key[:keys], learnt, 32),
+        (key[:keys], learnt[:1], 1),
+        (key[:1].repeat(keys, 1), learnt, 5),
+    ):
+        index = build_index(kind, own.contiguous(), some, links=links, degree=2)
+        found = index.search(asked, 10, 50)
+        assert found.ids.shape == found.scores.shape == (20, 10)
+        assert int(found.ids.max()) < keys
+        assert bool(((found.ids < 0) == (found.scores == -torch.inf)).all())
+        wanted = min(keys, 10) if kind in ("flat", "graph", "ivf") else 1
+        assert all(len(set(row) - {-1}) >= wanted for row in found.ids.tolist()), "what can be reached is found"
+        again = load_index(kind, own.contiguous(), index.tensors()).search(asked, 10, 50)
+        assert torch.equal(again.ids, found.ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_no_index_can_be_made_of_is_refused(kind: str) -> None:
+    key, learnt, _ = made()
+    for own, some in (
+        (key.index_fill(0, torch.tensor([3]), torch.inf), learnt),
+        (key, learnt * torch.nan),
+        (key[:0], learnt),
+    ):
+        with pytest.raises(ValueError, match="must be finite"):
+            build_index(kind, own, some)
+    with pytest.raises(ValueError, match="at least 2 links"):
+        build_index(kind, key, learnt, degree=1)
+    if kind in ("flat", "ivf", "hnsw"):
+        with pytest.raises(ValueError, match="600 other keys"):
+            load_index(kind, key[:-1], build_index(kind, key, learnt).tensors())
+
+
 def test_cells_by_definition() -> None:
     key, learnt, asked = made()
     index = build_index("cells", key, learnt, links=20)
@@ -75,7 +113,7 @@ def test_cells_by_definition() -> None:
 
 @pytest.mark.parametrize("most", [4, 40])
 def test_links_by_definition(most: int) -> None:
-    key, learnt, _ = made()
+    key, _, _ = made()
     pivots = torch.arange(0, 600, 7)
     others = nearest_of(key[pivots], key, 30)
     others[:, 25:] = torch.where(torch.arange(len(pivots))[:, None] % 2 == 0, others[:, 25:], -1)
@@ -90,6 +128,18 @@ def test_links_by_definition(most: int) -> None:
                 taken.append(each)
         rest = [each for each in near if each not in taken]
         assert got == taken + rest[: most - len(taken)]
+
+
+def test_a_graph_of_many_keys_is_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, learnt, asked = made()
+    exact = build_index("graph", key, learnt, links=32, degree=8)
+    monkeypatch.setattr(nearest_keys, "_EXACT", 100)
+    index = build_index("graph", key, learnt, links=32, degree=8)
+    assert not torch.equal(index.tensors()["neighbours"], exact.tensors()["neighbours"])
+    for each in (exact, index):
+        found = each.search(asked, 10, 100)
+        same = (found.ids[:, :, None] == nearest_of(asked, key, 10)[:, None]).any(1).double().mean()
+        assert float(same) > 0.9
 
 
 def test_a_graph_that_links_to_nothing_is_refused() -> None:
