@@ -28,16 +28,16 @@ class SegmentClusters:
 
     @staticmethod
     def of(inputs: AttentionInputs, segment: int, clusters: int, iterations: int) -> SegmentClusters:
-        """Cluster every segment of `segment` tokens that may be whole.
+        """Cluster every segment of `segment` tokens that may be whole; at least one, whole or not.
 
-        Keys are centred by the mean of their segment. First centroids are keys at even distances, so that nothing is
-        drawn. In each iteration a key goes to the centroid with the largest inner product, and centroids become means
-        of length 1; one that got no key stays. What does not count (padding, slots beyond the last) is in no cluster:
-        its label is `clusters`.
+        Keys are centred by the mean of their segment. First centroids are the directions of keys at even distances, so
+        that nothing is drawn. In each iteration a key goes to the centroid with the largest inner product, and
+        centroids become means of length 1; one that got no key stays. What does not count (padding, slots beyond the
+        last) is in no cluster: its label is `clusters`.
         """
         batch, kv_heads, keys, dim = inputs.key.shape
         anchor = inputs.anchor()
-        count = max(1, -(-keys // segment))
+        count = max(1, inputs.last_key // segment)
         slot = anchor[:, None] + torch.arange(count * segment, device=inputs.device)
         real = slot < inputs.last_key
         place = slot.clamp(max=keys - 1)
@@ -63,7 +63,7 @@ def _kmeans(key: Tensor, real: Tensor, clusters: int, iterations: int) -> tuple[
     mean = (key * weight[..., None]).sum(1, keepdim=True) / weight.sum(1)[:, None, None].clamp(min=1)
     centred = (key - mean) * weight[..., None]
     first = ((torch.arange(clusters, device=key.device) + 0.5) * tokens / clusters).to(torch.int64)
-    centroid = centred[:, first]
+    centroid = torch.nn.functional.normalize(centred[:, first], dim=-1)
     for _ in range(iterations):
         label = (centred @ centroid.mT).argmax(-1).masked_fill(~real, clusters)
         total, size = _sums(centred, label, clusters)

@@ -107,7 +107,7 @@ def _index(
     threshold = float(ranked[min(len(ranked) - 1, int(density * len(ranked)))])
     order = torch.arange(clusters.keys).expand(clusters.size.shape[0], -1)
     levels = torch.tensor([[threshold] * 7, [coarse] * 7])
-    return SqueezedIndex(order, clusters, levels, 0.125, None, "max"), looked_at
+    return SqueezedIndex(order, clusters, levels, 0.125, None, "max", 0.0), looked_at
 
 
 def level_table(cells: Sequence[LevelCell], *, markdown: bool = False) -> str:

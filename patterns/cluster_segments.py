@@ -6,6 +6,7 @@ The segments and their clustering are those of RetroInfer (arXiv:2505.02922), th
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,9 +42,10 @@ class ClusterSegments:
     is a share, or a number, of the keys behind the row.
 
     It does not look ahead: a segment is clustered by its own keys alone. `keep` = 1.0 is dense attention up to the
-    order of keys. Products: each query with 1 / `tokens` as many means as there are keys, and `iterations` + 1 times
-    each key with the means of its segment. Raises ValueError or TypeError for numbers that are none, and in
-    `build_parts` ValueError for segments that are no multiple of the key blocks.
+    order of keys, and a prompt of at most one segment is dense, which is counted in `BlockIndex.unjudged`. Products:
+    each query with 1 / `tokens` as many means as there are keys behind it, and `iterations` + 1 times each key with the
+    means of its segment, in every call. Raises ValueError or TypeError for numbers that are none, and in `build_parts`
+    ValueError for segments that are no multiple of the key blocks.
     """
 
     keep: Budget = 0.2  # of the keys behind a row: tokens, or a share
@@ -66,7 +68,8 @@ class ClusterSegments:
         check_segment(self.segment, grid)
         since, until = segments_behind(inputs, grid, self.segment)
         if inputs.last_key <= self.segment:
-            return (Part(inputs, BlockIndex.dense(inputs, grid)),)
+            asked = grid.real_queries(inputs).sum(-1, keepdim=True).expand(-1, inputs.query_heads)
+            return (Part(inputs, dataclasses.replace(BlockIndex.dense(inputs, grid), unjudged=asked)),)
         clusters = SegmentClusters.of(inputs, self.segment, self.segment // self.tokens, self.iterations)
         order = order_inside(inputs, self.segment, _rank(inputs, clusters))
         moved = in_order(inputs, order)
@@ -87,6 +90,7 @@ class ClusterSegments:
     ) -> Tensor:  # fmt: skip
         """[batch, query_heads, stop - start, key_blocks]: estimated attention of each tile, averaged over queries."""
         _, kv_heads, segments, number, _ = clusters.centroid.shape
+        segments = max(1, min(segments, (inputs.query_start + stop * grid.block_q) // self.segment))  # behind any row
         rows, blocks = stop - start, self.segment // grid.block_k
         begin, end = (slots[:, start:stop] - inputs.query_start for slots in grid.row_slots())
         place = begin[:, :, None] + torch.arange(grid.block_q, device=inputs.device)
@@ -96,20 +100,18 @@ class ClusterSegments:
             real = real & inputs.key_valid[:, inputs.query_start :].gather(1, place).view_as(real)
         index = place[:, None, :, None].expand(-1, inputs.query_heads, -1, inputs.head_dim)
         query = inputs.query.gather(2, index).to(clusters.centroid.dtype).unflatten(1, (kv_heads, -1))
-        flat = clusters.centroid.flatten(2, 3)  # [batch, kv_heads, segments * number, head_dim]
+        flat = clusters.centroid[:, :, :segments].flatten(2, 3)  # [batch, kv_heads, segments * number, head_dim]
+        size = clusters.size[:, :, :segments].flatten(2)
         logits = scaled(torch.einsum("bkgqd,bknd->bkgqn", query, flat), inputs).unflatten(3, (rows, grid.block_q))
         segment = torch.arange(segments, device=inputs.device).repeat_interleave(number) * blocks
         legal = (segment >= since[:, start:stop, None]) & (segment < until[:, start:stop, None])
-        filled = clusters.size.flatten(2) > 0
-        mask = legal[:, None] & filled[:, :, None]  # [batch, kv_heads, rows, clusters]
+        mask = legal[:, None] & (size > 0)[:, :, None]  # [batch, kv_heads, rows, clusters]
         logits = logits.masked_fill(~mask[:, :, None, :, None], -torch.inf)
-        total = (logits + clusters.size.flatten(2).clamp(min=1).log()[:, :, None, None, None]).logsumexp(
-            -1, keepdim=True
-        )
+        total = (logits + size.clamp(min=1).log()[:, :, None, None, None]).logsumexp(-1, keepdim=True)
         share = (logits - total).exp().nan_to_num_(0.0) * real[:, None, None, :, :, None]
         # [batch, kv_heads, group, rows, clusters]
         mean = share.sum(4) / real.sum(-1).clamp(min=1)[:, None, None, :, None]
-        owner = _owner(inputs, clusters, order, grid)
+        owner = _owner(inputs, clusters, order, grid).clamp(max=segments * number)
         padded = torch.nn.functional.pad(mean, (0, 1))  # keys of no cluster get nothing
         each = padded.gather(4, owner[:, :, None, None].expand(*mean.shape[:4], -1))
         scores: Tensor = each.unflatten(4, (grid.key_blocks, grid.block_k)).sum(5).flatten(1, 2)
@@ -118,7 +120,7 @@ class ClusterSegments:
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> float:
         """See `sparseprefill.patterns.nested`."""
         own = inputs.last_key * (self.iterations + 1) * (self.segment // self.tokens) / inputs.group_size
-        return own + inputs.queries * inputs.last_key / self.tokens
+        return own + inputs.queries * (inputs.query_start + inputs.queries / 2) / self.tokens
 
     def expected_density(self, keys: int) -> float:
         return min(1.0, kept_share(self.keep, keys) + kept_share(self.segment, keys))
@@ -127,7 +129,7 @@ class ClusterSegments:
         """Clustering every key, and every query compared with the means."""
         per_key = (self.iterations + 1) * (self.segment // self.tokens) + 32
         own = stated_overhead(device, head_dim, keys=per_key, tiles=1 / (block_q * block_k), steps=0.5)
-        return own + Overhead(share=2 / self.tokens)
+        return own + Overhead(share=1 / (2 * self.tokens))
 
 
 def _rank(inputs: AttentionInputs, clusters: SegmentClusters) -> Tensor:
@@ -137,7 +139,7 @@ def _rank(inputs: AttentionInputs, clusters: SegmentClusters) -> Tensor:
     past = torch.arange(inputs.keys, device=inputs.device) - inputs.anchor()[:, None]
     place = past.clamp(0, segments * tokens - 1)[:, None].expand(-1, kv_heads, -1)
     label = clusters.label.flatten(2).gather(2, place)
-    outside = (past < 0)[:, None] | (label == number)
+    outside = ((past < 0) | (past >= segments * tokens))[:, None] | (label == number)
     return (-label).to(torch.float32).masked_fill(outside, -torch.inf)
 
 
@@ -151,7 +153,8 @@ def _owner(inputs: AttentionInputs, clusters: SegmentClusters, order: Tensor, gr
     source = order.gather(2, slot.clamp(max=inputs.keys - 1)[:, None].expand(-1, kv_heads, -1)) - anchor[:, None, None]
     label = clusters.label.flatten(2).gather(2, source.clamp(0, segments * tokens - 1))
     owner = source.clamp(0, segments * tokens - 1) // tokens * number + label
-    return owner.masked_fill((label == number) | (slot >= inputs.keys)[:, None] | (source < 0), none)
+    outside = (slot >= inputs.keys)[:, None] | (source < 0) | (source >= segments * tokens)
+    return owner.masked_fill((label == number) | outside, none)
 
 
 def _slabs(inputs: AttentionInputs, grid: BlockGrid, clusters: SegmentClusters) -> list[tuple[int, int]]:

@@ -16,6 +16,8 @@ from sparseprefill.estimators.nearest_keys import KINDS, KeyIndex, build_index, 
 from sparseprefill.estimators.selection import check_share, check_tokens
 from sparseprefill.patterns.fixed_context import ContextKeys, check_edges, room_left
 
+_PROMISES = 1 << 24  # of blocks and keys that are held at one time
+
 EFFORTS = {"flat": 1, "ivf": 16, "hnsw": 128, "cells": 8, "graph": 128}
 """How far a search looks by itself: cells that are visited, or keys that are kept in sight."""
 
@@ -138,22 +140,33 @@ class RetrievalIndex:
         if not self.indexes:
             return ~marked
         block, row = real.nonzero(as_tuple=True)
+        together = max(1, _PROMISES // (middle + 1))
         for head, index in enumerate(self.indexes):
             found = index.search(query[head, block, row].float().contiguous(), self.keys, self.effort)
             promise = found.scores * self.scale
             if self.softcap is not None:
                 promise = self.softcap * torch.tanh(promise / self.softcap)
             promise = promise - edge_lse[head, block, row][:, None]
-            best = torch.full((blocks, middle + 1), -torch.inf)  # the last place is for what was not found
             place = torch.where(found.ids < 0, middle, found.ids)
-            flat = block[:, None] * (middle + 1) + place
-            best.view(-1).scatter_reduce_(0, flat.flatten(), promise.flatten(), "amax")
-            best = best[:, :middle]
-            if self.limit is not None and self.limit < middle:
-                top = best.topk(self.limit, -1)
-                best = torch.full_like(best, -torch.inf).scatter_(1, top.indices, top.values)
-            marked[head] = best > -torch.inf
+            for start in range(0, blocks, together):
+                some = (block >= start) & (block < start + together)
+                number = min(together, blocks - start)
+                marked[head, start : start + number] = self._best(
+                    number, block[some] - start, place[some], promise[some]
+                )
         return marked
+
+    def _best(self, blocks: int, block: Tensor, place: Tensor, promise: Tensor) -> Tensor:
+        """bool [blocks, middle]: what queries found, at most as many as the limit; place `middle` is for none."""
+        middle = self.order.shape[1]
+        best = torch.full((blocks, middle + 1), -torch.inf)
+        flat = block[:, None] * (middle + 1) + place
+        best.view(-1).scatter_reduce_(0, flat.flatten(), promise.flatten(), "amax")
+        best = best[:, :middle]
+        if self.limit is not None and self.limit < middle:
+            top = best.topk(self.limit, -1)
+            best = torch.full_like(best, -torch.inf).scatter_(1, top.indices, top.values)
+        return best > -torch.inf
 
     def to(self, device: torch.device) -> RetrievalIndex:
         """See `ContextIndex.to`: searches stay on the CPU."""

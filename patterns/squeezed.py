@@ -34,7 +34,8 @@ class Squeezed:
     their own part of it exactly. A block of queries takes the largest estimate of its queries and heads (`mean`: their
     mean), and chooses the clusters above the threshold. That is where the last `local` queries of the context, in
     groups, would have chosen `density` of it on average over all layers and heads: heads that look at few keys get few.
-    Larger groups have a higher threshold, as the largest of more estimates is larger.
+    Larger groups have a higher threshold, as the largest of more estimates is larger. Before that, each block gets its
+    best clusters up to `even` of the budget, in each KV head: heads that look at many keys a little would go empty.
 
     With `coarse`, the means are clustered once more, and only clusters within a chosen coarse one are compared.
 
@@ -44,6 +45,7 @@ class Squeezed:
 
     density: float = 0.15  # of the context's keys that are attended to, sink and local window included
     clusters: float = 0.05  # clusters over keys
+    even: float = 0.5  # share of the budget that every KV head and block has for itself; the rest goes by threshold
     coarse: float | None = None  # coarse clusters over keys; None: a single level
     coarse_density: float = 0.6  # of the keys that lie in chosen coarse clusters
     sink: int = 64  # first tokens, attended to always
@@ -56,6 +58,8 @@ class Squeezed:
         check_edges(self.sink, self.local)
         for name in ("density", "clusters", "coarse_density"):
             check_share(name, getattr(self, name))
+        if isinstance(self.even, bool) or not isinstance(self.even, int | float) or not 0 <= self.even <= 1:
+            raise ValueError(f"even is a share from 0 to 1, got {self.even!r:.80}")
         if self.coarse is not None:
             check_share("coarse", self.coarse)
             if self.coarse >= self.clusters:
@@ -86,14 +90,15 @@ class Squeezed:
         """Cluster the keys of a layer, and note what its held-out queries would see; thresholds come later."""
         if self.everything:
             order = torch.arange(keys.key.shape[1]).expand(keys.key.shape[0], -1)
-            return SqueezedIndex(order, None, None, keys.scale, keys.softcap, self.reduce)
+            return SqueezedIndex(order, None, None, keys.scale, keys.softcap, self.reduce, 0.0)
         made = self.clusters, self.coarse, self.seed, self.backend
         order, clusters = keys.once(
             ("clusters", *made), lambda: cluster_keys(
                 keys.key, self.clusters, self.coarse, seed=self.seed, backend=self.backend
             )
         )  # fmt: skip
-        index = SqueezedIndex(order, clusters, None, keys.scale, keys.softcap, self.reduce)
+        least = self._least(keys.key.shape[1])
+        index = SqueezedIndex(order, clusters, None, keys.scale, keys.softcap, self.reduce, least)
         seen = keys.once(("held out", *made, self.reduce), lambda: self._held_out(keys, clusters))
         index.held_out.extend(seen)
         return index
@@ -122,6 +127,15 @@ class Squeezed:
             found.append((grouped(fine), None if coarse is None else grouped(coarse)))
         return found
 
+    def _share(self, middle: int) -> float:
+        """Of the keys between sink and local window, what the density leaves."""
+        edges = self.sink + self.local
+        return max(0.0, (self.density * (middle + edges) - edges) / middle)
+
+    def _least(self, middle: int) -> float:
+        """The share of them that every block gets."""
+        return self.even * self._share(middle)
+
     def calibrate(self, indexes: Sequence[SqueezedIndex], length: int) -> None:
         """Set the thresholds of all layers' indexes, and drop what they were made from.
 
@@ -131,15 +145,17 @@ class Squeezed:
         if self.everything:
             return
         middle = length - self.sink - self.local
-        share = (self.density * length - self.sink - self.local) / middle
+        share, least = self._share(middle), self._least(middle)
         levels = []
         for step in range(len(indexes[0].held_out)):
-            fine = _threshold([(i.held_out[step][0], i.fine.size) for i in indexes], share)
+            scored = [(_sure(i.held_out[step][0], i.fine.size, least), i.fine.size) for i in indexes]
+            fine = _threshold(scored, share)
             coarse = -math.inf
             if self.coarse is not None:
                 wider = max(share, min(1.0, self.coarse_density))
                 coarse = _threshold([(i.held_out[step][1], i.fine.coarse_size) for i in indexes], wider)
-                fine = _threshold([_within(i, step, coarse) for i in indexes], share)
+                inside = (_within(i, step, coarse) for i in indexes)
+                fine = _threshold([(_sure(scores, size, least), size) for scores, size in inside], share)
             levels.append((fine, coarse))
         for index in indexes:
             index.thresholds = torch.tensor(levels, dtype=torch.float32).T.contiguous()
@@ -152,7 +168,8 @@ class Squeezed:
         tensors = dict(tensors)
         thresholds = tensors.pop("thresholds", None)
         clusters = KeyClusters(**tensors) if tensors else None
-        return SqueezedIndex(order, clusters, thresholds, scale, softcap, self.reduce)
+        least = 0.0 if clusters is None else self._least(order.shape[1])
+        return SqueezedIndex(order, clusters, thresholds, scale, softcap, self.reduce, least)
 
 
 @dataclass(slots=True, eq=False)
@@ -165,15 +182,16 @@ class SqueezedIndex:
     scale: float
     softcap: float | None
     reduce: str
+    least: float  # share of the middle that every block gets
     held_out: list[tuple[Tensor, Tensor | None]]  # until the thresholds are there
     owner: Tensor | None  # int64 [kv_heads, middle]: the cluster of each key, in the order they lie in
 
     def __init__(
         self, order: Tensor, clusters: KeyClusters | None, thresholds: Tensor | None, scale: float,
-        softcap: float | None, reduce: str,
+        softcap: float | None, reduce: str, least: float,
     ) -> None:  # fmt: skip
         self.order, self.clusters, self.thresholds = order, clusters, thresholds
-        self.scale, self.softcap, self.reduce = scale, softcap, reduce
+        self.scale, self.softcap, self.reduce, self.least = scale, softcap, reduce, least
         self.held_out = []
         self.owner = None if clusters is None else clusters.owner()
 
@@ -210,19 +228,20 @@ class SqueezedIndex:
         fine, coarse = self.thresholds[0][step], self.thresholds[1][step]  # [blocks]
         given = query.flatten(1, 2), self.scale, self.softcap, edge_lse.flatten(1)
         if self.clusters.coarse is None:
-            return self._of_blocks(self.clusters.log_shares(*given), real) > fine[:, None]
+            scores = self._of_blocks(self.clusters.log_shares(*given), real)
+            return _sure(scores, self.clusters.size, self.least) > fine[:, None]
         shares, total = self.clusters.coarse_log_shares(*given)
         wide, total = self._of_blocks(shares, real) > coarse[:, None], total.view(edge_lse.shape)
         assert self.clusters.parent is not None
         near = wide.gather(2, self.clusters.parent[:, None].expand(-1, blocks, -1)) & (self.clusters.size > 0)[:, None]
-        marked = torch.zeros_like(near)
+        scores = torch.full(near.shape, -torch.inf, device=query.device)
         for head in range(kv_heads):
             for block in range(blocks):
                 ids = near[head, block].nonzero()[:, 0]
                 place = head, ids, query[head, block], total[head, block]
                 own = self.clusters.some_log_shares(*place, self.scale, self.softcap)
-                marked[head, block, ids] = self._of_blocks(own[None], real[block][None])[0, 0] > fine[block]
-        return marked
+                scores[head, block, ids] = self._of_blocks(own[None], real[block][None])[0, 0]
+        return _sure(scores, self.clusters.size, self.least) > fine[:, None]
 
     def _keys_of(self, marked: Tensor) -> Tensor:
         """bool [kv_heads, blocks, middle] from bool [kv_heads, blocks, clusters]."""
@@ -240,7 +259,9 @@ class SqueezedIndex:
         """See `ContextIndex.to`."""
         clusters = None if self.clusters is None else self.clusters.to(device)
         thresholds = None if self.thresholds is None else self.thresholds.to(device)
-        return SqueezedIndex(self.order.to(device), clusters, thresholds, self.scale, self.softcap, self.reduce)
+        return SqueezedIndex(
+            self.order.to(device), clusters, thresholds, self.scale, self.softcap, self.reduce, self.least
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """See `ContextIndex.tensors`."""
@@ -254,6 +275,16 @@ def reduced(log_shares: Tensor, dim: int, how: str) -> Tensor:
     if how == "max":
         return log_shares.amax(dim)
     return log_shares.logsumexp(dim) - math.log(log_shares.shape[dim])
+
+
+def _sure(scores: Tensor, size: Tensor, least: float) -> Tensor:
+    """Estimates [kv_heads, groups, clusters], inf for the best clusters of each group that hold `least` of the keys."""
+    if not least:
+        return scores
+    ranked, order = scores.sort(descending=True, dim=-1, stable=True)
+    held = size[:, None].expand_as(scores).gather(-1, order).double().cumsum(-1)
+    sure = (held <= least * held[..., -1:]) & (ranked > -torch.inf)
+    return torch.empty_like(scores).scatter_(-1, order, ranked.masked_fill(sure, torch.inf))
 
 
 def _threshold(scored: Sequence[tuple[Any, Tensor]], share: float) -> float:

@@ -117,7 +117,7 @@ def run_context(
     held, recorded = _run(model, tokens, pattern, max(method.local for method in methods), chunk)
     seconds = time.perf_counter() - began
     words = prefill if isinstance(prefill, str) else describe_pattern(prefill)
-    return ContextRun(model, tokens, held, recorded, fingerprint_of(model, tokens), seconds, words)
+    return ContextRun(model, tokens, held, recorded, fingerprint_of(model, tokens), seconds, words, chunk)
 
 
 @dataclass(eq=False)
@@ -131,6 +131,7 @@ class ContextRun:
     fingerprint: dict[str, Any]
     seconds: float
     prefill: str
+    chunk: int | None
     seen: dict[tuple[int, int, int], ContextKeys] = field(default_factory=dict)  # what methods were shown
 
     def index(
@@ -162,7 +163,7 @@ class ContextRun:
                 if number in self.recorded:
                     self.recorded[number].key = self.recorded[number].value = None
         seconds = {"running": round(self.seconds, 3), "indexing": round(saved + time.perf_counter() - began, 3)}
-        made = {"seconds": seconds, "tokens": len(self.tokens), "prefill": self.prefill}
+        made = {"seconds": seconds, "tokens": len(self.tokens), "prefill": self.prefill, "chunk": self.chunk}
         scales = {number: (each.scale, each.softcap) for number, each in self.recorded.items()}
         return FixedContext(self.model, name, method, self.tokens, layers, scales, self.fingerprint, made)
 
@@ -328,7 +329,7 @@ class FixedContext:
     @property
     def key(self) -> str:
         """A short text that tells this context from others."""
-        text = f"{self.fingerprint} {self.method!r}"
+        text = f"{self.fingerprint} {self.method!r} {self.made.get('prefill')} {self.made.get('chunk')}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def cache(self) -> ContextCache:

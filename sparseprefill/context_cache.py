@@ -74,8 +74,6 @@ class ContextCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def cropped(self, tokens_to_remove: int) -> int:
         """How many tokens `crop` drops. Raises ValueError as it does."""
-        if not self.is_initialized:
-            return 0
         if tokens_to_remove > 0:  # as some releases have it: how many tokens are to be left
             tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         if -tokens_to_remove > self.tail:

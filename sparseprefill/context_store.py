@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -79,7 +80,7 @@ def save_context(context: FixedContext, folder: str | Path, *, overwrite: bool =
     }  # fmt: skip
     facts["facts_sha256"] = _sha(facts)
     mark = secrets.token_hex(8)
-    part, old = place.with_name(f".{mark}.part"), place.with_name(f".{mark}.old")
+    part, old = place.with_name(f".{place.name}.{mark}.part"), place.with_name(f".{place.name}.{mark}.old")
     try:
         part.mkdir()
         save_file(tensors, part / TENSORS)
@@ -94,6 +95,7 @@ def save_context(context: FixedContext, folder: str | Path, *, overwrite: bool =
             if old.exists():
                 old.rename(place)
             raise
+        _sync(place.parent)
     except SafetensorError as error:  # its way to say that the disk refuses
         raise OSError(f"{place} cannot be written: {error}; what stood there is unchanged") from error
     except OSError as error:
@@ -104,6 +106,16 @@ def save_context(context: FixedContext, folder: str | Path, *, overwrite: bool =
         for left in (part, old):
             if left.exists():
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder on the disk, where the system can."""
+    with contextlib.suppress(OSError):
+        there = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(there)
+        finally:
+            os.close(there)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -170,6 +182,12 @@ def _layer(
 def context_facts(folder: str | Path) -> dict[str, Any]:
     """What `context.json` says, checked. Raises as `load_context`."""
     path = Path(folder) / FACTS
+    left = sorted(path.parent.parent.glob(f".{glob.escape(path.parent.name)}.*.old"))
+    if left and not path.parent.exists():
+        raise FileNotFoundError(
+            f"there is no context {path.parent}: writing a new one was cut off, and the one before is {left[-1]}; "
+            "rename it"
+        )
     facts = read_json(path, "context")
     kinds = {
         "method": str,

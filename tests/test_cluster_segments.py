@@ -130,6 +130,25 @@ def slow_scores(
     return total
 
 
+@pytest.mark.parametrize("iterations", [0, 1, 4])
+def test_clusters_are_of_directions(iterations: int) -> None:
+    inputs = make_inputs(queries=200, dtype=torch.float64)
+    longer = dataclasses.replace(inputs, key=inputs.key * 8)
+    first, second = (SegmentClusters.of(each, 32, 8, iterations) for each in (inputs, longer))
+    assert torch.equal(first.label, second.label)
+
+
+@pytest.mark.parametrize("queries", [20, 32, 33, 200])
+def test_a_prompt_of_one_segment_is_dense_and_counted(queries: int) -> None:
+    inputs = make_inputs(queries=queries)
+    parts = parts_for(SMALL, inputs)
+    if queries > SMALL.segment:
+        assert all(part.index.unjudged is None for part in parts)
+    else:
+        assert parts[0].index.unjudged is not None
+        assert bool((parts[0].index.unjudged == queries).all())
+
+
 def test_clusters_are_of_their_own_segment_and_nearest() -> None:
     inputs = make_inputs(queries=200, batch=2, key_valid=left_padding(200, [0, 30]), dtype=torch.float64)
     found = SegmentClusters.of(inputs, 32, 8, 20)

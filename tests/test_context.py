@@ -235,6 +235,8 @@ def test_a_cache_of_two_threads_has_tails_of_its_own() -> None:
     context = prepared(tiny_model("llama"), "squeezed")
     first, second = context.cache(), context.cache()
     assert first.get_seq_length() == second.get_seq_length() == LENGTH
+    with pytest.raises(ValueError, match="read-only"):
+        first.crop(-1)
     key = torch.zeros(1, 2, 3, 16)
     for number in range(3):
         first.update(key, key, number)
@@ -514,6 +516,8 @@ class TestRefusals:
         )
         with patch_model(model, context=context), pytest.raises(ValueError, match="another context"):
             model(tokens(1, 70), past_key_values=other.cache())
+        sparse = prepared(model, "squeezed", prefill="a_shape")
+        assert sparse.key != prepared(model, "squeezed").key, "other keys and values"
 
 
 class TestFolders:
@@ -542,6 +546,9 @@ class TestFolders:
         with pytest.raises(FileNotFoundError):
             load_context(tmp_path / "elsewhere", model)
         assert sorted(each.name for each in tmp_path.iterdir()) == ["context"]
+        place.rename(tmp_path / ".context.0123.old")  # as a machine that stops between two renames leaves it
+        with pytest.raises(FileNotFoundError, match=r"context\.0123\.old; rename it"):
+            load_context(place, model)
 
     @pytest.mark.parametrize(
         "damage", ["a bit", "cut", "no tensors", "format", "method", "fewer layers", "no json", "threshold"]
