@@ -23,6 +23,7 @@ from sparseprefill.estimators.key_clusters import spherical_kmeans
 _HOSTS = 32  # nearest reached keys that one which is not may hang on
 _SCORES = 1 << 24  # of queries and keys that are held at one time
 _EXACT = 1 << 15  # keys that are compared with each other; what more of them would find is searched for
+_CONSTRUCTION = 200  # keys that HNSW keeps in sight while it is built; faiss has 40
 _DISTANCES = 1 << 22  # between keys, that are held at one time
 
 KINDS = ("flat", "ivf", "hnsw", "cells", "graph")
@@ -358,6 +359,7 @@ class FaissKeys:
             made.train(key.numpy())
         elif kind == "hnsw":
             made = faiss.IndexHNSWFlat(dim, degree, faiss.METRIC_INNER_PRODUCT)
+            made.hnsw.efConstruction = _CONSTRUCTION
         else:
             made = faiss.IndexFlatIP(dim)
         made.add(key.numpy())

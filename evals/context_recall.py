@@ -120,7 +120,7 @@ def scan_table(
 def recall_plot(cells: Sequence[RecallCell], path: Path, k: int) -> None:
     """Recall against the scanned share, logarithmic; format by the name's ending."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
@@ -132,6 +132,9 @@ def recall_plot(cells: Sequence[RecallCell], path: Path, k: int) -> None:
             *zip(*own, strict=True), marker="o^sDv"[place % 5], markersize=5, linewidth=1.3, label=names.get(kind, kind)
         )
     axis.set_xscale("log")
+    axis.set_xticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlim(0.9 * min(cell.scanned for cell in cells), 1.1)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     axis.set_xlabel("keys scanned")
     axis.set_ylabel(f"recall@{k}")

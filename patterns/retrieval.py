@@ -141,8 +141,15 @@ class RetrievalIndex:
             return ~marked
         block, row = real.nonzero(as_tuple=True)
         together = max(1, _PROMISES // (middle + 1))
+        most = self.limit
+        if most is None or int(real.sum(1).max()) * self.keys <= most or most >= middle:
+            most = None
         for head, index in enumerate(self.indexes):
             found = index.search(query[head, block, row].float().contiguous(), self.keys, self.effort)
+            if most is None:  # there is room for all of them, so that none has to be ranked
+                there = found.ids >= 0
+                marked[head][block[:, None].expand_as(there)[there], found.ids[there]] = True
+                continue
             promise = found.scores * self.scale
             if self.softcap is not None:
                 promise = self.softcap * torch.tanh(promise / self.softcap)
@@ -151,22 +158,10 @@ class RetrievalIndex:
             for start in range(0, blocks, together):
                 some = (block >= start) & (block < start + together)
                 number = min(together, blocks - start)
-                marked[head, start : start + number] = self._best(
-                    number, block[some] - start, place[some], promise[some]
+                marked[head, start : start + number] = _best(
+                    number, middle, most, block[some] - start, place[some], promise[some]
                 )
         return marked
-
-    def _best(self, blocks: int, block: Tensor, place: Tensor, promise: Tensor) -> Tensor:
-        """bool [blocks, middle]: what queries found, at most as many as the limit; place `middle` is for none."""
-        middle = self.order.shape[1]
-        best = torch.full((blocks, middle + 1), -torch.inf)
-        flat = block[:, None] * (middle + 1) + place
-        best.view(-1).scatter_reduce_(0, flat.flatten(), promise.flatten(), "amax")
-        best = best[:, :middle]
-        if self.limit is not None and self.limit < middle:
-            top = best.topk(self.limit, -1)
-            best = torch.full_like(best, -torch.inf).scatter_(1, top.indices, top.values)
-        return best > -torch.inf
 
     def to(self, device: torch.device) -> RetrievalIndex:
         """See `ContextIndex.to`: searches stay on the CPU."""
@@ -182,3 +177,12 @@ class RetrievalIndex:
         return {
             f"{head}.{name}": each for head, index in enumerate(self.indexes) for name, each in index.tensors().items()
         }
+
+
+def _best(blocks: int, middle: int, most: int, block: Tensor, place: Tensor, promise: Tensor) -> Tensor:
+    """bool [blocks, middle]: what queries found, the `most` that promise most; place `middle` is for none."""
+    best = torch.full((blocks, middle + 1), -torch.inf)
+    flat = block[:, None] * (middle + 1) + place
+    best.view(-1).scatter_reduce_(0, flat.flatten(), promise.flatten(), "amax")
+    top = best[:, :middle].topk(most, -1)
+    return torch.zeros(blocks, middle, dtype=torch.bool).scatter_(1, top.indices, top.values > -torch.inf)

@@ -340,13 +340,14 @@ def made_choice(layer: ContextLayer, query: Tensor, tail: AttentionInputs, acces
 class TestSqueezed:
     """The selection, against a slow reading of its definition."""
 
+    @pytest.mark.parametrize("even", [0.0, 0.5, 1.0])
     @pytest.mark.parametrize("reduce", ["max", "mean"])
     @pytest.mark.parametrize("kind", ["squeezed", "hierarchical"])
-    def test_choice_is_that_of_the_definition(self, kind: str, reduce: str) -> None:
+    def test_choice_is_that_of_the_definition(self, kind: str, reduce: str, even: float) -> None:
         draw = torch.Generator().manual_seed(2)
         key, queries = 2 * torch.randn(2, 150, 16, generator=draw), torch.randn(4, 198, 16, generator=draw)
         edge = torch.randn(2, 48, 16, generator=draw)
-        method = Squeezed(**{**SOME[kind], "reduce": reduce})
+        method = Squeezed(**{**SOME[kind], "reduce": reduce, "even": even})
         index = method.index_layer(ContextKeys(key, edge, queries, queries[:, -40:], 0.25, None))
         method.calibrate([index], 198)
         clusters = index.fine
@@ -360,6 +361,7 @@ class TestSqueezed:
         assert (found.sum(-1) > 0).any()
         assert not found.all()
         owner = [torch.repeat_interleave(torch.arange(len(size)), size) for size in clusters.size]
+        lonely = 0
         for head in range(2):
             for block in range(3):
                 step = next(n for n, size in enumerate(STEPS) if size >= count[block])
@@ -377,8 +379,17 @@ class TestSqueezed:
                     allowed = (score > index.thresholds[1][step].exp())[clusters.parent[head]]  # type: ignore[index]
                 share = z.exp() / total[:, None]
                 score = share.amax(0) if reduce == "max" else share.mean(0)
-                wanted = (score > index.thresholds[0][step].exp()) & allowed & (clusters.size[head] > 0)
+                allowed &= clusters.size[head] > 0
+                wanted = (score > index.thresholds[0][step].exp()) & allowed
+                room = even * (0.4 * 198 - 48)  # keys
+                for best in score.masked_fill(~allowed, -1).argsort(descending=True).tolist():
+                    room -= int(clusters.size[head][best])
+                    if room < -1e-6 or not allowed[best]:
+                        break
+                    lonely += not wanted[best]
+                    wanted[best] = True
                 assert torch.equal(found[head, block], wanted[owner[head]])
+        assert (lonely > 0) == (even == 1.0), "some are there for what is even alone"
 
     def test_centroids_are_means_of_their_keys_as_they_are(self) -> None:
         key = torch.randn(2, 150, 16, generator=torch.Generator().manual_seed(3)) * torch.linspace(1, 9, 150)[:, None]
