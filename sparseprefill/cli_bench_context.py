@@ -31,11 +31,12 @@ def bench_context() -> None:
               help="Of retrieval; may be given again.")  # fmt: skip
 @click.option("--sink", default=16, show_default=True)
 @click.option("--local", default=128, show_default=True)
+@click.option("--seed", default=1, show_default=True, help="Of contexts and questions.")
 @_OUT
 @_MARKDOWN
 def questions(
     model: str | None, length: tuple[int, ...], contexts: int, questions: int, shares: tuple[float, ...],
-    indexes: tuple[str, ...], sink: int, local: int, out: Path | None, markdown: bool,
+    indexes: tuple[str, ...], sink: int, local: int, seed: int, out: Path | None, markdown: bool,
 ) -> None:  # fmt: skip
     """Ask many questions about long contexts, with each method, dense, and with keys chosen at random."""
     from dataclasses import asdict
@@ -60,13 +61,13 @@ def questions(
         with progress_bar(len(methods) * len(shares) * contexts, "contexts") as progress:
             cells, again = eval_.ask_all(
                 loaded, tokenizer, methods, length=length[0], contexts=contexts, questions=questions, shares=shares,
-                sink=sink, local=local, progress=progress,
+                sink=sink, local=local, seed=seed, progress=progress,
             )  # fmt: skip
         click.echo(eval_.question_table(cells, again, markdown=markdown))
         if out is not None:
             written = {
                 "provenance": provenance(loaded), "length": length[0], "contexts": contexts, "questions": questions,
-                "sink": sink, "local": local, "again": again, "cells": list(map(asdict, cells)),
+                "sink": sink, "local": local, "seed": seed, "again": again, "cells": list(map(asdict, cells)),
             }  # fmt: skip
             write_text(out, json.dumps(written, indent=1) + "\n")
             click.echo(f"wrote {out}")
