@@ -36,6 +36,14 @@ def check_tokens(name: str, tokens: int, *, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least} tokens and at most {_MOST_TOKENS}, got {shown}")
 
 
+def check_count(name: str, count: int, *, least: int = 1) -> None:
+    """Raise ValueError or TypeError unless `count` is an int of at least `least`, and small enough to count with."""
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{name} must be an int, got {count!r:.80}")
+    if not least <= count <= _MOST_TOKENS:
+        raise ValueError(f"{name} must be at least {least} and at most {_MOST_TOKENS}, got {count!r:.80}")
+
+
 def check_share(name: str, share: float) -> None:
     """Raise ValueError or TypeError unless `share` is a number in (0, 1]."""
     if isinstance(share, bool) or not isinstance(share, (int, float)):

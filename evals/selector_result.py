@@ -96,7 +96,7 @@ class SelectorResult:
                 continue
             knob, options = fixed[each.family]["knob"], fixed[each.family]["fixed"]
             try:
-                found[each.family] = MethodSpec(each.family, {knob: each.knob_at(density), **options})
+                found[each.family] = MethodSpec(each.family.partition(":")[0], {knob: each.knob_at(density), **options})
             except ValueError as error:
                 found[each.family] = str(error)
         return found

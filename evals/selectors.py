@@ -25,7 +25,7 @@ from sparseprefill.kernels.low_bit import EXACT
 from sparseprefill.patterns import AShape, BlockSparse, Dense, Pattern, RandomBlocks, Sale, VerticalSlash
 from sparseprefill.patterns.methods import METHODS
 from sparseprefill.patterns.scores import check_quantile
-from sparseprefill.prefill import resolve_method
+from sparseprefill.prefill import parse_options, resolve_method
 
 SHARES = (0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7)
 """Knobs of SALE and its rivals with a budget."""
@@ -52,30 +52,43 @@ _POINTS = 24  # of such a curve
 def method_selectors(names: Sequence[str] | None = None) -> tuple[Selector, ...]:
     """The sweeps of `METHODS`: each method that has a knob, and dense. `names`: of some of them alone.
 
-    Raises ValueError for a name that is none, that is there twice, or has no knob.
+    A name may carry options, `NAME:option=value:option=value`, which stay what they are in its sweep, under this name.
+
+    Raises ValueError for a name that is none, that is there twice, or has no knob, and for options that it does not
+    have or that are its knob.
     """
     known = [name for name, row in METHODS.items() if row.knob or row.pattern is Dense]
     names = known if names is None else list(names)
     for name in names:
-        if name not in known or names.count(name) > 1:
+        if name.partition(":")[0] not in known or names.count(name) > 1:
             raise ValueError(f"no sweep of {name!r}, or it is named twice: choose from {', '.join(known)}")
     if not names:
         raise ValueError(f"there is nothing to compare: choose from {', '.join(known)}")
     made = []
     for name in names:
-        row = METHODS[name]
+        row, fixed = METHODS[name.partition(":")[0]], _fixed(name)
         shared: dict[str, Any] = {"kind": row.kind, "native": row.native if row.knob else None}
         for value in row.knobs if row.knob else (1.0,):
-            options = {**row.fixed, row.knob: value} if row.knob else {}
-            pattern: Any = resolve_method(name, **options)  # as a command line would have it
+            options = {**fixed, row.knob: value} if row.knob else fixed
+            pattern: Any = resolve_method(name.partition(":")[0], **options)  # as a command line would have it
             made.append(Selector(name, value, pattern, **shared))
     return tuple(made)
 
 
+def _fixed(name: str) -> dict[str, Any]:
+    """Options that stay what they are in a sweep: those that go with the knob, and those that the name carries."""
+    method, _, text = name.partition(":")
+    own = parse_options(text.replace(":", ","))
+    if METHODS[method].knob in own:
+        raise ValueError(f"{name!r} sets {METHODS[method].knob}, which is what the sweep changes: leave it out")
+    return {**METHODS[method].fixed, **own}
+
+
 def method_settings(chosen: Sequence[Selector]) -> dict[str, dict[str, Any]]:
     """Of each method that is swept: the option that is its knob, and the options that go with it."""
-    swept = [each.family for each in chosen if each.family in METHODS and METHODS[each.family].knob]
-    return {name: {"knob": METHODS[name].knob, "fixed": METHODS[name].fixed} for name in dict.fromkeys(swept)}
+    swept = [each.family for each in chosen if each.family.partition(":")[0] in METHODS]
+    rows = {name: METHODS[name.partition(":")[0]] for name in dict.fromkeys(swept)}
+    return {name: {"knob": row.knob, "fixed": _fixed(name)} for name, row in rows.items() if row.knob}
 
 
 def sale_selectors(

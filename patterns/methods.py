@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,9 @@ from sparseprefill.patterns.cluster_segments import ClusterSegments
 from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.flashprefill import FlashPrefill
 from sparseprefill.patterns.flexprefill import FlexPrefill
+from sparseprefill.patterns.gna import Gna
 from sparseprefill.patterns.last_rows import Pattern
+from sparseprefill.patterns.local_stride import LocalStride
 from sparseprefill.patterns.pbs import PUBLISHED as PUBLISHED_INNER
 from sparseprefill.patterns.pbs import Pbs
 from sparseprefill.patterns.random_blocks import RandomBlocks
@@ -24,6 +27,7 @@ from sparseprefill.patterns.spargeattn import SpargeAttn
 from sparseprefill.patterns.stem import Stem
 from sparseprefill.patterns.tri_shape import TriShape
 from sparseprefill.patterns.vertical_slash import PUBLISHED, VerticalSlash
+from sparseprefill.patterns.vote_columns import VoteColumns, snapkv, tokenselect, zipvl
 from sparseprefill.patterns.xattention import XAttention
 
 KINDS = ("static", "selector", "wrapper", "kernel option", "context")
@@ -119,6 +123,17 @@ def _sale(**options: Any) -> Sale:
     return Sale(**options)
 
 
+def _vote_columns(**options: Any) -> VoteColumns:
+    if not {"keep", "mass"} & options.keys():
+        options["keep"] = 0.2
+    return VoteColumns(**options)
+
+
+def parameters(make: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the options of a preset."""
+    return tuple(inspect.signature(make).parameters)
+
+
 DEFAULT = "stem"
 """The method where none is named and there is no profile, with the options of `DEFAULT_OPTIONS` where none are given.
 
@@ -137,6 +152,14 @@ METHODS: dict[str, MethodRow] = {
     "tri_shape": MethodRow(
         TriShape, "static", "A-shape, last rows dense", "arXiv:2412.10319", True, "own",
         share="window", knob="window", knobs=SHARES, fixed={"sink": 64},
+    ),
+    "local_stride": MethodRow(
+        LocalStride, "static", "a local window, and every n-th block, others in each KV head", "arXiv:2407.17678",
+        False, "identical", knob="local", knobs=SHARES, fixed={"stride": 16},
+    ),
+    "gna": MethodRow(
+        Gna, "static", "a window with a stride and a dilation, and windows of images and videos", "arXiv:2504.16922",
+        True, "own", knob="window", knobs=SHARES, fixed={"stride": 64},
     ),
     "vertical_slash": MethodRow(
         VerticalSlash, "selector", "key columns and distances the last queries attend to", "arXiv:2407.02490", True,
@@ -168,6 +191,23 @@ METHODS: dict[str, MethodRow] = {
     "spargeattn": MethodRow(
         SpargeAttn, "selector", "the best block means, and blocks whose mean does not speak for them",
         "arXiv:2502.18137", True, "own", (128, 64), share="topk", knob="topk", knobs=SHARES,
+    ),
+    "vote_columns": MethodRow(
+        VoteColumns, "selector", "key columns that a few rows vote for", "arXiv:2404.14469", True, "own",
+        share="keep", make=_vote_columns,
+    ),
+    "snapkv": MethodRow(
+        VoteColumns, "selector", "columns that the last queries vote for, with their neighbours", "arXiv:2404.14469",
+        True, "own", share="keep", knob="keep", knobs=SHARES, make=snapkv, names=parameters(snapkv),
+    ),
+    "tokenselect": MethodRow(
+        VoteColumns, "selector", "for each stretch the columns that its mean query votes for", "arXiv:2411.02886",
+        True, "own", share="keep", knob="keep", knobs=SHARES, make=tokenselect, names=parameters(tokenselect),
+    ),
+    "zipvl": MethodRow(
+        VoteColumns, "selector", "as many columns as hold a mass, by votes of recent and random queries",
+        "arXiv:2410.08584", True, "own", share="keep", knob="mass", make=zipvl, names=parameters(zipvl),
+        knobs=(0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.975),
     ),
     "clusters": MethodRow(
         ClusterSegments, "selector", "tiles of keys that lie sorted by cluster in finished segments, and the own one",

@@ -28,7 +28,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--planted", type=click.IntRange(0), default=4096, show_default=True,
               help="Tokens of made-up heads; 0: none.")  # fmt: skip
 @click.option("--only-planted", is_flag=True, help="Made-up heads alone, no model.")
-@click.option("--methods", metavar="NAME[,NAME...]", help="Some methods.  [default: all that have a knob, and dense]")
+@click.option("--methods", metavar="NAME[,NAME...]",
+              help="Some methods; NAME:option=value sets one that is not swept.  "
+              "[default: all that have a knob, and dense]")  # fmt: skip
 @click.option("--tile", type=Tile(), help="Queries and keys of the tile that all methods meet on.  [default: 64x64]")
 @click.option("--native/--no-native", default=None,
               help="Each method also on the tile of its paper.  [default: native]")  # fmt: skip

@@ -7,6 +7,7 @@ head, plain Python and torch on whole matrices, in float64, tiles of BLOCK x BLO
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from slow_flexprefill import slow_flexprefill
 from slow_spargeattn import slow_spargeattn
 from slow_stem import slow_stem
+from slow_vote_columns import slow_vote_columns
 from slow_xattention import slow_xattention
 from torch import Tensor
 
@@ -31,9 +33,12 @@ from sparseprefill.patterns import (
 )
 from sparseprefill.patterns.flashprefill import FlashPrefill
 from sparseprefill.patterns.flexprefill import FlexPrefill
+from sparseprefill.patterns.gna import Gna, Span
+from sparseprefill.patterns.local_stride import LocalStride
 from sparseprefill.patterns.skip_softmax import SkipSoftmax
 from sparseprefill.patterns.spargeattn import SpargeAttn
 from sparseprefill.patterns.stem import Stem
+from sparseprefill.patterns.vote_columns import VoteColumns, snapkv, tokenselect, zipvl
 from sparseprefill.patterns.xattention import XAttention
 from support import left_padding
 
@@ -170,6 +175,69 @@ def slow_tri_shape(inputs: AttentionInputs, b: int, h: int, m: int, pattern: Tri
     if slow_last_rows(inputs, b, m, pattern.last):
         return set(slow_visible(inputs, b, m))
     return slow_a_shape(inputs, b, h, m, pattern)
+
+
+def slow_local_stride(inputs: AttentionInputs, b: int, h: int, m: int, pattern: LocalStride) -> set[int]:
+    """The closed form, for each pair of blocks of the rule that a tile holds."""
+    head, kept = h // inputs.group_size, set()
+    if head >= inputs.kv_heads - pattern.dense_heads:
+        return set(slow_visible(inputs, b, m))
+    step = 0 if pattern.homogeneous else max(1, pattern.stride // inputs.kv_heads)
+    for i in {p // pattern.block for p in range(m * BLOCK, (m + 1) * BLOCK)}:
+        if isinstance(pattern.local, float):
+            local = max(1, -(-(i + 1) * round(pattern.local * 1000) // 1000))
+        else:
+            local = -(-pattern.local // pattern.block)
+        for j in range(i + 1):
+            if i - j < local or (j + head * step + pattern.offset) % pattern.stride == 0:
+                kept |= {key // BLOCK for key in range(j * pattern.block, (j + 1) * pattern.block)}
+    return kept & set(slow_visible(inputs, b, m))
+
+
+def slow_neighbourhood(
+    p: int, size: int, window: int, stride: int, dilation: int, causal: bool
+) -> set[int]:  # fmt: skip
+    """Coordinates that the token p of one dimension sees."""
+    c, r = divmod(p, dilation)
+    group = len(range(r, size, dilation))
+    if causal:
+        leader = min(c // stride * stride + stride - 1, group - 1)
+        start, end = max(leader - (window - 1), 0), c + 1
+    else:
+        leader = min(c // stride * stride + stride // 2, group - 1)
+        start = max(leader - window // 2, 0)
+        start -= max(0, start + window - group)
+        end = start + window
+    return {each * dilation + r for each in range(start, end)}
+
+
+def slow_span(p: int, span: Span) -> set[int]:
+    """Keys inside of a span that its token p sees, counted from its first token."""
+    axes, rest = [], p
+    for step, *each in zip(
+        (math.prod(span.shape[d + 1 :]) for d in range(len(span.shape))), span.shape, span.window, span.stride,
+        span.dilation, span.causal, strict=True,
+    ):  # fmt: skip
+        own, rest = divmod(rest, step)
+        axes.append([step * each_key for each_key in slow_neighbourhood(own, *each)])
+    return {sum(keys) for keys in itertools.product(*axes)}
+
+
+def slow_gna(inputs: AttentionInputs, b: int, h: int, m: int, pattern: Gna) -> set[int]:
+    anchor, tail = slow_anchor(inputs, b), int(inputs.tail()[b])
+    length, window, kept = tail - anchor, pattern.window, set(range(-(-pattern.sink // BLOCK)))
+    if isinstance(window, float):
+        group = math.ceil(length / pattern.dilation)
+        window = max(pattern.stride, math.ceil(group * round(window * 1000) / 1000))
+    for p in range(m * BLOCK, (m + 1) * BLOCK):
+        own = next((span for span in pattern.spans if span.start <= p < span.stop), None)
+        if own is not None:
+            keys = {own.start + each for each in slow_span(p - own.start, own)}
+            kept |= {j // BLOCK for j in keys if j <= p}
+        if p < length:
+            keys = slow_neighbourhood(p, length, window, pattern.stride, pattern.dilation, True)
+            kept |= {j // BLOCK for j in keys if own is None or j < own.start}
+    return kept & set(slow_visible(inputs, b, m))
 
 
 def slow_last_rows(inputs: AttentionInputs, b: int, m: int, last: int) -> bool:
@@ -417,6 +485,46 @@ CASES: dict[str, Case] = {
         TriShape(sink=20, window=50, last=20), TriShape(sink=0, window=10**6), True, "own", row_by_row(slow_tri_shape),
         st.builds(TriShape, sink=st.integers(0, 90), window=BUDGETS, last=st.integers(1, 60)),
     ),
+    "local_stride": Case(
+        LocalStride(local=30, stride=5, block=16, offset=1), LocalStride(local=16, stride=1, block=16), False,
+        "identical", row_by_row(slow_local_stride),
+        st.builds(
+            LocalStride, local=BUDGETS, stride=st.integers(1, 9), block=st.integers(1, 40), offset=st.integers(0, 20),
+            homogeneous=st.booleans(), dense_heads=st.integers(0, 1),
+        ),
+    ),
+    "local_stride-share": Case(
+        LocalStride(local=0.2, stride=7, block=24), LocalStride(local=1.0, stride=100), False, "identical",
+        row_by_row(slow_local_stride),
+    ),
+    "local_stride-homogeneous": Case(
+        LocalStride(local=20, stride=4, block=16, homogeneous=True), LocalStride(stride=1), False, "identical",
+        row_by_row(slow_local_stride),
+    ),
+    "gna": Case(
+        Gna(window=40, stride=24, sink=10), Gna(window=10**6, stride=4, sink=0), True, "own", row_by_row(slow_gna),
+        st.builds(
+            lambda window, stride, dilation, sink, spans: Gna(
+                window if isinstance(window, float) else max(window, stride), stride, dilation, sink, spans
+            ),
+            BUDGETS, st.integers(1, 20), st.sampled_from((1, 1, 2, 3, 7, 20)), st.integers(0, 70),
+            st.sampled_from((
+                (), (Span(3, (7, 9), (4, 3), (2, 1)),), (Span(20, (3, 4, 5), (2, 2, 3)), Span(100, (50,), (9,))),
+            )),
+        ),
+    ),
+    "gna-dilated": Case(
+        Gna(window=0.3, stride=6, dilation=5, sink=0), Gna(window=1.0, sink=0), True, "own", row_by_row(slow_gna)
+    ),
+    "gna-spans": Case(
+        Gna(
+            window=40, stride=40, sink=0, spans=(
+                Span(10, (8, 9), (3, 5), (2, 1), (1, 1), (False, False)), Span(90, (4, 4, 4), (2, 2, 2), (), (2, 1, 1)),
+                Span(154, (40,), (6,), (3,), (2,), (True,)),
+            ),
+        ),
+        Gna(window=1.0, spans=(Span(10, (8, 9), (8, 9)),)), True, "own", row_by_row(slow_gna),
+    ),
     "vertical_slash": Case(
         VerticalSlash(verticals=40, slashes=120, probe=24), VerticalSlash(verticals=10**6, slashes=1), True, "own",
         slow_vertical_slash_rows,
@@ -522,6 +630,31 @@ CASES: dict[str, Case] = {
     "spargeattn-cdf": Case(
         SpargeAttn(similarity=0.06, cdf=0.5), SpargeAttn(similarity=0.06, cdf=1.0), True, "own",
         in_blocks(slow_spargeattn),
+    ),
+    "vote_columns": Case(
+        VoteColumns(keep=0.3, sink=16, local=32, probe=24), VoteColumns(keep=1.0), True, "own",
+        in_blocks(slow_vote_columns),
+        st.builds(
+            VoteColumns, keep=BUDGETS, sink=st.integers(0, 70), local=st.integers(0, 70), probe=st.integers(1, 60),
+            spread=st.integers(0, 20), superblock=st.sampled_from((None, 32, 64)),
+            voters=st.sampled_from(("head", "group", "all")), smooth=st.sampled_from(("none", "max", "mean")),
+            width=st.sampled_from((1, 5)), fair=st.booleans(), seed=st.integers(0, 9),
+        ),
+    ),
+    "vote_columns-mean": Case(
+        VoteColumns(mass=0.8, sink=20, local=16, probe=20, spread=9, voters="head", smooth="mean", width=5, seed=4),
+        VoteColumns(mass=1.0, sink=0, local=100, probe=1), True, "own", in_blocks(slow_vote_columns),
+    ),
+    "snapkv": Case(
+        snapkv(keep=40, probe=20, sink=16, local=32), snapkv(keep=1.0), True, "own", in_blocks(slow_vote_columns)
+    ),
+    "tokenselect": Case(
+        tokenselect(keep=0.25, superblock=48, sink=16, local=32), tokenselect(keep=1.0), True, "own",
+        in_blocks(slow_vote_columns),
+    ),
+    "zipvl": Case(
+        zipvl(mass=0.8, probe=20, spread=16, sink=16, local=32, seed=3), zipvl(keep=1.0), True, "own",
+        in_blocks(slow_vote_columns),
     ),
     "skip_softmax": Case(
         SkipSoftmax(AShape(sink=20, window=50), scale=5.0), SkipSoftmax(scale=0.01), False, "identical",

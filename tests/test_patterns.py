@@ -162,6 +162,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+BY_HEAD = ("random", "local_stride", "local_stride-share", "vote_columns", "snapkv", "tokenselect", "zipvl")
+"""What gives each head other blocks by its number, or lets heads vote together: a call with some heads is another."""
+
+
 class TestSelectorContract:
     """What every method promises."""
 
@@ -213,7 +217,7 @@ class TestSelectorContract:
         inputs.key[:, :, 160:] = torch.nan
         assert torch.equal(index_of(CASES[method].pattern, inputs).to_mask(), before)
 
-    @pytest.mark.parametrize("method", [m for m in CASES if m != "random"])  # random draws by head on purpose
+    @pytest.mark.parametrize("method", [m for m in CASES if m not in BY_HEAD])
     def test_grouped_heads_read_the_right_keys(self, method: str) -> None:
         grouped = make_inputs(query_heads=6, kv_heads=2, queries=200, head_dim=8)
         repeated = dataclasses.replace(

@@ -38,6 +38,7 @@ from sparseprefill.kernels.reference import reference_attention
 from sparseprefill.patterns import AShape, BlockSparse, Dense, Pattern, Sale
 from sparseprefill.patterns.methods import METHODS
 from sparseprefill.patterns.parts import Part
+from sparseprefill.patterns.vote_columns import snapkv
 from sparseprefill.prefill import resolve_method
 from sparseprefill.prompts import ProfilePrompt
 from sparseprefill.reports import number
@@ -312,12 +313,26 @@ def test_every_method_with_a_knob_is_swept() -> None:
             method_selectors(names)
 
 
+def test_options_of_a_sweep_stay_what_they_are() -> None:
+    name = "snapkv:unit=token:probe=16"
+    chosen = method_selectors(["snapkv", name])
+    mine = [each for each in chosen if each.family == name]
+    assert [each.pattern for each in mine] == [snapkv(keep=each.knob, unit="token", probe=16) for each in mine]
+    assert method_settings(chosen)[name] == {"knob": "keep", "fixed": {"unit": "token", "probe": 16}}
+    for wrong, said in (
+        ("snapkv:keep=0.2", "which is what the sweep changes"), ("snapkv:unti=token", "no option 'unti'"),
+        ("snapkv:unit", "name=value"), ("dense:keep=1", "no option 'keep'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            method_selectors([wrong])
+
+
 def test_methods_set_to_a_density_are_parsed_as_they_are_printed() -> None:
-    chosen = method_selectors(["a_shape", "block_sparse", "random"])
+    chosen = method_selectors(["a_shape", "block_sparse", "random", "gna:sink=0"])
     found = compare([NamedInputs("", "g", make_inputs(query_heads=2, queries=1024))], chosen, per_head={})
     result = dataclasses.replace(found, settings={"methods": method_settings(chosen)})
     specs = result.specs_at("g", 0.4)
-    assert list(specs) == ["a_shape", "block_sparse", "random"]
+    assert list(specs) == ["a_shape", "block_sparse", "random", "gna:sink=0"]
     for name, spec in specs.items():
         assert isinstance(spec, MethodSpec)
         again = MethodSpec.parse(spec.label)
