@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparseprefill.contracts import AttentionInputs
-from sparseprefill.estimators.mean_pooled import scaled
+from sparseprefill.estimators.mean_pooled import count_real, range_means, scaled
 from sparseprefill.kernels.low_bit import accurate
 
 HEADS = ("head", "group", "all")
@@ -61,34 +61,27 @@ def rows_that_vote(inputs: AttentionInputs, recent: int, spread: int, seed: int)
     return Voters(query.to(accurate(inputs.query))[:, :, None], low[:, None], torch.where(asked, high, 0)[:, None])
 
 
-def mean_rows_that_vote(inputs: AttentionInputs, stretch: int, sink: int) -> Voters:
+def mean_rows_that_vote(inputs: AttentionInputs, stretch: int, sink: int) -> tuple[Voters, Tensor]:
     """A set for each stretch of `stretch` tokens, counted from the first valid key: the mean of its valid queries.
 
-    It votes on the keys that lie before the stretch, behind the first `sink` ones, and that all of its queries see.
+    It votes on the keys that lie before the stretch, behind the first `sink` ones, and that all of its queries see. The
+    second is int64 [batch, sets]: the number of each stretch; the first is the one in which a call begins.
     """
     anchor = inputs.anchor()[:, None]
-    slot = torch.arange(inputs.query_start, inputs.query_start + inputs.queries, device=inputs.device)
-    sets = -(-(inputs.query_start + inputs.queries) // stretch)
-    own = torch.where(slot >= anchor, (slot - anchor).clamp(min=0) // stretch, sets)
-    if inputs.key_valid is not None:
-        own = torch.where(inputs.key_valid[:, inputs.query_start : inputs.query_start + inputs.queries], own, sets)
-    total = torch.zeros(
-        inputs.batch, inputs.query_heads, sets + 1, inputs.head_dim, dtype=accurate(inputs.query), device=inputs.device
-    )
-    place = own[:, None, :, None].expand(inputs.query.shape)
-    total.scatter_add_(2, place, inputs.query.to(total.dtype))
-    count = torch.zeros(inputs.batch, sets + 1, dtype=total.dtype, device=inputs.device)
-    count.scatter_add_(1, own, torch.ones_like(own, dtype=total.dtype))
-    query = (total / count.clamp(min=1)[:, None, :, None])[:, :, :-1]
-    low, high = (
-        torch.zeros_like(count, dtype=torch.int64),
-        anchor + torch.arange(sets + 1, device=slot.device) * stretch,
-    )
+    end = inputs.query_start + inputs.queries
+    number = (inputs.query_start - anchor).clamp(min=0) // stretch
+    number = number + torch.arange(-(-inputs.queries // stretch) + 1, device=inputs.device)
+    start = anchor + number * stretch
+    begin = (start.clamp(inputs.query_start, end) - inputs.query_start).clamp(max=inputs.queries)
+    stop = torch.maximum((start + stretch).clamp(inputs.query_start, end) - inputs.query_start, begin)
+    real = None if inputs.key_valid is None else inputs.key_valid[:, inputs.query_start :]
+    query = range_means(inputs.query, begin, stop, real, stretch)
+    count = stop - begin if real is None else count_real(inputs, begin + inputs.query_start, stop + inputs.query_start)
     seen, _ = inputs.visible_range()
-    low.scatter_reduce_(1, own, seen, "amax")
-    low = torch.maximum(low, anchor + sink)[:, :-1]
-    high = torch.where(count > 0, high.clamp(max=inputs.filled), 0)[:, :-1]
-    return Voters(query[:, :, :, None], low[..., None], high[..., None])
+    last = (stop - 1).clamp(0, inputs.queries - 1)
+    low = torch.maximum(seen.gather(1, last), anchor + sink)  # what the last query sees, all before it see too
+    high = torch.where(count > 0, start.clamp(max=inputs.filled), 0)
+    return Voters(query[:, :, :, None], low[..., None], high[..., None]), number
 
 
 def column_votes(inputs: AttentionInputs, voters: Voters, heads: str) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid
+from sparseprefill.estimators.l_mul import l_mul_products
 from sparseprefill.kernels.low_bit import accurate
 
 _SLAB_NUMBERS = 1 << 24  # numbers of a tensor that are widened and averaged at one time
@@ -27,17 +28,26 @@ Change = Callable[[Tensor], Tensor]
 class MeanPooled:
     """Scores are scaled logits of block means; beside the means, a head costs rows * key_blocks products.
 
-    The mean is over real tokens only. MInference, arXiv:2407.02490, section 3.2.
+    The mean is over real tokens only. MInference, arXiv:2407.02490, section 3.2. With `mantissa` products of means are
+    additions of integers (`sparseprefill.estimators.l_mul`), and scores float32.
     """
+
+    mantissa: int | None = None  # bits of it that are added; None: products
 
     def scores(self, inputs: AttentionInputs, grid: BlockGrid, start: int, stop: int) -> Tensor:
         """[batch, query_heads, stop - start, key_blocks] for a slab of rows, in float32 (float64 for such inputs)."""
         query = query_block_means(inputs, grid, start, stop).unflatten(1, (inputs.kv_heads, inputs.group_size))
         key = key_block_means(inputs, grid)
-        scores = torch.einsum("bkgmd,bknd->bkgmn", query, key)
+        if self.mantissa is None:
+            scores = torch.einsum("bkgmd,bknd->bkgmn", query, key)
+        else:
+            scores = l_mul_products(query, key[:, :, None], self.mantissa)
         if grid.block_q % grid.block_k:  # a row may end inside a block, and what follows there is its future
             block, mean = means_up_to_the_end(inputs, grid, start, stop)
-            own = torch.einsum("bkgmd,bkmd->bkgm", query, mean)[..., None]
+            if self.mantissa is None:
+                own = torch.einsum("bkgmd,bkmd->bkgm", query, mean)[..., None]
+            else:
+                own = l_mul_products(query[..., None, :], mean[:, :, None, :, None], self.mantissa)[..., 0]
             scores.scatter_(-1, block[:, None, None, :, None].expand_as(own), own)
         return scores.flatten(1, 2) * inputs.scale
 

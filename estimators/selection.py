@@ -109,7 +109,7 @@ class TopK:
 
 def ranked(scores: Tensor, visible: Tensor, forced: Tensor | None) -> Tensor:
     """int64 [batch, heads, rows, key_blocks]: forced blocks, then visible ones by falling score, then the others."""
-    best_first = scores.masked_fill(~visible[:, None], -torch.inf)
+    best_first = scores.masked_fill(~visible[:, None] | scores.isnan(), -torch.inf)  # NaN is no better than forced ones
     if forced is not None:
         best_first = best_first.masked_fill((forced & visible)[:, None], torch.inf)
     return best_first.argsort(dim=-1, descending=True, stable=True)

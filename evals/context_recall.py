@@ -2,10 +2,14 @@
 
 Recall@k: of the k keys with the largest inner products, the share that was found. Scanned: inner products over keys.
 Queries are those of questions about the context, which no index has seen; what knows queries learnt from the context's.
+
+Beside it how far the queries are from the keys, next to how far keys are from each other: what makes an index of keys
+alone fail in the paper (Liu et al., "RetrievalAttention", 2024, arXiv:2409.10516, section 2.4).
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +78,59 @@ def recall_curves(
                 sum(seconds) / len(seconds),
             ))  # fmt: skip
     return cells
+
+
+@dataclass(frozen=True, slots=True)
+class HeadDistance:
+    """Mahalanobis distances from the keys of one KV head, medians."""
+
+    keys: float  # of keys that the mean and the covariance do not know
+    queries: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as far the queries are."""
+        return self.queries / self.keys
+
+
+def query_distances(heads: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[HeadDistance]:
+    """Distances of the queries to search with, and of keys; heads as `recall_curves` takes them.
+
+    Mean and covariance are those of every other key, and the keys that are measured are the rest, in float64.
+
+    Raises ValueError where a head has too few keys for a covariance, or keys that do not vary in some direction.
+    """
+    found = []
+    for place, (key, _, query) in enumerate(heads):
+        known, rest = key[0::2].double(), key[1::2].double()
+        if len(known) <= key.shape[1] or not len(rest) or not len(query):
+            raise ValueError(
+                f"distances of {key.shape[1]} dimensions need queries and more than {2 * key.shape[1]} keys, "
+                f"got {len(query)} and {len(key)}"
+            )
+        mean = known.mean(0)
+        factor, failed = torch.linalg.cholesky_ex((known - mean).T @ (known - mean) / (len(known) - 1))
+        if int(failed):
+            raise ValueError(f"the keys of KV head {place} do not vary in some direction: they have no distance")
+
+        def median(x: Tensor, mean: Tensor = mean, factor: Tensor = factor) -> float:
+            return float(torch.linalg.solve_triangular(factor, (x - mean).T, upper=False).norm(dim=0).median())
+
+        found.append(HeadDistance(median(rest), median(query.double())))
+    return found
+
+
+def distance_table(distances: Sequence[HeadDistance], *, markdown: bool = False) -> str:
+    """Lowest, median and highest of the KV heads."""
+    kinds = {
+        "keys": [each.keys for each in distances], "queries": [each.queries for each in distances],
+        "queries / keys": [each.ratio for each in distances],
+    }  # fmt: skip
+    rows = [
+        [name, *(number(each, 3) for each in (min(own), statistics.median(own), max(own)))]
+        for name, own in kinds.items()
+    ]
+    return table(["distance from the keys", "lowest", "median", "highest"], rows, markdown=markdown)
 
 
 def recall_table(cells: Sequence[RecallCell], *, markdown: bool = False) -> str:

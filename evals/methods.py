@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from sparseprefill.huggingface import Patch, patch_model
 from sparseprefill.patterns.methods import METHODS
+from sparseprefill.patterns.names import parse_options
 from sparseprefill.patterns.stem import Stem
-from sparseprefill.prefill import parse_options
 
 
 @dataclass(frozen=True, slots=True)

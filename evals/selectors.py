@@ -23,9 +23,10 @@ from sparseprefill.evals.rounding_bound import BoundCount, count_bound
 from sparseprefill.evals.selector_result import SelectorResult
 from sparseprefill.kernels.low_bit import EXACT
 from sparseprefill.patterns import AShape, BlockSparse, Dense, Pattern, RandomBlocks, Sale, VerticalSlash
-from sparseprefill.patterns.methods import METHODS
+from sparseprefill.patterns.methods import METHODS, MethodRow
+from sparseprefill.patterns.names import parse_options
 from sparseprefill.patterns.scores import check_quantile
-from sparseprefill.prefill import parse_options, resolve_method
+from sparseprefill.prefill import resolve_method
 
 SHARES = (0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7)
 """Knobs of SALE and its rivals with a budget."""
@@ -53,6 +54,7 @@ def method_selectors(names: Sequence[str] | None = None) -> tuple[Selector, ...]
     """The sweeps of `METHODS`: each method that has a knob, and dense. `names`: of some of them alone.
 
     A name may carry options, `NAME:option=value:option=value`, which stay what they are in its sweep, under this name.
+    A wrapper with `inner=` is swept over the knob of what it goes around.
 
     Raises ValueError for a name that is none, that is there twice, or has no knob, and for options that it does not
     have or that are its knob.
@@ -66,10 +68,10 @@ def method_selectors(names: Sequence[str] | None = None) -> tuple[Selector, ...]
         raise ValueError(f"there is nothing to compare: choose from {', '.join(known)}")
     made = []
     for name in names:
-        row, fixed = METHODS[name.partition(":")[0]], _fixed(name)
+        row, swept, fixed = METHODS[name.partition(":")[0]], _swept(name), _fixed(name)
         shared: dict[str, Any] = {"kind": row.kind, "native": row.native if row.knob else None}
-        for value in row.knobs if row.knob else (1.0,):
-            options = {**fixed, row.knob: value} if row.knob else fixed
+        for value in swept.knobs if swept.knob else (1.0,):
+            options = {**fixed, swept.knob: value} if swept.knob else fixed
             pattern: Any = resolve_method(name.partition(":")[0], **options)  # as a command line would have it
             made.append(Selector(name, value, pattern, **shared))
     return tuple(made)
@@ -77,17 +79,29 @@ def method_selectors(names: Sequence[str] | None = None) -> tuple[Selector, ...]
 
 def _fixed(name: str) -> dict[str, Any]:
     """Options that stay what they are in a sweep: those that go with the knob, and those that the name carries."""
-    method, _, text = name.partition(":")
-    own = parse_options(text.replace(":", ","))
-    if METHODS[method].knob in own:
-        raise ValueError(f"{name!r} sets {METHODS[method].knob}, which is what the sweep changes: leave it out")
-    return {**METHODS[method].fixed, **own}
+    method, own, swept = name.partition(":")[0], _given(name), _swept(name)
+    if swept.knob in own:
+        raise ValueError(f"{name!r} sets {swept.knob}, which is what the sweep changes: leave it out")
+    return {**METHODS[method].fixed, **(swept.fixed if METHODS[method].wraps else {}), **own}
+
+
+def _given(name: str) -> dict[str, Any]:
+    """Options that a name carries; those of a second method, `other=NAME:option=value`, close it."""
+    text, _, other = name.partition(":")[2].partition("other=")
+    return parse_options(text.replace(":", ",")) | ({"other": other} if other else {})
+
+
+def _swept(name: str) -> MethodRow:
+    """The row whose knob a sweep turns: that of the method, or of what a wrapper was told to go around."""
+    row = METHODS[name.partition(":")[0]]
+    inner = METHODS.get(str(_given(name).get("inner"))) if row.wraps else None
+    return row if inner is None or not inner.knob else inner
 
 
 def method_settings(chosen: Sequence[Selector]) -> dict[str, dict[str, Any]]:
     """Of each method that is swept: the option that is its knob, and the options that go with it."""
     swept = [each.family for each in chosen if each.family.partition(":")[0] in METHODS]
-    rows = {name: METHODS[name.partition(":")[0]] for name in dict.fromkeys(swept)}
+    rows = {name: _swept(name) for name in dict.fromkeys(swept)}
     return {name: {"knob": row.knob, "fixed": _fixed(name)} for name, row in rows.items() if row.knob}
 
 

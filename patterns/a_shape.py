@@ -48,6 +48,10 @@ class AShape:
         index = BlockIndex.from_slots(grid, ids.clamp(max=grid.key_blocks - 1)[:, None], count[:, None])
         return index.for_heads(inputs.query_heads)
 
+    def tile_law(self) -> str:
+        """See `sparseprefill.patterns.expected_tiles`."""
+        return "positions"
+
     def expected_density(self, keys: int) -> float:
         return kept_share(self.window if isinstance(self.window, float) else self.sink + self.window, keys)
 

@@ -109,6 +109,10 @@ class BlockSparse:
         """See `sparseprefill.patterns.nested`."""
         return MeanPooled().products(inputs, grid)
 
+    def tile_law(self) -> str:
+        """See `sparseprefill.patterns.expected_tiles`."""
+        return "count" if self.mass is None else "content"
+
     def expected_density(self, keys: int) -> float:
         forced = kept_share(in_blocks(self.sink) + in_blocks(self.local), keys)
         return max(UNKNOWN if self.mass is not None else kept_share(self.budget, keys), forced)

@@ -122,14 +122,18 @@ class ClusterSegments:
         own = inputs.last_key * (self.iterations + 1) * (self.segment // self.tokens) / inputs.group_size
         return own + inputs.queries * (inputs.query_start + inputs.queries / 2) / self.tokens
 
+    def tile_law(self) -> str:
+        """See `sparseprefill.patterns.expected_tiles`."""
+        return "count"
+
     def expected_density(self, keys: int) -> float:
         return min(1.0, kept_share(self.keep, keys) + kept_share(self.segment, keys))
 
     def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
-        """Clustering every key, and every query compared with the means."""
-        per_key = (self.iterations + 1) * (self.segment // self.tokens) + 32
+        """Clustering every key, and every query compared with the means, which is a softmax of its own; as measured."""
+        per_key = 1.6 * (self.iterations + 1) * (self.segment // self.tokens) + 32
         own = stated_overhead(device, head_dim, keys=per_key, tiles=1 / (block_q * block_k), steps=0.5)
-        return own + Overhead(share=1 / (2 * self.tokens))
+        return own + Overhead(share=5 / self.tokens)
 
 
 def _rank(inputs: AttentionInputs, clusters: SegmentClusters) -> Tensor:

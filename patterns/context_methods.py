@@ -19,6 +19,8 @@ class ContextRow:
     summary: str  # what it keeps
     paper: str
     native: tuple[int, int]  # queries and keys that are chosen together in its paper
+    cost: str = ""  # law of finding the keys, in products of a head and query; n keys of the context
+    knob: str = "density"  # the option that says how much is kept
     kind: str = "context"
     looks_ahead: bool = True  # queries of a block share a choice, which later ones of it have a say in
     chunked: str = "own"  # a chunk of a question has blocks of its own
@@ -33,9 +35,19 @@ VERBS = ("check_length", "index_layer", "calibrate", "load_index")
 
 CONTEXT_METHODS = {
     "squeezed": ContextRow(
-        Squeezed, "keys of clusters that a block of queries is likely to look at", "arXiv:2411.09688", (128, 128)
+        Squeezed,
+        "keys of clusters that a block of queries is likely to look at",
+        "arXiv:2411.09688",
+        (128, 128),
+        cost="share of clusters x n",
     ),
-    "retrieval": ContextRow(Retrieval, "the keys nearest to each query, found in an index", "arXiv:2409.10516", (1, 1)),
+    "retrieval": ContextRow(
+        Retrieval,
+        "the keys nearest to each query, found in an index",
+        "arXiv:2409.10516",
+        (1, 1),
+        cost="what a walk meets",
+    ),
 }
 """By name, in the order in which they are listed."""
 

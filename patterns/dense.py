@@ -14,5 +14,9 @@ class Dense:
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         return BlockIndex.dense(inputs, grid)
 
+    def tile_law(self) -> str:
+        """See `sparseprefill.patterns.expected_tiles`."""
+        return "positions"
+
     def expected_density(self, keys: int) -> float:
         return 1.0

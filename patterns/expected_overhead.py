@@ -121,7 +121,9 @@ def estimator_name(pattern: Any) -> str:
     """What a measured overhead is kept under: patterns whose budgets alone differ find their blocks in the same way."""
     name = type(pattern).__name__
     if hasattr(pattern, "inner"):  # a wrapper
-        own = [getattr(pattern, each.name) for each in dataclasses.fields(pattern) if each.name != "inner"]
+        own = [
+            getattr(pattern, each.name) for each in dataclasses.fields(pattern) if each.name != "inner" and each.repr
+        ]
         return f"{name}({', '.join(map(str, own))}) around {estimator_name(pattern.inner)}"
     family = getattr(pattern, "family", ())
     told = ", ".join(str(each) for each in family if not isinstance(each, type))

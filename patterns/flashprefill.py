@@ -95,6 +95,10 @@ class FlashPrefill:
         behind = inputs.queries * (inputs.query_start + inputs.queries / 2) / grid.block_k
         return behind + inputs.last_key
 
+    def tile_law(self) -> str:
+        """See `sparseprefill.patterns.expected_tiles`."""
+        return "count" if self.keep is not None else "content"
+
     def expected_density(self, keys: int) -> float:
         forced = kept_share(in_blocks(self.sink) + 64 + in_blocks(self.local), keys)
         return max(UNKNOWN if self.keep is None else kept_share(self.keep, keys), forced)

@@ -141,6 +141,10 @@ class Gna:
         mask = mask | (visible & ~mask.any(-1, keepdim=True))  # rows without queries have a list too
         return BlockIndex.from_mask(grid, mask[:, None]).for_heads(inputs.query_heads)
 
+    def tile_law(self) -> str:
+        """See `sparseprefill.patterns.expected_tiles`."""
+        return "positions"
+
     def expected_density(self, keys: int) -> float:
         window = self.window if isinstance(self.window, int) else math.ceil(self.window * -(-keys // self.dilation))
         return kept_share(window * self.dilation + in_blocks(self.sink), keys)

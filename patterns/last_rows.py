@@ -88,6 +88,12 @@ class LastRowsDense:
             made.append(dataclasses.replace(part, index=dataclasses.replace(part.index, count=count)))
         return tuple(made)
 
+    @property
+    def correct(self) -> Any:
+        """As the wrapped pattern's; see `sparseprefill.patterns.parts.corrected`. The last rows are exact already."""
+        own: Any = self.pattern
+        return own.correct  # AttributeError where there is none, so that this has none either
+
     def _last(self, inputs: AttentionInputs, grid: BlockGrid) -> Tensor:
         """bool [batch, rows]: rows that hold one of the last queries."""
         return grid.row_slots()[1] > (inputs.tail() - self.rows)[:, None]

@@ -66,6 +66,10 @@ class LocalStride:
         mask |= visible[:, None] & ~mask.any(-1, keepdim=True)  # rows without queries have a list too
         return BlockIndex.from_mask(grid, mask).for_heads(inputs.query_heads)
 
+    def tile_law(self) -> str:
+        """See `sparseprefill.patterns.expected_tiles`."""
+        return "positions"
+
     def expected_density(self, keys: int) -> float:
         local = self.local if isinstance(self.local, float) else in_blocks(self.local)
         near = kept_share(local, keys)

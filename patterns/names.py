@@ -1,8 +1,9 @@
-"""What a name that is not known was perhaps meant to be."""
+"""Names and options as they are written: what an unknown name was perhaps meant to be, and options as text."""
 
 from __future__ import annotations
 
 import difflib
+import json
 from typing import Any
 
 
@@ -10,3 +11,20 @@ def nearest_name(name: str, known: Any) -> str:
     """`Did you mean ...?` for a message, or nothing where no known name is near."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+_WORDS = {"True": True, "False": False, "None": None}  # as Python writes what JSON has in small letters
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """`keep=0.2,sink=64` as a dictionary: numbers where they are numbers, so True, False and None; text elsewhere."""
+    options: dict[str, Any] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"an option is written name=value, got {part!r}")
+        try:
+            options[name.strip()] = json.loads(value)
+        except (ValueError, RecursionError):  # no JSON, or numbers of thousands of digits
+            options[name.strip()] = _WORDS.get(value.strip(), value.strip())
+    return options

@@ -7,7 +7,7 @@ Most patterns name blocks of the keys as they are, by `build_index`. One that la
 
 instead: inputs and an index for each of some disjoint sets of keys, whose results are joined by logsumexp. The first
 part is of the keys as they are, and carries what an index says of the whole call (`unjudged`). Where there are several
-parts, rows of an index may be empty.
+parts, rows of an index may be empty. A pattern that changes the outputs has the verb `correct`: see `corrected`.
 """
 
 from __future__ import annotations
@@ -52,6 +52,15 @@ def attend(parts: Sequence[Part], impl: str = "auto", *, values: bool = True) ->
         block_sparse_attention(inputs, part.index, impl, values=values) for inputs, part in zip(own, parts, strict=True)
     ]
     return join_outputs(results, sinks if values else None)
+
+
+def corrected(
+    pattern: Any, inputs: AttentionInputs, parts: Sequence[Part], result: AttentionOutput
+) -> AttentionOutput:  # fmt: skip
+    """What a pattern makes of the result of its parts, by its verb `correct(inputs, parts, result)`, if it has one."""
+    own = getattr(pattern, "correct", None)
+    changed: AttentionOutput = own(inputs, tuple(parts), result) if callable(own) else result
+    return changed
 
 
 def parts_coverage(parts: Sequence[Part], skipped: Tensor | None = None) -> Coverage:

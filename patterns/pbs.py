@@ -30,6 +30,7 @@ from sparseprefill.patterns.segments import (
     own_segments,
     segments_behind,
 )
+from sparseprefill.patterns.wrapping import check_asked_often, check_names_blocks_alone
 
 PUBLISHED = BlockSparse(mass=0.9, sink=0, local=0)
 """What the paper's own experiments go around."""
@@ -70,6 +71,8 @@ class Pbs:
                 f"pbs goes around a pattern with build_index(inputs, grid), got {type(self.inner).__name__}: keys "
                 "cannot be sorted twice"
             )
+        check_names_blocks_alone("pbs", self.inner)
+        check_asked_often("pbs", self.inner)
 
     def build_parts(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Part, ...]:
         """A row's own segment with keys as they lie, and what `inner` chose of the sorted ones behind it."""

@@ -28,6 +28,11 @@ class PerHead:
 
     def __post_init__(self) -> None:
         for each in self.patterns:
+            if hasattr(each, "correct"):
+                raise ValueError(
+                    f"{type(each).__name__} changes the outputs of a whole layer and cannot be the pattern of some "
+                    "heads: give it to whole layers, or put a pattern for each head inside it"
+                )
             if getattr(each, "in_parts", False):
                 raise ValueError(
                     f"{type(each).__name__} lays the keys of a whole layer in another order and cannot be the pattern "

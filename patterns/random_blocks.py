@@ -53,6 +53,10 @@ class RandomBlocks:
             parts.append(BlockIndex.from_slots(grid, *kept))
         return BlockIndex.stack(parts)
 
+    def tile_law(self) -> str:
+        """See `sparseprefill.patterns.expected_tiles`."""
+        return "positions"
+
     def expected_density(self, keys: int) -> float:
         forced = kept_share(in_blocks(self.sink) + in_blocks(self.local), keys)
         return max(kept_share(self.keep, keys), forced)

@@ -123,6 +123,10 @@ class Sale:
             return self
         return dataclasses.replace(self, expected=density)
 
+    def tile_law(self) -> str:
+        """See `sparseprefill.patterns.expected_tiles`."""
+        return "count" if self.keep is not None else "content"
+
     def expected_density(self, keys: int) -> float:
         # whole segments are tested, and what is left of the last one is window
         forced = kept_share(64 + in_blocks(self.window + self.segment), keys)

@@ -22,6 +22,7 @@ from sparseprefill.kernels.native_build import why_not_built
 from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead, stated_overhead
+from sparseprefill.patterns.wrapping import check_names_blocks_alone, inner_law
 
 ORDERS = ("score", "ascending")
 """In which a row's blocks are visited: those whose mean key fits best first, or as they lie."""
@@ -63,6 +64,7 @@ class SkipSoftmax:
                 f"skip_softmax goes around a pattern with build_index(inputs, grid), got {type(self.inner).__name__}: "
                 "put it inside of what works in parts"
             )
+        check_names_blocks_alone("skip_softmax", self.inner)
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         index: BlockIndex = self.inner.build_index(inputs, grid)
@@ -87,6 +89,10 @@ class SkipSoftmax:
         own = getattr(self.inner, "estimator_products", None)
         inner = float(own(inputs, grid)) if callable(own) else 0.0
         return inner + (MeanPooled().products(inputs, grid) if self.scale and self.order == "score" else 0)
+
+    def tile_law(self) -> str:
+        """See `sparseprefill.patterns.expected_tiles`."""
+        return inner_law(self.inner)
 
     def expected_density(self, keys: int) -> float:
         return expected_density(self.inner, keys) * (1 - SKIPPED / 2 if self.scale else 1.0)

@@ -20,6 +20,7 @@ from sparseprefill.estimators.phase_means import PhaseMeans, PreparedPhases
 from sparseprefill.estimators.selection import Budget, check_budget, check_share, check_tokens, keep_blocks, ranked
 from sparseprefill.patterns.block_sparse import forced_blocks
 from sparseprefill.patterns.dense import Dense
+from sparseprefill.patterns.expected_density import kept_share
 from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
 from sparseprefill.patterns.last_rows import Pattern
 from sparseprefill.patterns.own_blocks import with_own_blocks
@@ -147,6 +148,10 @@ class Stem:
         order, unknown, prepared = estimate
         visible = grid.visible_block_mask(inputs)
         return self._index(prepared, visible, lambda start, stop: (order[:, :, start:stop], unknown[:, :, start:stop]))
+
+    def most_density(self, keys: int) -> float:
+        """See `sparseprefill.patterns.expected_tiles`; rows round up, and sink and window may lie across blocks."""
+        return min(1.0, self.expected_density(keys) + kept_share(192, keys))
 
     def expected_density(self, keys: int) -> float:
         decay = max(self.decay) if isinstance(self.decay, tuple) else self.decay

@@ -36,6 +36,10 @@ class TriShape:
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
         return self._composed().build_index(inputs, grid)
 
+    def tile_law(self) -> str:
+        """See `sparseprefill.patterns.expected_tiles`."""
+        return "positions"
+
     def expected_density(self, keys: int) -> float:
         return self._composed().expected_density(keys)
 

@@ -102,6 +102,10 @@ class VerticalSlash:
         """See `sparseprefill.patterns.nested`."""
         return Probe(self.probe).products(inputs)
 
+    def most_density(self, keys: int) -> float:
+        """See `sparseprefill.patterns.expected_tiles`."""
+        return self.expected_density(keys)
+
     def expected_density(self, keys: int) -> float:
         forced = kept_share(in_blocks(SINK) + in_blocks(BAND) + 64, keys)  # a distance lies in two block slashes
         if self.density is not None:

@@ -8,6 +8,7 @@ the third drops tokens for a whole layer: here their votes say which key blocks 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,8 +111,8 @@ class VoteColumns:
         if self.keep == 1.0:
             return BlockIndex.dense(inputs, grid)
         forced, visible = self._forced(inputs, grid), grid.visible_block_mask(inputs)
-        voters, row_set = self._voters(inputs, grid)
-        chosen, unjudged = self._blocks(inputs, grid, voters)  # bool [batch, heads, sets, key_blocks]
+        voters, row_set, number = self._voters(inputs, grid)
+        chosen, unjudged = self._blocks(inputs, grid, voters, number)  # bool [batch, heads, sets, key_blocks]
         heads = chosen.shape[1]
         parts = []
         for start, stop in grid.slabs(heads):
@@ -139,6 +140,19 @@ class VoteColumns:
             return 2.0 * min(inputs.queries, self.probe + self.spread) * inputs.last_key
         sets = -(-inputs.queries // self.superblock)
         return 2.0 * sets * inputs.last_key
+
+    def tile_law(self) -> str:
+        """See `sparseprefill.patterns.expected_tiles`: columns may lie in a row's local window, or behind it."""
+        return "count" if self.keep == 1.0 else "content"
+
+    def most_density(self, keys: int) -> float:
+        """See `sparseprefill.patterns.expected_tiles`: as if all columns stood in front."""
+        if self.keep is None:
+            return 1.0
+        own = in_blocks(self.probe) + 64 if self.superblock is None else 2 * in_blocks(self.superblock)
+        forced = in_blocks(self.sink) + max(in_blocks(self.local), own) + 64
+        columns = self.keep if isinstance(self.keep, int) else math.ceil(self.keep * keys)
+        return min(1.0, kept_share(in_blocks(columns) + forced, keys))
 
     def expected_density(self, keys: int) -> float:
         stretch = 0 if self.superblock is None else self.superblock // 2
@@ -168,16 +182,19 @@ class VoteColumns:
             first = row * grid.block_q // self.superblock * self.superblock // grid.block_k
         return forced | (block >= first[..., None])
 
-    def _voters(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Voters, Tensor]:
-        """Who votes, and int64 [batch, rows]: the set whose choice a row takes."""
+    def _voters(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Voters, Tensor, Tensor]:
+        """Who votes; int64 [batch, rows]: the set whose choice a row takes; int64 [batch, sets]: its stretch."""
         row = grid.first[:, None] + torch.arange(grid.rows, device=inputs.device)
         if self.superblock is None:
-            return rows_that_vote(inputs, self.probe, self.spread, self.seed), torch.zeros_like(row)
+            return rows_that_vote(inputs, self.probe, self.spread, self.seed), torch.zeros_like(row), row[:, :1]
         sink = -(-self.sink // grid.block_k) * grid.block_k
-        voters = mean_rows_that_vote(inputs, self.superblock, sink)
-        return voters, (row * grid.block_q // self.superblock).clamp(max=voters.low.shape[1] - 1)
+        voters, number = mean_rows_that_vote(inputs, self.superblock, sink)
+        own = row * grid.block_q // self.superblock - number[:, :1]
+        return voters, own.clamp(0, voters.low.shape[1] - 1), number
 
-    def _blocks(self, inputs: AttentionInputs, grid: BlockGrid, voters: Voters) -> tuple[Tensor, Tensor]:
+    def _blocks(
+        self, inputs: AttentionInputs, grid: BlockGrid, voters: Voters, stretch: Tensor
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """bool [batch, heads, sets, key_blocks]: the chosen blocks of each set; and [batch, heads, sets]: all of them,
         as there were no finite votes.
         """
@@ -188,11 +205,12 @@ class VoteColumns:
         chosen, whole = [], []
         for start, stop in set_slabs(inputs, sets, heads, _VOTES):
             votes, voted = column_votes(inputs, voters.part(start, stop), self.voters)
-            candidates = self._candidates(inputs, grid, voters, start, stop)  # [batch, sets, key_blocks]
+            candidates = self._candidates(inputs, grid, stretch[:, start:stop])  # [batch, sets, key_blocks]
 
             def by_block(each: Tensor) -> Tensor:
                 own = place[:, None, None].expand(*each.shape[:3], -1)
-                return (each.gather(3, own) * inside[:, None, None]).unflatten(3, (blocks, size))
+                found: Tensor = (each.gather(3, own) * inside[:, None, None]).unflatten(3, (blocks, size))
+                return found
 
             score = by_block(self._score(inputs, votes, voted)).amax(-1)
             unknown = ~votes.isfinite().all(-1)
@@ -205,14 +223,13 @@ class VoteColumns:
             whole.append(unknown)
         return torch.cat(chosen, 2), torch.cat(whole, 2)
 
-    def _candidates(self, inputs: AttentionInputs, grid: BlockGrid, voters: Voters, start: int, stop: int) -> Tensor:
-        """bool [batch, stop - start, key_blocks]: behind the sink, and before those that all rows of the set keep."""
+    def _candidates(self, inputs: AttentionInputs, grid: BlockGrid, stretch: Tensor) -> Tensor:
+        """bool [batch, sets, key_blocks]: behind the sink, and before those that all rows of the set keep."""
         block = torch.arange(grid.key_blocks, device=inputs.device)
         if self.superblock is None:
             end = (inputs.tail() - self.probe - grid.anchor).clamp(min=0)[:, None] // grid.block_k
         else:
-            end = torch.arange(start, stop, device=inputs.device).expand(inputs.batch, -1)
-            end = end * self.superblock // grid.block_k
+            end = stretch * self.superblock // grid.block_k
         return (block >= -(-self.sink // grid.block_k)) & (block < end[..., None])
 
     def _score(self, inputs: AttentionInputs, votes: Tensor, voted: Tensor) -> Tensor:

@@ -109,6 +109,10 @@ class XAttention:
         mass, prepared = estimate
         return _index(self._rule(inputs.query_heads), prepared, lambda start, stop: mass[:, :, start:stop])
 
+    def tile_law(self) -> str:
+        """See `sparseprefill.patterns.expected_tiles`."""
+        return "count" if self.keep is not None else "content"
+
     def expected_density(self, keys: int) -> float:
         forced = kept_share(128, keys)  # the first block and the row's own, of 64
         if self.keep is None:

@@ -16,6 +16,7 @@ from sparseprefill.cli_compare import compare
 from sparseprefill.cli_context import context
 from sparseprefill.cli_evals import DEMO, along, fidelity, longbench, needle, report, ruler
 from sparseprefill.cli_options import Numbers, clear_errors
+from sparseprefill.cli_plan import plan
 from sparseprefill.cli_profile import profile
 
 
@@ -42,7 +43,7 @@ def methods(as_json: bool, markdown: bool) -> None:
 
 _CALIBRATION = "What `bench --calibrate` wrote; default: where it writes by default, if that is there."
 
-for each in (needle, ruler, longbench, fidelity, capture, compare, report, profile, bench, build_cpu, context):
+for each in (needle, ruler, longbench, fidelity, capture, compare, report, profile, bench, build_cpu, context, plan):
     main.add_command(each)
 
 
@@ -74,7 +75,7 @@ def doctor(
 
     from sparseprefill.doctor import explain, skeleton
     from sparseprefill.evals.loading import resolve_dtype
-    from sparseprefill.prefill import parse_options
+    from sparseprefill.patterns.names import parse_options
 
     name, _, options = (chosen or "").partition(":")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

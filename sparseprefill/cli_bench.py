@@ -14,6 +14,7 @@ from sparseprefill.cli_bench_growth import bench_growth, heads_of
 from sparseprefill.cli_bench_slower import bench_never_slower
 from sparseprefill.cli_evals import specs
 from sparseprefill.cli_options import Numbers, clear_errors, progress_bar
+from sparseprefill.cli_plan import bench_plan
 
 
 def refuse_options(ctx: click.Context) -> None:
@@ -200,3 +201,4 @@ def _calibrate(
 bench.add_command(bench_never_slower)
 bench.add_command(bench_growth)
 bench.add_command(bench_context)
+bench.add_command(bench_plan)

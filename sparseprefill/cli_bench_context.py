@@ -82,7 +82,10 @@ def questions(
 def recall(
     model: str | None, length: tuple[int, ...], plot: Path | None, out: Path | None, markdown: bool
 ) -> None:  # fmt: skip
-    """Recall@100 of indexes of keys against the share of the keys that they scan, with questions' queries."""
+    """Recall@100 of indexes of keys against the share of the keys that they scan, with questions' queries.
+
+    And how far these queries are from the keys, next to how far keys are from each other.
+    """
     from dataclasses import asdict
 
     from sparseprefill.evals import context_recall as eval_
@@ -101,8 +104,18 @@ def recall(
         click.echo(eval_.recall_table(cells, markdown=markdown))
         click.echo()
         click.echo(eval_.scan_table(cells, markdown=markdown))
+        click.echo()
+        distances: list[eval_.HeadDistance] = []
+        try:
+            distances = eval_.query_distances(heads)
+            click.echo(eval_.distance_table(distances, markdown=markdown))
+        except ValueError as error:  # the recall stands without it
+            click.echo(f"no distances: {error}")
         if out is not None:
-            written = {"provenance": provenance(loaded), "length": length[0], "cells": list(map(asdict, cells))}
+            written = {
+                "provenance": provenance(loaded), "length": length[0], "cells": list(map(asdict, cells)),
+                "distances": list(map(asdict, distances)),
+            }  # fmt: skip
             write_text(out, json.dumps(written, indent=1) + "\n")
             click.echo(f"wrote {out}")
         if plot is not None:

@@ -49,7 +49,7 @@ def build(
     from sparseprefill.evals.loading import load_model
     from sparseprefill.files import read_text
     from sparseprefill.patterns.context_methods import context_method
-    from sparseprefill.prefill import parse_options
+    from sparseprefill.patterns.names import parse_options
 
     with clear_errors():
         name, _, options = chosen.partition(":")

@@ -165,8 +165,8 @@ def _target(
 def _candidates(only: str | None, chosen: tuple[str, ...], target: Any) -> Any:
     """What --method or --candidate name; None for what the target brings."""
     from sparseprefill.patterns.candidates import candidates_of, sale_candidates
+    from sparseprefill.patterns.names import parse_options
     from sparseprefill.patterns.sale_search import ladder
-    from sparseprefill.prefill import parse_options
     from sparseprefill.profile_scores import SaleSearch
 
     if only is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from sparseprefill.patterns.context_methods import CONTEXT_METHODS, ContextRow
 from sparseprefill.patterns.expected_overhead import NOTHING, Overhead
 from sparseprefill.patterns.methods import DEFAULT, DEFAULT_OPTIONS, METHODS, MethodRow
 from sparseprefill.patterns.names import nearest_name
-from sparseprefill.patterns.parts import Part, attend, parts_coverage, parts_of, without_heads
+from sparseprefill.patterns.parts import Part, attend, corrected, parts_coverage, parts_of, without_heads
 from sparseprefill.patterns.store import INSIDE, SALE_INSIDE, ModelPatterns, load_patterns
 
 
@@ -248,7 +247,7 @@ def _prefill(
     built = time.perf_counter()
     if events:
         events[1].record()
-    result = attend(parts, impl)
+    result = corrected(pattern, inputs, parts, attend(parts, impl))
     done = time.perf_counter()
     if events:
         events[2].record()
@@ -299,7 +298,7 @@ def describe_pattern(pattern: Any) -> str:
         shown = []
         for field in dataclasses.fields(pattern):
             value = getattr(pattern, field.name)
-            if value is not None:
+            if value is not None and field.repr:
                 shown.append(f"{field.name}={describe_pattern(value) if dataclasses.is_dataclass(value) else value}")
         return f"{type(pattern).__name__}({', '.join(shown)})"
     return type(pattern).__name__
@@ -311,6 +310,7 @@ def methods_table() -> list[dict[str, str]]:
     return [
         {
             "method": name, "kind": row.kind, "what it keeps": row.summary, "options": ", ".join(row.options) or "-",
+            "knob": row.knob or "-", "finding costs": row.cost,
             "looks ahead": "yes" if row.looks_ahead else "no", "chunked prefill": row.chunked,
             "paper": row.paper or "-", "page": method_page(name),
         }
@@ -321,20 +321,3 @@ def methods_table() -> list[dict[str, str]]:
 def method_page(method: str) -> str:
     """Where a method is explained, from the top of the project."""
     return f"docs/methods/{method}.md"
-
-
-_WORDS = {"True": True, "False": False, "None": None}  # as Python writes what JSON has in small letters
-
-
-def parse_options(text: str) -> dict[str, Any]:
-    """`keep=0.2,sink=64` as a dictionary: numbers where they are numbers, so True, False and None; text elsewhere."""
-    options: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, equals, value = part.partition("=")
-        if not equals or not name.strip():
-            raise ValueError(f"an option is written name=value, got {part!r}")
-        try:
-            options[name.strip()] = json.loads(value)
-        except (ValueError, RecursionError):  # no JSON, or numbers of thousands of digits
-            options[name.strip()] = _WORDS.get(value.strip(), value.strip())
-    return options

@@ -40,10 +40,11 @@ from sparseprefill.patterns.candidates import Candidate, sale_candidates
 from sparseprefill.patterns.candidates import candidates as default_candidates
 from sparseprefill.patterns.minference_search import CANDIDATES as MINFERENCE
 from sparseprefill.patterns.minference_search import FIRST_ROW, search_peak_bytes, search_scores
+from sparseprefill.patterns.names import parse_options
 from sparseprefill.patterns.sale_search import error_peak_bytes, ladder, least_tokens, output_errors
 from sparseprefill.patterns.scores import check_quantile, dense_tiles, peak_bytes, score
 from sparseprefill.patterns.store import PATTERNS
-from sparseprefill.prefill import parse_options, resolve_method
+from sparseprefill.prefill import resolve_method
 from sparseprefill.profile_memory import available_bytes, longest_that_fits, out_of_memory
 from sparseprefill.profile_scores import (
     MInferenceSearch,

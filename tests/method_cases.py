@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from slow_flexprefill import slow_flexprefill
+from slow_pair_scores import slow_hip, slow_l_mul_rows, slow_sign_code
 from slow_spargeattn import slow_spargeattn
 from slow_stem import slow_stem
-from slow_vote_columns import slow_vote_columns
+from slow_vote_columns import slow_layer_carry, slow_vote_columns
 from slow_xattention import slow_xattention
 from torch import Tensor
 
-from sparseprefill.contracts import AttentionInputs
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.patterns import (
     AShape,
     BlockSparse,
@@ -31,13 +32,21 @@ from sparseprefill.patterns import (
     TriShape,
     VerticalSlash,
 )
+from sparseprefill.patterns.cached import Cached
+from sparseprefill.patterns.delta_correct import DeltaCorrect
 from sparseprefill.patterns.flashprefill import FlashPrefill
 from sparseprefill.patterns.flexprefill import FlexPrefill
 from sparseprefill.patterns.gna import Gna, Span
+from sparseprefill.patterns.hip import Hip
+from sparseprefill.patterns.l_mul import LMul
+from sparseprefill.patterns.layer_carry import LayerCarry
 from sparseprefill.patterns.local_stride import LocalStride
+from sparseprefill.patterns.progressive import Progressive
+from sparseprefill.patterns.sign_code import SignCode
 from sparseprefill.patterns.skip_softmax import SkipSoftmax
 from sparseprefill.patterns.spargeattn import SpargeAttn
 from sparseprefill.patterns.stem import Stem
+from sparseprefill.patterns.union import Union
 from sparseprefill.patterns.vote_columns import VoteColumns, snapkv, tokenselect, zipvl
 from sparseprefill.patterns.xattention import XAttention
 from support import left_padding
@@ -303,6 +312,70 @@ def slow_budget(budget: int | float, visible: int) -> int:
 def slow_skip_softmax(inputs: AttentionInputs, b: int, h: int, m: int, pattern: Any) -> set[int]:
     """The lists are those of what it goes around: what is skipped is for the kernel to find."""
     return slow_a_shape(inputs, b, h, m, pattern.inner)
+
+
+def slow_union(inputs: AttentionInputs, b: int, h: int, m: int, pattern: Union) -> set[int]:
+    own = slow_block_sparse(inputs, b, h, m, pattern.inner)
+    return own | slow_a_shape(inputs, b, h, m, pattern.other)
+
+
+def slow_inner(inputs: AttentionInputs, b: int, h: int, m: int, pattern: Any) -> set[int]:
+    """Wrappers that change nothing of the lists of a layer by itself."""
+    return slow_block_sparse(inputs, b, h, m, pattern.inner)
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondLayer(LayerCarry):
+    """Two layers with the same queries and keys, and the lists of the second one."""
+
+    def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
+        plain = LayerCarry(
+            **{each: getattr(self, each) for each in ("inner", "fall", "least", "probe", "first", "near")}
+        )
+        plain.for_layer(0).build_index(inputs, grid)
+        return plain.for_layer(1).build_index(inputs, grid)
+
+
+def slow_second_layer(
+    inputs: AttentionInputs, b: int, h: int, rows: range, pattern: SecondLayer
+) -> dict[int, set[int]]:  # fmt: skip
+    inner = {m: slow_block_sparse(inputs, b, h, m, pattern.inner) for m in rows}
+    return slow_layer_carry(inputs, b, rows, pattern, BLOCK, inner)
+
+
+def slow_cached(inputs: AttentionInputs, b: int, h: int, rows: range, pattern: Cached) -> dict[int, set[int]]:
+    """Row by row: like the last one that made a list, or not."""
+    maker, lists, mean = -1, {}, {}
+    for m in rows:
+        asked = [p - inputs.query_start for p in slow_row(inputs, b, m)]
+        if inputs.key_valid is not None:
+            asked = [p for p in asked if inputs.key_valid[b, p + inputs.query_start]]
+        mean[m] = inputs.query[b][:, asked].double().mean(1).flatten() if asked else torch.zeros(1, dtype=torch.float64)
+        like = maker >= 0 and m - maker <= pattern.most and mean[m].shape == mean[maker].shape
+        if like:
+            like = float(mean[m] @ mean[maker] / mean[m].norm() / mean[maker].norm()) >= pattern.similar
+        maker = maker if like else m
+        own = slow_block_sparse(inputs, b, h, maker, pattern.inner)
+        lists[m] = (own | set(range(maker, m + 1))) & set(slow_visible(inputs, b, m)) if like else own
+    return lists
+
+
+def slow_progressive(inputs: AttentionInputs, b: int, h: int, m: int, pattern: Progressive) -> set[int]:
+    def few(tensor: Tensor) -> Tensor:
+        most = 2 ** (pattern.bits - 1) - 1
+        scale = tensor.abs().amax(-1, keepdim=True) / most
+        return (tensor / scale).round() * scale
+
+    coarse = dataclasses.replace(inputs, query=few(inputs.query), key=few(inputs.key))
+    asked = slow_row(inputs, b, m)
+    keys = [j for j in slow_keys(inputs, asked[-1]) if inputs.key_valid is None or inputs.key_valid[b, j]]
+    place = [p - inputs.query_start for p in asked if inputs.key_valid is None or inputs.key_valid[b, p]]
+    mean = coarse.query[b, h, place].mean(0)
+    z = coarse.key[b, h // inputs.group_size, keys] @ mean * inputs.scale
+    if inputs.softcap is not None:
+        z = inputs.softcap * torch.tanh(z / inputs.softcap)
+    flat = float(z.softmax(0).max()) < pattern.flat
+    return slow_block_sparse(inputs if flat else coarse, b, h, m, pattern.inner)
 
 
 def slow_flashprefill(inputs: AttentionInputs, b: int, h: int, m: int, pattern: FlashPrefill) -> set[int]:
@@ -655,6 +728,63 @@ CASES: dict[str, Case] = {
     "zipvl": Case(
         zipvl(mass=0.8, probe=20, spread=16, sink=16, local=32, seed=3), zipvl(keep=1.0), True, "own",
         in_blocks(slow_vote_columns),
+    ),
+    "hip": Case(
+        Hip(keep=48, sink=16, local=32, stages=((32, 0, 4), (16, 96, 3)), most=1.0),
+        Hip(keep=1.0), False, "own", in_blocks(slow_hip),
+        st.builds(
+            Hip, keep=BUDGETS, sink=st.integers(0, 70), local=st.integers(0, 70), most=st.just(1.0),
+            stages=st.sampled_from((((64, 0, 4), (16, 64, 2)), ((32, 0, 5),), ((64, 0, 8), (8, 100, 8), (4, 30, 16)))),
+        ),
+    ),
+    "hip-share": Case(
+        Hip(keep=0.2, sink=0, local=0, stages=((64, 0, 16), (8, 64, 8)), most=1.0),
+        Hip(keep=1.0), False, "own", in_blocks(slow_hip),
+    ),
+    "sign_code": Case(
+        SignCode(keep=0.3, bits=12, sink=16, local=16), SignCode(keep=1.0), True, "own",
+        row_by_row(lambda *given: slow_sign_code(*given, BLOCK)),
+        st.builds(
+            SignCode, keep=BUDGETS, bits=st.integers(1, 40), sink=st.integers(0, 70), local=st.integers(0, 70),
+            seed=st.integers(0, 9),
+        ),
+    ),
+    "l_mul": Case(
+        LMul(keep=0.3, bits=3, sink=16, local=16), LMul(keep=1.0), False, "own",
+        row_by_row(lambda *given: slow_l_mul_rows(*given, BLOCK)),
+        st.builds(LMul, keep=BUDGETS, bits=st.integers(1, 23), sink=st.integers(0, 70), local=st.integers(0, 70)),
+    ),
+    "union": Case(
+        Union(BlockSparse(keep=0.2, sink=0, local=0), AShape(sink=20, window=50)),
+        Union(BlockSparse(keep=1.0), AShape(sink=0, window=1)), False, "own", row_by_row(slow_union),
+        st.builds(
+            Union, st.builds(BlockSparse, keep=BUDGETS, sink=st.just(0), local=st.just(0)),
+            st.builds(AShape, sink=st.integers(0, 90), window=BUDGETS),
+        ),
+    ),
+    "cached": Case(
+        Cached(BlockSparse(keep=0.3, sink=16, local=16), similar=0.1, most=3),
+        Cached(BlockSparse(keep=1.0), similar=-1.0), False, "own", slow_cached,
+        st.builds(
+            Cached, st.builds(BlockSparse, keep=BUDGETS, sink=st.just(16), local=st.just(0)),
+            similar=st.sampled_from((-1.0, 0.0, 0.2, 0.9, 1.1)), most=st.integers(1, 9),
+        ),
+    ),
+    "layer_carry": Case(
+        SecondLayer(BlockSparse(keep=0.3, sink=0, local=0), fall=0.6, least=0.3, probe=24, first=0, near=0),
+        SecondLayer(BlockSparse(keep=1.0), fall=0.1, least=1.0), True, "own", slow_second_layer,
+    ),
+    "progressive": Case(
+        Progressive(BlockSparse(keep=0.3, sink=0, local=0), bits=2, flat=0.1), Progressive(BlockSparse(keep=1.0)),
+        False, "own", row_by_row(slow_progressive),
+        st.builds(
+            Progressive, st.builds(BlockSparse, keep=BUDGETS, sink=st.just(16), local=st.just(0)),
+            bits=st.integers(2, 8), flat=st.sampled_from((0.01, 0.1, 0.5, 1.0)),
+        ),
+    ),
+    "delta_correct": Case(
+        DeltaCorrect(BlockSparse(keep=0.3, sink=0, local=0), every=10), DeltaCorrect(BlockSparse(keep=1.0)), False,
+        "own", row_by_row(slow_inner),
     ),
     "skip_softmax": Case(
         SkipSoftmax(AShape(sink=20, window=50), scale=5.0), SkipSoftmax(scale=0.01), False, "identical",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -117,6 +118,28 @@ def chosen_of(
             break
         so_far, count = so_far + each, count + 1
     return ranked[:count]
+
+
+def slow_layer_carry(
+    inputs: AttentionInputs, b: int, rows: range, pattern: Any, block: int, inner: dict[int, set[int]]
+) -> dict[int, set[int]]:
+    """What is left of lists in the second layer, where the first one had the same queries and keys."""
+    anchor, tail = anchor_of(inputs, b), tail_of(inputs, b)
+    ballot = SimpleNamespace(probe=pattern.probe, spread=0, seed=0, voters="all", superblock=None)
+    votes, _ = slow_votes(inputs, b, 0, ballot, None)
+    blocks = -(-(tail - anchor) // block)
+    importance = [math.fsum(votes.get(j, 0.0) for j in range(anchor + n * block, anchor + (n + 1) * block))
+                  for n in range(blocks)]  # fmt: skip
+    share = max(pattern.least, 1 - pattern.fall)
+    alive = sorted(range(blocks), key=lambda n: (-importance[n], n))[: max(1, math.ceil(round(share * blocks, 6)))]
+    kept = {}
+    for m in rows:
+        stays = (
+            set(alive) | set(range(-(-pattern.first // block))) | set(range(m + 1 - -(-pattern.near // block), m + 1))
+        )
+        stays |= set(range(min(m, max(0, tail - pattern.probe - anchor) // block), m + 1))
+        kept[m] = inner[m] & stays or inner[m]
+    return kept
 
 
 def slow_vote_columns(

@@ -26,7 +26,7 @@ from sparseprefill.evals.bench import RIVALS, KernelCell, first_token_times, ker
 from sparseprefill.evals.compare import summarise
 from sparseprefill.evals.context_levels import LevelCell, level_table
 from sparseprefill.evals.context_questions import QuestionCell, question_table
-from sparseprefill.evals.context_recall import RecallCell, scan_table
+from sparseprefill.evals.context_recall import HeadDistance, RecallCell, distance_table, scan_table
 from sparseprefill.evals.growth import GrowthCell, growth_table
 from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.evals.never_slower import Slowdown, never_slower_table
@@ -314,6 +314,49 @@ def test_figures_of_the_comparison_are_those_of_the_results() -> None:
     assert ranking[0].family == DEFAULT, "the default is what the comparison puts first"
 
 
+def test_what_wrappers_gave_is_what_was_measured() -> None:
+    page = PAGES["docs/wrappers.md"]
+    needles = EvalResult.load(ROOT / "docs/results/needle_wrappers_cpu.json")
+    costs = {(each.method, each.group.get("length")): each for each in summarise(needles, resamples=10).costs}
+    rows = list(rows_of(page.partition("<!-- needles -->")[2].partition("<!-- errors -->")[0]))
+    assert [name for name, *_ in rows] == [each.label for each in needles.methods if each.label != "dense"]
+    for name, *cells in rows:
+        found = [answer.values["found"] for _, answer in needles.answers(name)]
+        cost = costs[name, 16384]
+        assert cells == [
+            f"{100 * sum(found) / len(found):.0f}%", f"{cost.density:.3f}", f"{cost.kept_mass:.3f}"
+        ], name  # fmt: skip
+    timed, more = (
+        SelectorResult.load(ROOT / f"docs/results/compare_{name}_cpu.json") for name in ("wrappers", "delta")
+    )
+    group, rows = "model, 8192 tokens", list(rows_of(page.partition("<!-- errors -->")[2]))
+    families = {each.family for each in timed.times if "xattention" not in each.family and "union" not in each.family}
+    assert {name for name, *_ in rows} == families | {each.family for each in more.curves}
+    for name, *cells in rows:
+        curve = (more if "xattention" in name or "a_shape" in name else timed).curve(group, name)
+        assert cells[:3] == [number(curve.at(0.2, "error")), number(curve.at(0.2)), f"{curve.estimator[0]:.4f}"], name
+        own = [each for each in timed.times if each.family == name and name in families]
+        nearest = min(own, key=lambda each: abs(each.density - 0.2), default=None)
+        times = [nearest.density, nearest.find, nearest.attend] if nearest else [None] * 3
+        assert cells[3:] == [number(each) for each in times], name
+
+
+def test_when_clusters_pay_is_what_was_measured() -> None:
+    result = SelectorResult.load(ROOT / "docs/results/compare_clusters_cpu.json")
+    group = "model, 16384 tokens"
+    section = PAGES["docs/methods/clusters.md"].partition("## When it pays")[2].partition("\n## ")[0]
+    rows = list(rows_of(section))
+    assert [name for name, *_ in rows] == ["clusters", "block_sparse", "pbs", "stem"]
+    for name, *cells in rows:
+        curve = result.curve(group, name)
+        own = min(
+            (each for each in result.times if (each.group, each.family) == (group, name)),
+            key=lambda each: abs(each.density - 0.2),
+        )
+        assert cells[:3] == [number(curve.at(density)) for density in (0.1, 0.2, 0.3)], name
+        assert cells[3:] == [number(each) for each in (own.density, own.find, own.attend, own.total)], name
+
+
 def test_figures_of_finding_the_blocks_are_those_of_the_results() -> None:
     cells = json.loads((ROOT / "docs/results/overhead_estimators_cpu.json").read_text(encoding="utf-8"))["cells"]
     shares = {(each["method"], each["dtype"]): f"{each['estimate']:.3f}" for each in cells}
@@ -326,11 +369,17 @@ def test_figures_of_finding_the_blocks_are_those_of_the_results() -> None:
 
 def rows_to_be(name: str, written: dict[str, Any]) -> list[list[str]]:
     """Cells of the table that a page shows of a file in docs/results."""
-    if name == "context_questions_cpu.json":
+    if name.startswith("context_questions"):
         questions = [QuestionCell(**cell) for cell in written["cells"]]
-        return cells_of(question_table(questions, written["again"], markdown=True))
+        printed = cells_of(question_table(questions, written["again"], markdown=True))
+        if name == "context_questions_cpu.json":
+            return printed
+        kept = {"method", "wished", "attended", "right", "lost", "gained", "loss in points", "95 % interval"}
+        return [[cell for cell, title in zip(row, printed[0], strict=True) if title in kept] for row in printed]
     if name == "context_recall_cpu.json":
         return cells_of(scan_table([RecallCell(**cell) for cell in written["cells"]], markdown=True))
+    if name == "context_recall_cpu.json, distances":
+        return cells_of(distance_table([HeadDistance(**each) for each in written["distances"]], markdown=True))
     if name == "context_levels_cpu.json":
         return cells_of(level_table([LevelCell(**cell) for cell in written["cells"]], markdown=True))
     if name == "never_slower_cpu.json":
@@ -364,15 +413,18 @@ def cells_of(table: str) -> list[list[str]]:
         ("growth_native_cpu.json", "docs/performance.md"),
         ("overhead_all_cpu.json", "docs/performance.md"),
         ("context_questions_cpu.json", "docs/context.md"),
+        ("context_questions_again_cpu.json", "docs/context.md"),
         ("context_recall_cpu.json", "docs/context.md"),
+        ("context_recall_cpu.json, distances", "docs/context.md"),
         ("context_levels_cpu.json", "docs/context.md"),
     ],
 )
 def test_tables_of_results_are_those_of_the_results(name: str, shown: str) -> None:
     """The page has a place for it: empty as long as nothing was measured, then what the command prints."""
-    page, path = PAGES[shown], ROOT / "docs/results" / name
-    found = cells_of(page.partition(f"<!-- {name}")[2].partition("-->")[2].lstrip("\n"))
-    assert f"<!-- {name}" in page
+    page, path = PAGES[shown], ROOT / "docs/results" / name.partition(",")[0]
+    place = re.search(rf"<!-- {re.escape(name)}(: .*?)? -->\n*", page)
+    assert place is not None
+    found = cells_of(page[place.end() :])
     if path.exists():
         expected = rows_to_be(name, json.loads(path.read_text(encoding="utf-8")))
         assert found == expected, "\n".join("| " + " | ".join(row) + " |" for row in expected)

@@ -41,7 +41,8 @@ from sparseprefill.patterns import (
     save_patterns,
     store,
 )
-from sparseprefill.prefill import parse_options, resolve_method
+from sparseprefill.patterns.names import parse_options
+from sparseprefill.prefill import resolve_method
 from support import make_inputs
 
 OURS = (ValueError, FileNotFoundError, PermissionError)

@@ -37,7 +37,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("context",),
     ("profile",),
     ("evals",),
-    ("doctor", "plan", "lm_eval"),
+    ("doctor", "lm_eval"),
+    ("plan",),
     ("cli",),
     ("__main__",),
 )
@@ -71,7 +72,8 @@ ALL_PYTHON = sorted(
 def room(module: str) -> str:
     """The place-giving part of a module's name: 'sparseprefill.kernels.cpu' -> 'kernels'."""
     name = module.split(".")[1]
-    return next((spine for spine in ("huggingface", "context", "profile", "cli") if name.startswith(f"{spine}_")), name)
+    spines = ("huggingface", "context", "profile", "plan", "cli")
+    return next((spine for spine in spines if name.startswith(f"{spine}_")), name)
 
 
 def imports(path: Path, module: str = "") -> Iterator[str]:

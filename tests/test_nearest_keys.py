@@ -10,7 +10,14 @@ from sparseprefill.estimators import nearest_keys
 from sparseprefill.estimators.key_clusters import cluster_keys, spherical_kmeans
 from sparseprefill.estimators.nearest_keys import KINDS, QueryCells, _not_occluded, build_index, load_index, nearest_of
 from sparseprefill.evals.context_levels import level_table, level_times
-from sparseprefill.evals.context_recall import RecallCell, recall_curves, recall_table, scan_for
+from sparseprefill.evals.context_recall import (
+    RecallCell,
+    distance_table,
+    query_distances,
+    recall_curves,
+    recall_table,
+    scan_for,
+)
 
 
 def made(keys: int = 600, queries: int = 300, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,6 +218,26 @@ def test_scan_for_a_recall_lies_between_points() -> None:
     assert scan_for(cells, "ivf", 0.7) == pytest.approx(0.2)
     assert scan_for(cells, "ivf", 0.4) == 0.1
     assert scan_for(cells, "ivf", 0.95) is None
+
+
+def test_distances_are_those_of_their_definition_and_of_no_basis() -> None:
+    key, learnt, asked = made(keys=2000)
+    (found,) = query_distances([(key, learnt, asked)])
+    inverse = torch.linalg.inv(torch.cov(key[0::2].double().T))
+    for x, median in ((key[1::2], found.keys), (asked, found.queries)):
+        away = x.double() - key[0::2].double().mean(0)
+        assert median == pytest.approx(float(torch.einsum("nd,de,ne->n", away, inverse, away).sqrt().median()))
+    assert found.ratio > 1.5, "queries come from elsewhere"
+    turn = torch.randn(16, 16, generator=torch.Generator().manual_seed(5))
+    (turned,) = query_distances([(key @ turn + 3, learnt, asked @ turn + 3)])
+    assert turned.ratio == pytest.approx(found.ratio, rel=1e-3), "a linear map changes both alike"
+    (same,) = query_distances([(key, learnt, key[:200])])
+    assert same.ratio == pytest.approx(1.0, abs=0.05)
+    assert "queries / keys" in distance_table([found, same])
+    with pytest.raises(ValueError, match="more than 32 keys"):
+        query_distances([(key[:32], learnt, asked)])
+    with pytest.raises(ValueError, match="do not vary"):
+        query_distances([(torch.zeros(64, 16), learnt, asked)])
 
 
 def test_one_level_and_two_are_timed_on_the_same_choice() -> None:

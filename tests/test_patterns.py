@@ -162,7 +162,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-BY_HEAD = ("random", "local_stride", "local_stride-share", "vote_columns", "snapkv", "tokenselect", "zipvl")
+BY_HEAD = (
+    "cached", "hip", "hip-share", "layer_carry", "random", "local_stride", "local_stride-share", "vote_columns",
+    "snapkv", "tokenselect", "zipvl",
+)  # fmt: skip
 """What gives each head other blocks by its number, or lets heads vote together: a call with some heads is another."""
 
 
@@ -216,6 +219,11 @@ class TestSelectorContract:
         before = index_of(CASES[method].pattern, inputs).to_mask()
         inputs.key[:, :, 160:] = torch.nan
         assert torch.equal(index_of(CASES[method].pattern, inputs).to_mask(), before)
+
+    @pytest.mark.parametrize("method", [name for name in CASES if not name.startswith("sale")])
+    def test_a_cache_that_nothing_fills_yet(self, method: str) -> None:
+        inputs = make_inputs(queries=40, keys=64, query_start=0, key_length=0, head_dim=8)
+        index_of(CASES[method].pattern, inputs).validate(inputs)
 
     @pytest.mark.parametrize("method", [m for m in CASES if m not in BY_HEAD])
     def test_grouped_heads_read_the_right_keys(self, method: str) -> None:
@@ -288,9 +296,9 @@ class TestSelectorContract:
         for name, case in CASES.items():
             row = METHODS[name.partition("-")[0]]
             assert (row.looks_ahead, row.chunked) == (case.looks_ahead, case.chunked), name
-        # wrappers, and what moves keys, have tests of their own
-        alone = {n for n, r in METHODS.items() if r.kind != "wrapper" and not getattr(r.pattern, "in_parts", False)}
-        assert {name.partition("-")[0] for name in CASES} | {"minference"} == alone
+        # what moves keys has tests of its own
+        moving = {name for name, row in METHODS.items() if getattr(row.pattern, "in_parts", False) is True}
+        assert {name.partition("-")[0] for name in CASES} | {"minference"} == set(METHODS) - moving
         assert METHODS["minference"].looks_ahead
 
     def test_options_of_several_numbers_survive_a_profile(self, tmp_path: Path) -> None:

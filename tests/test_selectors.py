@@ -319,6 +319,11 @@ def test_options_of_a_sweep_stay_what_they_are() -> None:
     mine = [each for each in chosen if each.family == name]
     assert [each.pattern for each in mine] == [snapkv(keep=each.knob, unit="token", probe=16) for each in mine]
     assert method_settings(chosen)[name] == {"knob": "keep", "fixed": {"unit": "token", "probe": 16}}
+    around = [each for each in method_selectors(["cached:inner=a_shape"]) if each.family == "cached:inner=a_shape"]
+    assert [each.pattern.inner.window for each in around] == [each.knob for each in around]
+    assert {each.pattern.inner.sink for each in around} == {64}, "what goes with that knob"
+    two = method_selectors(["union:inner=stem:other=a_shape:sink=32:window=256"])
+    assert {each.pattern.other for each in two} == {AShape(32, 256)}
     for wrong, said in (
         ("snapkv:keep=0.2", "which is what the sweep changes"), ("snapkv:unti=token", "no option 'unti'"),
         ("snapkv:unit", "name=value"), ("dense:keep=1", "no option 'keep'"),

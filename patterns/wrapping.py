@@ -1,0 +1,143 @@
+"""What wrappers have in common: what they may go around, rows of a grid as calls of their own, joined lists."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
+from sparseprefill.patterns.dense import Dense
+
+
+def check_inner(name: str, inner: Any) -> None:
+    """Raise TypeError unless a wrapper of this name can go around it: what names blocks of keys as they lie."""
+    if not callable(getattr(inner, "build_index", None)) or getattr(inner, "in_parts", False):
+        raise TypeError(
+            f"{name} goes around a pattern with build_index(inputs, grid), got {type(inner).__name__}: "
+            "what moves keys goes around it instead"
+        )
+    check_names_blocks_alone(name, inner)
+
+
+def check_asked_often(name: str, inner: Any) -> None:
+    """Raise TypeError where a wrapped pattern counts the calls of a layer, which this wrapper asks more than once."""
+    if getattr(inner, "stateful", False):
+        raise TypeError(
+            f"{type(inner).__name__} carries something from call to call, and {name} asks more than once in a layer: "
+            f"put it around {name}"
+        )
+    for each in ("inner", "other", "pattern"):
+        if hasattr(inner, each):
+            check_asked_often(name, getattr(inner, each))
+
+
+def check_no_skip(name: str, index: BlockIndex) -> None:
+    """Raise ValueError where lists say what a kernel may skip, which this wrapper would lose."""
+    if index.skip is not None:
+        raise ValueError(f"{name} makes lists anew, and would lose which tiles may be skipped: put skipping around it")
+
+
+def check_names_blocks_alone(name: str, inner: Any) -> None:
+    """Raise TypeError where a wrapped pattern would change outputs too, which nobody would ask it for any more."""
+    if hasattr(inner, "correct"):
+        raise TypeError(
+            f"{type(inner).__name__} changes outputs, and goes around {name}: write it the other way round"
+        )  # fmt: skip
+
+
+def inner_for_layer(inner: Any, layer: int) -> Any:
+    """What a wrapped pattern is in this layer."""
+    own = getattr(inner, "for_layer", None)
+    return own(layer) if callable(own) else inner
+
+
+def inner_products(inner: Any, inputs: AttentionInputs, grid: BlockGrid) -> float:
+    """What finding its blocks costs; see `sparseprefill.patterns.nested`."""
+    own = getattr(inner, "estimator_products", None)
+    return float(own(inputs, grid)) if callable(own) else 0.0
+
+
+def is_dense(inner: Any) -> bool:
+    """Whether a wrapped pattern is dense by its kind."""
+    own = getattr(inner, "keeps_everything", None)
+    return bool(own()) if callable(own) else isinstance(inner, Dense)
+
+
+def inner_law(inner: Any) -> str:
+    """What the number of its tiles depends on; see `sparseprefill.patterns.expected_tiles`."""
+    own = getattr(inner, "tile_law", None)
+    return str(own()) if callable(own) else "content"
+
+
+def index_of_rows(name: str, inner: Any, inputs: AttentionInputs, grid: BlockGrid, wanted: Tensor) -> BlockIndex:
+    """The lists that `inner` makes where some rows are asked alone; those of the other rows mean nothing.
+
+    On a CPU each run of wanted rows is a call of its own, as if a chunk of the prompt were asked, so that rows that
+    nobody wants cost nothing; on a GPU, where that would have to be read back, all rows are asked. A pattern whose
+    blocks depend on which other queries are in the call chooses for each run by itself.
+
+    Args:
+        name: of the wrapper that asks.
+        inner: the pattern.
+        inputs: as for `build_index`.
+        grid: likewise.
+        wanted: bool [batch, rows].
+
+    Raises ValueError where the lists say what a kernel may skip.
+    """
+    if inputs.device.type != "cpu":
+        index: BlockIndex = inner.build_index(inputs, grid)
+        check_no_skip(name, index)
+        return index
+    if bool(wanted.all()):
+        whole: BlockIndex = inner.build_index(inputs, grid)
+        check_no_skip(name, whole)
+        return whole
+    masks = torch.zeros(inputs.batch, inputs.query_heads, grid.rows, grid.key_blocks, dtype=torch.bool)
+    unjudged = torch.zeros(inputs.batch, inputs.query_heads, dtype=torch.int64)
+    for b in range(inputs.batch):  # batch rows want others, and begin at other slots where there is padding
+        own = _of_batch_row(inputs, b)
+        for start, stop in _runs(wanted[b].tolist()):
+            begin = max(int(grid.anchor[b] + (grid.first[b] + start) * grid.block_q), inputs.query_start)
+            end = int(grid.anchor[b] + (grid.first[b] + stop) * grid.block_q)
+            end = min(end, inputs.query_start + inputs.queries)
+            if begin >= end:
+                continue
+            part = dataclasses.replace(
+                own, query=own.query[:, :, begin - inputs.query_start : end - inputs.query_start], query_start=begin
+            )
+            if part.key_valid is not None and not bool(part.key_valid[:, begin:end].any()):
+                continue
+            found = inner.build_index(part, BlockGrid.of(part, grid.block_q, grid.block_k))
+            check_no_skip(name, found)
+            mask = found.to_mask()
+            at = int(found.grid.first[0] - grid.first[b])
+            rows = min(mask.shape[2], grid.rows - at)
+            masks[b, :, at : at + rows, : mask.shape[3]] |= mask[0, :, :rows, : grid.key_blocks]
+            if found.unjudged is not None:
+                unjudged[b] += found.unjudged[0]
+    visible = grid.visible_block_mask(inputs)[:, None]
+    masks = masks & visible
+    masks |= visible & ~masks.any(-1, keepdim=True)  # rows of padding, and those that nobody wanted
+    return dataclasses.replace(BlockIndex.from_mask(grid, masks), unjudged=unjudged)
+
+
+def _runs(wanted: Sequence[bool]) -> list[tuple[int, int]]:
+    """[start, stop) of each run of True."""
+    edges = [n for n, (a, b) in enumerate(itertools.pairwise([False, *wanted, False])) if a != b]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _of_batch_row(inputs: AttentionInputs, b: int) -> AttentionInputs:
+    if inputs.batch == 1:
+        return inputs
+    cut: dict[str, Any] = {
+        name: None if getattr(inputs, name) is None else getattr(inputs, name)[b : b + 1]
+        for name in ("query", "key", "value", "key_valid", "segment")
+    }
+    return dataclasses.replace(inputs, **cut)
