@@ -84,6 +84,11 @@ class LastRowsDense:
         last = self._last(inputs, grid)[:, None]
         made = [dataclasses.replace(first, index=self._with_last_rows(first.index, inputs, grid))]
         for part in others:
+            if part.order is not None:
+                raise ValueError(
+                    f"{type(self.pattern).__name__} sorts queries, so that its last rows are not the last queries: "
+                    "leave out last_rows_dense"
+                )
             count = part.index.count.masked_fill(last, 0)
             made.append(dataclasses.replace(part, index=dataclasses.replace(part.index, count=count)))
         return tuple(made)

@@ -18,6 +18,7 @@ from sparseprefill.patterns.flashprefill import FlashPrefill
 from sparseprefill.patterns.flexprefill import FlexPrefill
 from sparseprefill.patterns.gna import Gna
 from sparseprefill.patterns.hip import Hip
+from sparseprefill.patterns.hyperattention import HyperAttention
 from sparseprefill.patterns.l_mul import LMul
 from sparseprefill.patterns.last_rows import Pattern
 from sparseprefill.patterns.layer_carry import LayerCarry
@@ -265,6 +266,10 @@ METHODS: dict[str, MethodRow] = {
         LMul, "selector", "blocks whose mean key fits the mean query, by additions alone", "arXiv:2410.00907", False,
         "own", share="keep", knob="keep", knobs=SHARES,
         cost="n + n^2 / tile, additions",
+    ),
+    "hyperattention": MethodRow(
+        HyperAttention, "selector", "blocks of alike hashes between halves, and drawn keys for all others: a baseline",
+        "arXiv:2310.05869", True, "own", (256, 256), cost="2 bits x n x log(n / segment)",
     ),
     "clusters": MethodRow(
         ClusterSegments, "selector", "tiles of keys that lie sorted by cluster in finished segments, and the own one",

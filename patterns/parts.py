@@ -7,7 +7,9 @@ Most patterns name blocks of the keys as they are, by `build_index`. One that la
 
 instead: inputs and an index for each of some disjoint sets of keys, whose results are joined by logsumexp. The first
 part is of the keys as they are, and carries what an index says of the whole call (`unjudged`). Where there are several
-parts, rows of an index may be empty. A pattern that changes the outputs has the verb `correct`: see `corrected`.
+parts, rows of an index may be empty. Queries of a part may stand in another order too, and its keys stand for more than
+themselves: sampled ones do, and then lse is an estimate of what dense attention has. A pattern that changes the outputs
+has the verb `correct`: see `corrected`.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ class Part:
 
     inputs: AttentionInputs  # of the same queries; keys and values may lie in another order
     index: BlockIndex  # on the grid of these inputs; all queries, keys of this part alone, rows may be empty
+    order: Tensor | None = None  # int64 [batch, query_heads, queries]: which query stands in each place; None: its own
+    log_weight: Tensor | None = None  # float [batch, 1, queries] by place: each key stands for exp of it many
 
 
 def parts_of(pattern: Any, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Part, ...]:
@@ -49,9 +53,22 @@ def attend(parts: Sequence[Part], impl: str = "auto", *, values: bool = True) ->
     sinks = parts[0].inputs.sinks
     own = [dataclasses.replace(part.inputs, sinks=None) for part in parts]
     results = [
-        block_sparse_attention(inputs, part.index, impl, values=values) for inputs, part in zip(own, parts, strict=True)
+        _placed(block_sparse_attention(inputs, part.index, impl, values=values), part)
+        for inputs, part in zip(own, parts, strict=True)
     ]
     return join_outputs(results, sinks if values else None)
+
+
+def _placed(result: AttentionOutput, part: Part) -> AttentionOutput:
+    """The result with the weight of its keys, and each query where it belongs."""
+    output, lse = result.output, result.lse
+    if part.log_weight is not None:
+        lse = lse + part.log_weight.to(lse.dtype)
+    if part.order is not None:
+        lse = torch.empty_like(lse).scatter_(2, part.order, lse)
+        if output is not None:
+            output = torch.empty_like(output).scatter_(2, part.order[..., None].expand_as(output), output)
+    return dataclasses.replace(result, output=output, lse=lse)
 
 
 def corrected(
