@@ -32,8 +32,12 @@ _LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (4, 1.5, 1, 1.5)))
 _LABELS = {"density": "density (less to the left)", "work": "tile work and finding the blocks (less to the left)"}
 
 
-def draw_selectors(result: SelectorResult, groups: Sequence[str] | None = None) -> Figure:
+def draw_selectors(
+    result: SelectorResult, groups: Sequence[str] | None = None, kind: str | None = None
+) -> Figure:  # fmt: skip
     """A column for each group (None: all), on the common tile: a panel by density, and one by work where it is known.
+
+    `kind`: families of this kind alone (of `sparseprefill.patterns.methods.KINDS`), each as in the whole picture.
 
     A curve for each family that is drawn, each with a colour, a mark and a line of its own; controls are dotted in
     thin lines, curves with a knob for each head are dotted without marks. A grey band is the Pareto front of all
@@ -47,6 +51,14 @@ def draw_selectors(result: SelectorResult, groups: Sequence[str] | None = None) 
         raise ValueError(f"there is no group {strangers}: choose from {', '.join(result.groups)}")
     drawn = {group: [each for each in result.on(group, result.tile) if each.drawn] for group in wanted}
     styles = _styles([each for curves in drawn.values() for each in curves])
+    if kind is not None:
+        drawn = {group: [each for each in curves if each.kind == kind] for group, curves in drawn.items()}
+        if not any(drawn.values()):
+            raise ValueError(
+                f"there is no curve of kind {kind!r}: {', '.join(kinds_of(result)) or 'no kind'} can be drawn"
+            )
+        own = {each.family for curves in drawn.values() for each in curves}
+        styles = {family: style for family, style in styles.items() if family in own}
     axes_of = [each for each in AXES if each == "density" or any(c.work for curves in drawn.values() for c in curves)]
     across = min(_ABREAST, len(wanted))
     bands = [wanted[n : n + across] for n in range(0, len(wanted), across)]
@@ -61,6 +73,8 @@ def draw_selectors(result: SelectorResult, groups: Sequence[str] | None = None) 
         for band, some in enumerate(bands):
             for row, axis in enumerate(axes_of):
                 for column, group in enumerate(some):
+                    if not drawn[group]:
+                        continue
                     axes = panels[band * len(axes_of) + row, column]
                     axes.set_visible(True)
                     _panel(axes, drawn[group], axis, result.measure, styles)
@@ -161,11 +175,30 @@ def check_picture(path: Path) -> None:
         raise ValueError(f"the picture is a PNG file: name one that ends in .png, not {path.name}")
 
 
-def write_selectors(result: SelectorResult, path: Path, groups: Sequence[str] | None = None) -> None:
-    """`draw_selectors` as a PNG file; None: the groups of models, or all where there is none.
+def kinds_of(result: SelectorResult) -> list[str]:
+    """Kinds of which a family is drawn, in the order in which they come."""
+    return list(dict.fromkeys(each.kind for each in result.curves if each.drawn))
 
-    Raises what `check_picture` and `check_folder` raise.
+
+def kind_picture(path: Path, kind: str) -> Path:
+    """Where the picture of one kind goes, beside that of all: NAME_kind.png."""
+    return path.with_name(f"{path.stem}_{kind.replace(' ', '_')}{path.suffix}")
+
+
+def write_selectors(
+    result: SelectorResult, path: Path, groups: Sequence[str] | None = None, *, by_kind: bool = False
+) -> list[Path]:  # fmt: skip
+    """`draw_selectors` as a PNG file, and where it went; None: the groups of models, or all where there is none.
+
+    `by_kind`: also one for each kind of method, beside it (`kind_picture`). Raises what `check_picture` and
+    `check_folder` raise.
     """
     check_picture(path)
     check_folder(path)
-    write_bytes(path, to_png(draw_selectors(result, groups or of_models(result.groups) or None)))
+    wanted = groups or of_models(result.groups) or None
+    pictures = {path: draw_selectors(result, wanted)}
+    for kind in kinds_of(result) if by_kind else ():
+        pictures[kind_picture(path, kind)] = draw_selectors(result, wanted, kind)
+    for place, figure in pictures.items():
+        write_bytes(place, to_png(figure))
+    return list(pictures)

@@ -60,10 +60,11 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--out", type=_FILE, help="Write the curves as JSON.")
 @click.option("--png", type=_FILE, help="Write the curves as a picture.")
+@click.option("--by-kind", is_flag=True, help="For --png: also a picture for each kind of method, NAME_kind.png.")
 @click.option("--markdown", is_flag=True, help="Print Markdown tables.")
 def compare(
     captures: tuple[Path, ...], densities: tuple[float, ...], works: tuple[float, ...] | None, knobs_at: float | None,
-    out: Path | None, png: Path | None, markdown: bool, **given: Any,
+    out: Path | None, png: Path | None, by_kind: bool, markdown: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Compare what methods keep of the attention at equal density and equal work, each over a sweep of its knob.
 
@@ -82,6 +83,8 @@ def compare(
             if file is not None:
                 refuse_input(file, [*captures, *([prompts] if (prompts := given["prompts"]) else [])])
                 check_folder(file)  # before minutes of measuring
+        if by_kind and png is None:
+            raise ValueError("--by-kind goes with --png, the picture of all methods")
         if png is not None:
             check_picture(png)
             refuse_input(png, [] if out is None else [out])
@@ -101,8 +104,8 @@ def compare(
             write_text(out, lines + "\n")
             click.echo(f"wrote {out}")
         if png is not None:
-            write_selectors(found, png)
-            click.echo(f"wrote {png}")
+            for picture in write_selectors(found, png, by_kind=by_kind):
+                click.echo(f"wrote {picture}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,14 @@ import pytest
 from sparseprefill.evals.curves import Curve
 from sparseprefill.evals.ranking import Place, Standing, places, standings
 from sparseprefill.evals.selector_result import SelectorResult
-from sparseprefill.evals.selectors_figures import _styles, draw_selectors, pareto_front
+from sparseprefill.evals.selectors_figures import (
+    _styles,
+    draw_selectors,
+    kind_picture,
+    kinds_of,
+    pareto_front,
+    write_selectors,
+)
 
 
 def curve(group: str, family: str, points: dict[float, float], **fields: Any) -> Curve:
@@ -146,3 +154,22 @@ def test_fourteen_methods_look_unlike_one_another() -> None:
     assert {axes.get_title() for axes in panels} == {"g", "h", "i", "j", ""}
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 16
+
+
+def test_each_kind_has_a_picture_of_its_own(tmp_path: Path) -> None:
+    some = [curve("g", "block_sparse", {0.1: 0.4, 0.5: 0.8}), curve("g", "sale", {0.1: 0.5, 0.5: 0.7}),
+            curve("g", "random", {0.1: 0.3, 0.5: 0.7}, kind="static"),
+            curve("g", "skip", {0.3: 0.9}, kind="kernel option")]  # fmt: skip
+    result = SelectorResult(tuple(some))
+    assert kinds_of(result) == ["selector", "static", "kernel option"]
+    path = tmp_path / "all.png"
+    names = ["all.png", "all_selector.png", "all_static.png", "all_kernel_option.png"]
+    assert [each.name for each in write_selectors(result, path, ["g"], by_kind=True)] == names
+    assert all((tmp_path / name).stat().st_size > 1000 for name in names)
+    assert write_selectors(result, path, ["g"]) == [path]
+    assert kind_picture(path, "wrapper").name == "all_wrapper.png"
+    (legend,) = draw_selectors(result, ["g"], "static").legends
+    assert "random" in [text.get_text() for text in legend.get_texts()]
+    assert "sale" not in [text.get_text() for text in legend.get_texts()]
+    with pytest.raises(ValueError, match="there is no curve of kind 'wrapper'"):
+        draw_selectors(result, ["g"], "wrapper")
