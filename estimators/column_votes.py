@@ -50,7 +50,7 @@ def rows_that_vote(inputs: AttentionInputs, recent: int, spread: int, seed: int)
         before = (tail - recent - start).clamp(min=0)
         draw = torch.rand(spread, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         stretch = torch.arange(spread, dtype=torch.float64) + draw
-        place = (before.double() * (stretch / spread).to(inputs.device)).floor().to(torch.int64)
+        place = (before.double() * (stretch / spread).to(inputs.device, non_blocking=True)).floor().to(torch.int64)
         slot = torch.cat([torch.where(place < before, start + place, -1), slot], 1)
     asked = slot >= start
     place = (slot - inputs.query_start).clamp(min=0)

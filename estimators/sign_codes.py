@@ -54,7 +54,7 @@ class SignCodes:
             torch.linalg.qr(torch.randn(dim, dim, generator=draw, dtype=torch.float64)).Q
             for _ in range(-(-self.bits // dim))
         ]
-        return torch.cat(made)[: self.bits].to(inputs.device, accurate(inputs.query))
+        return torch.cat(made)[: self.bits].to(inputs.device, accurate(inputs.query), non_blocking=True)
 
     def of_keys(self, inputs: AttentionInputs, along: Tensor) -> Codes:
         """Codes of all keys that may be seen, less their mean; those that are not valid are codes of nothing.
@@ -76,8 +76,9 @@ class SignCodes:
 
     def logits(self, query: Codes, key: Codes, inputs: AttentionInputs) -> Tensor:
         """[batch, query_heads, queries, keys], soft-capped as the model's own."""
-        grouped = query.sign.unflatten(1, (key.sign.shape[1], -1))
-        alike = torch.einsum("bkgid,bkjd->bkgij", grouped, key.sign).flatten(1, 2)  # bits - 2 * differing ones
         group = query.sign.shape[1] // key.sign.shape[1]
-        length = query.norm * key.norm.repeat_interleave(group, 1).mT
-        return scaled(torch.cos(torch.pi * (self.bits - alike) / (2 * self.bits)) * length, inputs)
+        grouped = query.sign.unflatten(1, (-1, group)).flatten(2, 3)
+        alike = (grouped @ key.sign.mT).view(*query.sign.shape[:3], -1)  # bits - 2 * differing ones
+        cosine = alike.sub_(self.bits).mul_(torch.pi / (2 * self.bits)).cos_()  # cos(-x) is cos(x)
+        length = key.norm.repeat_interleave(group, 1).mT
+        return scaled(cosine.mul_(query.norm).mul_(length), inputs)

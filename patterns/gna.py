@@ -134,7 +134,9 @@ class Gna:
             mask = mask | self._along(begin.clamp(min=low), end.clamp(max=high), before, length, grid)
         for span in self.spans:
             rows = -(-(grid.query_start + grid.queries) // grid.block_q)
-            inside = _tiles_of(span, grid.block_q, grid.block_k, rows, grid.key_blocks).to(inputs.device)
+            inside = _tiles_of(span, grid.block_q, grid.block_k, rows, grid.key_blocks).to(
+                inputs.device, non_blocking=True
+            )
             mask = mask | (inside[row.clamp(max=rows - 1)] & (row < rows)[..., None])
         visible = grid.visible_block_mask(inputs)
         mask = mask & visible

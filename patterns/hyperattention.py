@@ -92,7 +92,9 @@ class HyperAttention:
         """int64 [batch, heads, tokens]: the place of each vector's hash on the walk."""
         draw = torch.Generator().manual_seed(self.seed * 64 + 2 * level)
         direction = torch.randn(vectors.shape[-1], self.bits, generator=draw, dtype=torch.float64)
-        sign = (vectors.to(accurate(vectors)) @ direction.to(vectors.device, accurate(vectors)) > 0).to(torch.int64)
+        sign = (
+            vectors.to(accurate(vectors)) @ direction.to(vectors.device, accurate(vectors), non_blocking=True) > 0
+        ).to(torch.int64)
         place = sign[..., 0]
         last = place
         for bit in range(1, self.bits):  # a walk on which one sign changes at a time: each bit flips with those before
@@ -200,7 +202,11 @@ class HyperAttention:
         draw = torch.Generator().manual_seed(self.seed * 64 + 2 * level + 1)
         # halves first: a longer prompt draws the same numbers for its beginning
         share = torch.rand(halves, inputs.kv_heads, blocks, self.block, generator=draw, dtype=torch.float64)
-        number = (share.transpose(0, 1).to(inputs.device) * others[:, None, ..., None]).floor().to(torch.int64)
+        number = (
+            (share.transpose(0, 1).to(inputs.device, non_blocking=True) * others[:, None, ..., None])
+            .floor()
+            .to(torch.int64)
+        )
         number = torch.where(number >= edge[:, None, :, :-1, None], number + inside[:, None, ..., None], number)
         flat = (
             before[:, None, :, 1:].expand(-1, inputs.kv_heads, -1, -1).contiguous()

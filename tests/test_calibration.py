@@ -572,7 +572,7 @@ def test_every_method_says_what_finding_takes(method: str, device: str) -> None:
         pytest.skip("asks the GPU what can multiply its codes")
     pattern = METHODS[method].build(**({"inner": BlockSparse(keep=0.1)} if METHODS[method].wraps else {}))
     stated = expected_overhead(pattern, torch.device(device), 64, 64, 64)
-    assert stated.share < 3
+    assert stated.share < (8 if method == "sign_code" else 3)  # its page says that it takes longer than attention
     assert stated.fixed_tokens > 0
     if METHODS[method].kind != "static":
         assert stated.share + stated.per_key > 0

@@ -335,6 +335,22 @@ class TestSelectorContract:
         assert torch.equal(index.to_mask()[:, :, :-2], plain[:, :, :-2])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", CASES)
+def test_a_gpu_chooses_what_the_cpu_does_and_reads_nothing_back(method: str) -> None:
+    inputs = make_inputs(queries=250, head_dim=8, dtype=torch.float64)
+    want = index_of(CASES[method].pattern, inputs).to_mask()
+    there = dataclasses.replace(inputs, **{n: getattr(inputs, n).cuda() for n in ("query", "key", "value")})
+    index_of(CASES[method].pattern, there)  # what is made once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        index = index_of(CASES[method].pattern, there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(index.to_mask().cpu(), want)
+
+
 @pytest.mark.parametrize("density", [0.3, 0.5, 0.8])
 def test_vertical_slash_fills_its_density_and_no_more(density: float) -> None:
     inputs = make_inputs(queries=3200, head_dim=8)
