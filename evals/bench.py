@@ -23,7 +23,7 @@ from sparseprefill.coverage import coverage
 from sparseprefill.kernels import IMPLEMENTATIONS, block_sparse_attention, why_not
 from sparseprefill.kernels.join import join_outputs
 from sparseprefill.kernels.reference import reference_attention
-from sparseprefill.patterns.parts import Part
+from sparseprefill.patterns.parts import Part, placed
 from sparseprefill.profile_memory import available_bytes, longest_that_fits, out_of_memory
 from sparseprefill.reports import number, table
 
@@ -288,7 +288,10 @@ def _sampled(inputs: AttentionInputs, index: BlockIndex) -> tuple[AttentionInput
 
 
 def _reference(parts: Sequence[Part], dtype: torch.dtype) -> tuple[Tensor, slice]:
-    """What the oracle gives for the sampled rows, and where they are."""
+    """What the oracle gives for the sampled rows, and where they are; for all of them where queries are sorted."""
+    if any(part.order is not None for part in parts):
+        whole = [reference_attention(part.inputs, part.index, dtype=dtype) for part in parts]
+        return _output(join_outputs(list(map(placed, whole, parts)))).cpu(), slice(None)
     sampled = [_sampled(part.inputs, part.index) for part in parts]
     results = [reference_attention(inputs, rows, dtype=dtype) for inputs, rows, _ in sampled]
     if len(results) > 1:  # the join is no part of what is rounded

@@ -23,7 +23,7 @@ from sparseprefill.evals.curves import Refusal, SelectorTime
 from sparseprefill.kernels import block_sparse_attention
 from sparseprefill.patterns import Dense, Pattern
 from sparseprefill.patterns.nested import estimator_work
-from sparseprefill.patterns.parts import Part, attend, corrected, parts_coverage, parts_of
+from sparseprefill.patterns.parts import attend, attended, corrected, parts_coverage, parts_of
 from sparseprefill.patterns.scores import BINS, LayerScores, lost_edges, score, scored_rows, summarise
 
 Tile = tuple[int, int]
@@ -228,11 +228,6 @@ class _Watched:
         return index
 
 
-def _attended(pattern: Any, inputs: AttentionInputs, parts: Sequence[Part]) -> AttentionOutput:
-    """What a patch computes once the blocks are known."""
-    return corrected(pattern, inputs, parts, attend(parts))
-
-
 def nearest(scored: Scored, densities: Sequence[float]) -> list[int]:
     """Places of the settings of each family but dense that come nearest to these densities, each once."""
     density = scored.density.mean(0).tolist()
@@ -259,7 +254,7 @@ def timed(
     for place in places:
         pattern = scored.chosen[place].pattern
         contenders[f"find {place}"] = functools.partial(parts_of, pattern, inputs, grid)
-        contenders[f"attend {place}"] = functools.partial(_attended, pattern, inputs, parts_of(pattern, inputs, grid))
+        contenders[f"attend {place}"] = functools.partial(attended, pattern, inputs, parts_of(pattern, inputs, grid))
     seconds = median_seconds(inputs, contenders, repeats)
     dense = seconds["dense"]
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +59,19 @@ class MethodSpec:
             return MethodSpec(name, options)
         if name == "flexprefill":  # the best tiles of a map; mass lies on the short rows, whose tiles are few
             return MethodSpec(name, {**METHODS[name].fixed, "gamma": round(min(1.0, 2.5 * density), 4)})
-        if name == "skip_softmax":
+        if name == "local_stride":  # every n-th block beside the window
+            stride = METHODS[name].fixed["stride"]
+            local = max(0.005, (density - 1 / stride) / (1 - 1 / stride))
+            return MethodSpec(name, {**METHODS[name].fixed, "local": round(local, 4)})
+        if name == "gna":  # a window of a share s of the prompt holds 2 s - s^2 of the pairs
+            return MethodSpec(name, {**METHODS[name].fixed, "window": round(1 - math.sqrt(1 - density), 4)})
+        if name in ("snapkv", "vote_columns"):  # columns are kept by all rows behind them, as if all stood in front
+            return MethodSpec(name, {"keep": round(1 - math.sqrt(1 - density), 4), "local": 64})
+        if name == "zipvl":
+            return MethodSpec(name, {"keep": round(1 - math.sqrt(1 - density), 4), "local": 64})
+        if name == "hyperattention":
+            return MethodSpec(name, {"segment": 512, "block": 64})
+        if METHODS[name].wraps and name != "pbs":
             return MethodSpec(name, {"inner": "block_sparse", "keep": density})
         return MethodSpec.at_density(name, density)
 

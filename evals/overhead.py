@@ -27,7 +27,7 @@ from sparseprefill.kernels.products import ProductShape, choose_product
 from sparseprefill.patterns import Dense, ModelPatterns, Sale
 from sparseprefill.patterns.methods import METHODS
 from sparseprefill.patterns.nested import products_of
-from sparseprefill.patterns.parts import Part, attend, parts_coverage, parts_of
+from sparseprefill.patterns.parts import Part, attend, attended, parts_coverage, parts_of
 from sparseprefill.prefill import resolve_method
 from sparseprefill.reports import number, table
 
@@ -116,7 +116,11 @@ def every(methods: Sequence[str], density: float = DENSITY) -> list[MethodSpec]:
     """The methods that are meant, each once: ALL stands for all of the table that find blocks, at about a density."""
     specs: dict[str, MethodSpec] = {}
     for text in methods:
-        names = [name for name, row in METHODS.items() if row.pattern is not Dense and not row.names]
+        names = [
+            name
+            for name, row in METHODS.items()
+            if row.pattern is not Dense and not (row.names and row.profile is not None)
+        ]
         for spec in (
             [MethodSpec.about_density(name, density) for name in names] if text == ALL else [MethodSpec.parse(text)]
         ):
@@ -140,7 +144,7 @@ def _cells(inputs: AttentionInputs, patterns: dict[str, Any], repeats: int) -> l
     contenders: dict[str, Callable[[], Any]] = {"dense": lambda: dense_attention(inputs), "int8": _int8(inputs)}
     for label, pattern in patterns.items():
         contenders[f"find {label}"] = functools.partial(parts_of, pattern, inputs, grid)
-        contenders[f"attend {label}"] = functools.partial(attend, found[label])
+        contenders[f"attend {label}"] = functools.partial(attended, pattern, inputs, found[label])
     seconds = median_seconds(inputs, contenders, repeats)
     dense = seconds["dense"]
     share = inputs.head_dim / (inputs.head_dim + inputs.value_dim)  # of a pair's multiply-adds, that are products

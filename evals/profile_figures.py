@@ -31,7 +31,10 @@ TYPE_COLOURS = {
 }
 """Of the types that the profiler chooses, in every picture of every profile: told apart with any colour vision."""
 
-_MORE_COLOURS = ("#8C6BB1", "#B5E48C", "#7F4F24", "#E5989B", "#17BECF", "#274C77", "#FFB5A7", "#606C38")
+_MORE_COLOURS = (
+    "#8C6BB1", "#B5E48C", "#7F4F24", "#E5989B", "#17BECF", "#274C77", "#FFB5A7", "#606C38", "#B5179E", "#2D6A4F",
+    "#9D0208",
+)  # fmt: skip
 
 _LETTERS = {
     "dense": "D",

@@ -53,13 +53,13 @@ def attend(parts: Sequence[Part], impl: str = "auto", *, values: bool = True) ->
     sinks = parts[0].inputs.sinks
     own = [dataclasses.replace(part.inputs, sinks=None) for part in parts]
     results = [
-        _placed(block_sparse_attention(inputs, part.index, impl, values=values), part)
+        placed(block_sparse_attention(inputs, part.index, impl, values=values), part)
         for inputs, part in zip(own, parts, strict=True)
     ]
     return join_outputs(results, sinks if values else None)
 
 
-def _placed(result: AttentionOutput, part: Part) -> AttentionOutput:
+def placed(result: AttentionOutput, part: Part) -> AttentionOutput:
     """The result with the weight of its keys, and each query where it belongs."""
     output, lse = result.output, result.lse
     if part.log_weight is not None:
@@ -78,6 +78,11 @@ def corrected(
     own = getattr(pattern, "correct", None)
     changed: AttentionOutput = own(inputs, tuple(parts), result) if callable(own) else result
     return changed
+
+
+def attended(pattern: Any, inputs: AttentionInputs, parts: Sequence[Part], impl: str = "auto") -> AttentionOutput:
+    """What a patch computes once the blocks are known: attention over the parts, corrected where a pattern does so."""
+    return corrected(pattern, inputs, parts, attend(parts, impl))
 
 
 def parts_coverage(parts: Sequence[Part], skipped: Tensor | None = None) -> Coverage:

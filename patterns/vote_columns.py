@@ -103,6 +103,11 @@ class VoteColumns:
             )
 
     @property
+    def estimated_by(self) -> tuple[object, ...]:
+        """What finding the columns takes depends on these; see `estimator_name`."""
+        return self.probe, self.spread, self.superblock, self.voters, self.unit
+
+    @property
     def in_parts(self) -> bool:
         """Whether keys are gathered; see `sparseprefill.patterns.parts`."""
         return self.unit == "token"

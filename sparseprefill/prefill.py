@@ -21,7 +21,7 @@ from sparseprefill.patterns.context_methods import CONTEXT_METHODS, ContextRow
 from sparseprefill.patterns.expected_overhead import NOTHING, Overhead
 from sparseprefill.patterns.methods import DEFAULT, DEFAULT_OPTIONS, METHODS, MethodRow
 from sparseprefill.patterns.names import nearest_name
-from sparseprefill.patterns.parts import Part, attend, corrected, parts_coverage, parts_of, without_heads
+from sparseprefill.patterns.parts import Part, attended, parts_coverage, parts_of, without_heads
 from sparseprefill.patterns.store import INSIDE, SALE_INSIDE, ModelPatterns, load_patterns
 
 
@@ -247,7 +247,7 @@ def _prefill(
     built = time.perf_counter()
     if events:
         events[1].record()
-    result = corrected(pattern, inputs, parts, attend(parts, impl))
+    result = attended(pattern, inputs, parts, impl)
     done = time.perf_counter()
     if events:
         events[2].record()

@@ -183,7 +183,7 @@ class TestOverheads:
         grid = BlockGrid.of(inputs, 64, 64)
         tiles = grid.rows * (grid.rows + 1) / 2
         for spec in overheads.every(["all", "block_sparse:keep=0.5", "all"]):
-            if spec.name in ("sale", "clusters", "pbs"):  # the one is slow, the others count in parts
+            if spec.name in ("sale", "sign_code", "clusters", "pbs", "hyperattention"):  # slow, or counted in parts
                 continue
             index = resolve_method(spec.name, **spec.options).build_index(inputs, grid)
             density = float(index.count.float().mean(1).sum()) / tiles
