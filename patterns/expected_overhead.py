@@ -125,7 +125,7 @@ def estimator_name(pattern: Any) -> str:
             getattr(pattern, each.name) for each in dataclasses.fields(pattern) if each.name != "inner" and each.repr
         ]
         return f"{name}({', '.join(map(str, own))}) around {estimator_name(pattern.inner)}"
-    family = getattr(pattern, "family", None) or getattr(pattern, "estimated_by", ())
+    family: tuple[Any, ...] = getattr(pattern, "family", None) or getattr(pattern, "estimated_by", ())
     told = ", ".join(str(each) for each in family if not isinstance(each, type))
     return f"{name}({told})" if told else name
 
