@@ -73,6 +73,9 @@ class MethodSpec:
             return MethodSpec(name, {"keep": round(1 - math.sqrt(1 - density), 4), "local": 64})
         if name == "hyperattention":
             return MethodSpec(name, {"segment": 512, "block": 64})
+        if name == "union":
+            half = round(density / 2, 4)
+            return MethodSpec(name, {"inner": "block_sparse", "other": f"a_shape:sink=64:window={half}", "keep": half})
         if METHODS[name].wraps and name != "pbs":
             return MethodSpec(name, {"inner": "block_sparse", "keep": density})
         return MethodSpec.at_density(name, density)

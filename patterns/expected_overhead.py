@@ -125,7 +125,8 @@ def estimator_name(pattern: Any) -> str:
             getattr(pattern, each.name) for each in dataclasses.fields(pattern) if each.name != "inner" and each.repr
         ]
         return f"{name}({', '.join(map(str, own))}) around {estimator_name(pattern.inner)}"
-    family: tuple[Any, ...] = getattr(pattern, "family", None) or getattr(pattern, "estimated_by", ())
+    family: Any = getattr(pattern, "family", None)
+    family = getattr(pattern, "estimated_by", ()) if family is None else family
     told = ", ".join(str(each) for each in family if not isinstance(each, type))
     return f"{name}({told})" if told else name
 
