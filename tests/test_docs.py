@@ -40,6 +40,8 @@ from sparseprefill.patterns.context_methods import CONTEXT_METHODS, ContextRow, 
 from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.expected_overhead import expected_overhead
 from sparseprefill.patterns.methods import DEFAULT, METHODS, MethodRow
+from sparseprefill.plan import plan
+from sparseprefill.plan_check import PlanCheck, check_table
 from sparseprefill.prefill import COST_MODELS, method_page, methods_table, resolve_method
 from sparseprefill.reports import number
 
@@ -380,6 +382,8 @@ def rows_to_be(name: str, written: dict[str, Any]) -> list[list[str]]:
         return cells_of(scan_table([RecallCell(**cell) for cell in written["cells"]], markdown=True))
     if name == "context_recall_cpu.json, distances":
         return cells_of(distance_table([HeadDistance(**each) for each in written["distances"]], markdown=True))
+    if name == "plan_cpu.json":
+        return cells_of(check_table([PlanCheck(**each) for each in written["checks"]], markdown=True))
     if name == "context_levels_cpu.json":
         return cells_of(level_table([LevelCell(**cell) for cell in written["cells"]], markdown=True))
     if name == "never_slower_cpu.json":
@@ -394,6 +398,24 @@ def rows_to_be(name: str, written: dict[str, Any]) -> list[list[str]]:
     printed = cells_of(overhead_table([OverheadCell(**cell) for cell in written["cells"]], markdown=True))
     columns = {"method", "dtype", "estimate / dense", "products / dense", "estimate / products", "density"}
     return [[cell for cell, title in zip(row, printed[0], strict=True) if title in columns] for row in printed]
+
+
+def test_predictions_on_the_page_are_what_a_plan_says() -> None:
+    """The shorter length, of the methods that are quickly counted."""
+    section = PAGES["docs/plan.md"].partition("## A prediction")[2]
+    shown = {tuple(cells[:3]): cells for cells in cells_of(section[section.index("| model") :])[1:]}
+    methods = [
+        ("a_shape:window=4096", "a_shape", {"window": 4096}),
+        ("block_sparse:keep=0.1", "block_sparse", {"keep": 0.1}),
+    ]
+    for name in ("Llama-3.1-8B", "Qwen3-8B"):
+        for found in plan(str(ROOT / "tests/data/configs" / name.lower()), (32768,), methods, device="H200").plans:
+            (own,) = found.layers
+            cells = shown[name, "32768", found.method]
+            assert cells[3:] == [
+                number(own.tiles.share()), number(own.bound, 2), number(own.speedup, 2), number(found.attention_share),
+                number(found.bound, 2), number(found.dense_seconds, 3), number(found.memory["cache"] / 2**30, 2),
+            ]  # fmt: skip
 
 
 def cells_of(table: str) -> list[list[str]]:
@@ -417,6 +439,7 @@ def cells_of(table: str) -> list[list[str]]:
         ("context_recall_cpu.json", "docs/context.md"),
         ("context_recall_cpu.json, distances", "docs/context.md"),
         ("context_levels_cpu.json", "docs/context.md"),
+        ("plan_cpu.json", "docs/plan.md"),
     ],
 )
 def test_tables_of_results_are_those_of_the_results(name: str, shown: str) -> None:
