@@ -343,6 +343,15 @@ def test_what_wrappers_gave_is_what_was_measured() -> None:
         assert cells[3:] == [number(each) for each in times], name
 
 
+def test_columns_against_blocks_is_what_was_measured() -> None:
+    result = SelectorResult.load(ROOT / "docs/results/compare_columns_cpu.json")
+    rows = list(rows_of(PAGES["docs/methods/vote_columns.md"].partition("## Single columns or blocks")[2]))
+    assert [name for name, *_ in rows] == ["snapkv", "snapkv:unit=token", "zipvl", "zipvl:unit=token"]
+    for name, *cells in rows:
+        curve = result.curve("model, 16384 tokens", name)
+        assert cells == [number(curve.at(density)) for density in (0.1, 0.2, 0.3)], name
+
+
 def test_when_clusters_pay_is_what_was_measured() -> None:
     result = SelectorResult.load(ROOT / "docs/results/compare_clusters_cpu.json")
     group = "model, 16384 tokens"
