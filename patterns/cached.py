@@ -20,13 +20,13 @@ from sparseprefill.estimators.mean_pooled import query_block_means
 from sparseprefill.estimators.selection import check_count
 from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead, stated_overhead
+from sparseprefill.patterns.nested import products_of
 from sparseprefill.patterns.wrapping import (
     check_asked_often,
     check_inner,
     index_of_rows,
     inner_for_layer,
-    inner_products,
-    is_dense,
+    keeps_everything,
 )
 
 
@@ -98,7 +98,7 @@ class Cached:
 
     def keeps_everything(self) -> bool:
         """Whether `inner` is dense by its kind."""
-        return is_dense(self.inner)
+        return keeps_everything(self.inner)
 
     def for_layer(self, layer: int) -> Cached:
         """What `inner` is in this layer."""
@@ -109,7 +109,7 @@ class Cached:
         taken = self.taken_from(inputs, grid)
         made = (taken == torch.arange(grid.rows, device=inputs.device)).any(0).double().mean()
         share = float(made) if inputs.device.type == "cpu" else 1.0
-        return share * inner_products(self.inner, inputs, grid) + grid.rows**2
+        return share * products_of(self.inner, inputs, grid) + grid.rows**2
 
     def expected_density(self, keys: int) -> float:
         return expected_density(self.inner, keys)

@@ -19,8 +19,10 @@ from sparseprefill.estimators.selection import check_tokens
 from sparseprefill.kernels.low_bit import accurate
 from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead, stated_overhead
+from sparseprefill.patterns.expected_tiles import tile_law
+from sparseprefill.patterns.nested import products_of
 from sparseprefill.patterns.parts import Part
-from sparseprefill.patterns.wrapping import check_inner, inner_for_layer, inner_law, inner_products, is_dense
+from sparseprefill.patterns.wrapping import check_inner, inner_for_layer, keeps_everything
 
 _LOGITS = 1 << 22  # of dense rows and keys that are held at one time
 
@@ -92,7 +94,7 @@ class DeltaCorrect:
 
     def keeps_everything(self) -> bool:
         """Whether `inner` is dense by its kind."""
-        return is_dense(self.inner)
+        return keeps_everything(self.inner)
 
     def for_layer(self, layer: int) -> DeltaCorrect:
         """What `inner` is in this layer."""
@@ -100,11 +102,11 @@ class DeltaCorrect:
 
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> float:
         """See `sparseprefill.patterns.nested`: `inner`'s, and those of the dense rows, with keys and with values."""
-        return inner_products(self.inner, inputs, grid) + 2.0 * -(-inputs.queries // self.every) * inputs.last_key
+        return products_of(self.inner, inputs, grid) + 2.0 * -(-inputs.queries // self.every) * inputs.last_key
 
     def tile_law(self) -> str:
         """See `sparseprefill.patterns.expected_tiles`."""
-        return inner_law(self.inner)
+        return tile_law(self.inner)
 
     def expected_density(self, keys: int) -> float:
         return min(1.0, expected_density(self.inner, keys) + 1 / self.every)

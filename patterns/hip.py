@@ -132,6 +132,7 @@ class Hip:
 
     def expected_density(self, keys: int) -> float:
         forced = kept_share(in_blocks(self.sink) + in_blocks(self.local), keys)
+        # small chunks share tiles, or take one each: between the two
         return min(1.0, forced + kept_share(self.keep, keys) * math.sqrt(self._tiles_of()))
 
     def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
@@ -208,4 +209,4 @@ def _best(score: Tensor, place: Tensor, alive: Tensor, count: Tensor, most: int)
     real = real & (torch.arange(most, device=score.device) < count[:, None, :, None])
     far = torch.iinfo(torch.int64).max // 4
     kept = torch.where(real, place.gather(3, order), far).sort(-1).values
-    return kept.clamp(max=far), kept < far
+    return kept, kept < far

@@ -208,9 +208,8 @@ class HyperAttention:
             .to(torch.int64)
         )
         number = torch.where(number >= edge[:, None, :, :-1, None], number + inside[:, None, ..., None], number)
-        flat = (
-            before[:, None, :, 1:].expand(-1, inputs.kv_heads, -1, -1).contiguous()
-        )  # the place of the n-th valid one
+        # in which the n-th valid one is looked up
+        flat = before[:, None, :, 1:].expand(-1, inputs.kv_heads, -1, -1).contiguous()
         place = torch.searchsorted(flat, number.flatten(3).contiguous(), right=True).clamp(max=half - 1)
         place = (place + torch.arange(halves, device=inputs.device)[:, None] * half).flatten(2)
         source = key_order.gather(2, (anchor[:, None, None] + place).clamp(max=keys - 1))

@@ -21,7 +21,8 @@ from sparseprefill.estimators.selection import check_count, check_share, check_t
 from sparseprefill.patterns.block_sparse import forced_blocks
 from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead, stated_overhead
-from sparseprefill.patterns.wrapping import check_inner, inner_for_layer, inner_products, is_dense
+from sparseprefill.patterns.nested import products_of
+from sparseprefill.patterns.wrapping import check_inner, inner_for_layer, keeps_everything
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,7 +116,7 @@ class LayerCarry:
 
     def keeps_everything(self) -> bool:
         """Nothing is dead before a second layer; after that even a dense pattern loses blocks."""
-        return self.layer is None and is_dense(self.inner)
+        return self.layer is None and keeps_everything(self.inner)
 
     def for_layer(self, layer: int) -> LayerCarry:
         """This layer's, which carries on what the others have left."""
@@ -124,7 +125,7 @@ class LayerCarry:
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> float:
         """See `sparseprefill.patterns.nested`. Keys are met twice by those who vote."""
         own = 0.0 if self.layer is None else 2.0 * min(self.probe, inputs.queries) * inputs.last_key
-        return inner_products(self.inner, inputs, grid) + own
+        return products_of(self.inner, inputs, grid) + own
 
     def expected_density(self, keys: int) -> float:
         return expected_density(self.inner, keys)

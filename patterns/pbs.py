@@ -21,6 +21,7 @@ from sparseprefill.patterns.block_sparse import BlockSparse
 from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.expected_density import expected_density, kept_share
 from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead, stated_overhead
+from sparseprefill.patterns.nested import products_of
 from sparseprefill.patterns.parts import Part
 from sparseprefill.patterns.segments import (
     behind_alone,
@@ -30,7 +31,7 @@ from sparseprefill.patterns.segments import (
     own_segments,
     segments_behind,
 )
-from sparseprefill.patterns.wrapping import check_asked_often, check_names_blocks_alone
+from sparseprefill.patterns.wrapping import check_asked_often, check_names_blocks_alone, inner_for_layer
 
 PUBLISHED = BlockSparse(mass=0.9, sink=0, local=0)
 """What the paper's own experiments go around."""
@@ -103,14 +104,11 @@ class Pbs:
 
     def for_layer(self, layer: int) -> Pbs:
         """What `inner` is in this layer."""
-        own = getattr(self.inner, "for_layer", None)
-        return dataclasses.replace(self, inner=own(layer)) if callable(own) else self
+        return dataclasses.replace(self, inner=inner_for_layer(self.inner, layer))
 
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> float:
         """See `sparseprefill.patterns.nested`."""
-        own = getattr(self.inner, "estimator_products", None)
-        inner = float(own(inputs, grid)) if callable(own) else 0.0
-        return inner + min(self.probe, inputs.queries) * inputs.last_key
+        return products_of(self.inner, inputs, grid) + min(self.probe, inputs.queries) * inputs.last_key
 
     def expected_density(self, keys: int) -> float:
         return min(1.0, expected_density(self.inner, keys) + kept_share(self.segment, keys))

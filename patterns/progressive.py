@@ -19,15 +19,15 @@ from sparseprefill.estimators.selection import check_count, check_share
 from sparseprefill.kernels.low_bit import accurate
 from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead, stated_overhead
+from sparseprefill.patterns.expected_tiles import tile_law
+from sparseprefill.patterns.nested import products_of
 from sparseprefill.patterns.wrapping import (
     check_asked_often,
     check_inner,
     check_no_skip,
     index_of_rows,
     inner_for_layer,
-    inner_law,
-    inner_products,
-    is_dense,
+    keeps_everything,
 )
 
 _LOGITS = 1 << 22  # of rows and keys that are held at one time
@@ -59,7 +59,7 @@ class Progressive:
         check_asked_often("progressive", self.inner)
 
     def build_index(self, inputs: AttentionInputs, grid: BlockGrid) -> BlockIndex:
-        if is_dense(self.inner) or not inputs.last_key:
+        if keeps_everything(self.inner) or not inputs.last_key:
             whole: BlockIndex = self.inner.build_index(inputs, grid)
             return whole
         coarse = rounded(inputs, self.bits)
@@ -106,7 +106,7 @@ class Progressive:
 
     def keeps_everything(self) -> bool:
         """Whether `inner` is dense by its kind."""
-        return is_dense(self.inner)
+        return keeps_everything(self.inner)
 
     def for_layer(self, layer: int) -> Progressive:
         """What `inner` is in this layer."""
@@ -114,11 +114,11 @@ class Progressive:
 
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> float:
         """See `sparseprefill.patterns.nested`: `inner`'s twice, if all rows are flat, and each row with each key."""
-        return 2 * inner_products(self.inner, inputs, grid) + grid.rows * inputs.last_key
+        return 2 * products_of(self.inner, inputs, grid) + grid.rows * inputs.last_key
 
     def tile_law(self) -> str:
         """See `sparseprefill.patterns.expected_tiles`."""
-        return inner_law(self.inner)
+        return tile_law(self.inner)
 
     def expected_density(self, keys: int) -> float:
         return expected_density(self.inner, keys)

@@ -22,7 +22,9 @@ from sparseprefill.kernels.native_build import why_not_built
 from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead, stated_overhead
-from sparseprefill.patterns.wrapping import check_names_blocks_alone, inner_law
+from sparseprefill.patterns.expected_tiles import tile_law
+from sparseprefill.patterns.nested import products_of
+from sparseprefill.patterns.wrapping import check_names_blocks_alone, inner_for_layer
 
 ORDERS = ("score", "ascending")
 """In which a row's blocks are visited: those whose mean key fits best first, or as they lie."""
@@ -81,18 +83,17 @@ class SkipSoftmax:
 
     def for_layer(self, layer: int) -> SkipSoftmax:
         """What `inner` is in this layer."""
-        own = getattr(self.inner, "for_layer", None)
-        return dataclasses.replace(self, inner=own(layer)) if callable(own) else self
+        return dataclasses.replace(self, inner=inner_for_layer(self.inner, layer))
 
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> float:
         """See `sparseprefill.patterns.nested`."""
-        own = getattr(self.inner, "estimator_products", None)
-        inner = float(own(inputs, grid)) if callable(own) else 0.0
-        return inner + (MeanPooled().products(inputs, grid) if self.scale and self.order == "score" else 0)
+        return products_of(self.inner, inputs, grid) + (
+            MeanPooled().products(inputs, grid) if self.scale and self.order == "score" else 0
+        )
 
     def tile_law(self) -> str:
         """See `sparseprefill.patterns.expected_tiles`."""
-        return inner_law(self.inner)
+        return tile_law(self.inner)
 
     def expected_density(self, keys: int) -> float:
         return expected_density(self.inner, keys) * (1 - SKIPPED / 2 if self.scale else 1.0)

@@ -11,7 +11,9 @@ import torch
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead, stated_overhead
-from sparseprefill.patterns.wrapping import check_inner, inner_for_layer, inner_law, inner_products, is_dense
+from sparseprefill.patterns.expected_tiles import tile_law
+from sparseprefill.patterns.nested import products_of
+from sparseprefill.patterns.wrapping import check_inner, inner_for_layer, keeps_everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Union:
 
     def keeps_everything(self) -> bool:
         """Whether one of them is dense by its kind."""
-        return is_dense(self.inner) or is_dense(self.other)
+        return keeps_everything(self.inner) or keeps_everything(self.other)
 
     def for_layer(self, layer: int) -> Union:
         """What they are in this layer."""
@@ -50,11 +52,11 @@ class Union:
 
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> float:
         """See `sparseprefill.patterns.nested`."""
-        return inner_products(self.inner, inputs, grid) + inner_products(self.other, inputs, grid)
+        return products_of(self.inner, inputs, grid) + products_of(self.other, inputs, grid)
 
     def tile_law(self) -> str:
         """See `sparseprefill.patterns.expected_tiles`."""
-        return "positions" if {inner_law(self.inner), inner_law(self.other)} == {"positions"} else "content"
+        return "positions" if {tile_law(self.inner), tile_law(self.other)} == {"positions"} else "content"
 
     def expected_density(self, keys: int) -> float:
         return min(1.0, expected_density(self.inner, keys) + expected_density(self.other, keys))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.patterns.dense import Dense
+from sparseprefill.patterns.last_rows import LastRowsDense
+from sparseprefill.patterns.per_head import PerHead
 
 
 def check_inner(name: str, inner: Any) -> None:
@@ -56,22 +58,14 @@ def inner_for_layer(inner: Any, layer: int) -> Any:
     return own(layer) if callable(own) else inner
 
 
-def inner_products(inner: Any, inputs: AttentionInputs, grid: BlockGrid) -> float:
-    """What finding its blocks costs; see `sparseprefill.patterns.nested`."""
-    own = getattr(inner, "estimator_products", None)
-    return float(own(inputs, grid)) if callable(own) else 0.0
-
-
-def is_dense(inner: Any) -> bool:
-    """Whether a wrapped pattern is dense by its kind."""
-    own = getattr(inner, "keeps_everything", None)
-    return bool(own()) if callable(own) else isinstance(inner, Dense)
-
-
-def inner_law(inner: Any) -> str:
-    """What the number of its tiles depends on; see `sparseprefill.patterns.expected_tiles`."""
-    own = getattr(inner, "tile_law", None)
-    return str(own()) if callable(own) else "content"
+def keeps_everything(pattern: Any) -> bool:
+    """Whether a pattern is dense by its kind."""
+    if isinstance(pattern, PerHead):
+        return all(map(keeps_everything, pattern.patterns))
+    if isinstance(pattern, LastRowsDense):
+        return keeps_everything(pattern.pattern)
+    own = getattr(pattern, "keeps_everything", None)  # a wrapper knows it
+    return bool(own()) if callable(own) else isinstance(pattern, Dense)
 
 
 def index_of_rows(name: str, inner: Any, inputs: AttentionInputs, grid: BlockGrid, wanted: Tensor) -> BlockIndex:

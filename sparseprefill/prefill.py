@@ -16,13 +16,14 @@ from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid,
 from sparseprefill.coverage import Coverage
 from sparseprefill.guard import Guard, GuardedCall, guarded
 from sparseprefill.kernels.row_lse import row_lse
-from sparseprefill.patterns import Dense, LastRowsDense, Pattern, PerHead
+from sparseprefill.patterns import LastRowsDense, Pattern, PerHead
 from sparseprefill.patterns.context_methods import CONTEXT_METHODS, ContextRow
 from sparseprefill.patterns.expected_overhead import NOTHING, Overhead
 from sparseprefill.patterns.methods import DEFAULT, DEFAULT_OPTIONS, METHODS, MethodRow
 from sparseprefill.patterns.names import nearest_name
 from sparseprefill.patterns.parts import Part, attended, parts_coverage, parts_of, without_heads
 from sparseprefill.patterns.store import INSIDE, SALE_INSIDE, ModelPatterns, load_patterns
+from sparseprefill.patterns.wrapping import keeps_everything as keeps_everything
 
 
 def resolve_method(
@@ -261,16 +262,6 @@ def _prefill(
     mass = kept_mass_sample(inputs, result.lse, sample_rows) if sample_rows else None
     seconds = None if on_gpu else (built - began, done - built)
     return Prefill(result, parts, parts_coverage(parts, result.skipped), mass, seconds, events, call)
-
-
-def keeps_everything(pattern: Any) -> bool:
-    """Whether a pattern is dense by its kind, so that there is nothing to guard."""
-    if isinstance(pattern, PerHead):
-        return all(map(keeps_everything, pattern.patterns))
-    if isinstance(pattern, LastRowsDense):
-        return keeps_everything(pattern.pattern)
-    own = getattr(pattern, "keeps_everything", None)  # a wrapper knows it
-    return bool(own()) if callable(own) else isinstance(pattern, Dense)
 
 
 def kept_mass_sample(inputs: AttentionInputs, lse: Tensor, rows: int) -> Tensor:

@@ -125,6 +125,16 @@ def test_a_chunk_is_met_by_few_keys_and_a_loud_one_is_found() -> None:
     assert mask[0, :, 20:, (192 + 16) // BLOCK].all()
 
 
+def test_probing_takes_what_its_page_says() -> None:
+    shares = {}
+    for length in (8192, 16384, 131072):
+        one = torch.zeros(1, 1, length, 1)
+        inputs = AttentionInputs(one, one, one, 1.0)
+        grid = BlockGrid.of(inputs, 64, 64)
+        shares[length] = round(Hip().estimator_products(inputs, grid) / (length**2 / 2), 3)
+    assert shares == {8192: 0.045, 16384: 0.045, 131072: 0.021}
+
+
 def test_probing_that_costs_too_much_keeps_everything_and_is_counted() -> None:
     inputs = make_inputs(query_heads=4, kv_heads=2, queries=320, head_dim=8)
     pattern = Hip(keep=32, sink=0, local=16, stages=((32, 0, 1), (16, 320, 1)), most=0.25)
