@@ -182,9 +182,10 @@ def checked(name: str, inputs: AttentionInputs, index: BlockIndex, output: Tenso
 def checked_parts(name: str, parts: Sequence[Part], output: Tensor) -> float:
     """`checked`, of attention over several parts of the keys; what a kernel may leave out of lists is computed."""
     inputs = parts[0].inputs
-    error = _error(parts, output)
-    plain, largest = _plain_error(parts)
-    allowed = 2 * (plain + torch.finfo(inputs.query.dtype).eps * largest)
+    exact, where = _reference(parts, torch.float64)
+    plain, _ = _reference(parts, inputs.query.dtype)  # of plain attention: what a kernel is held to
+    error, budget = (float((exact - each.cpu().double()).abs().max()) for each in (output[:, :, where], plain))
+    allowed = 2 * (budget + torch.finfo(inputs.query.dtype).eps * float(exact.abs().max()))
     if not error <= allowed:
         raise ValueError(f"{name} is wrong, so it is not timed: error {error:.2e}, allowed {allowed:.2e}")
     return error
@@ -298,18 +299,6 @@ def _reference(parts: Sequence[Part], dtype: torch.dtype) -> tuple[Tensor, slice
         exact = [reference_attention(inputs, rows) for inputs, rows, _ in sampled]
         results = [AttentionOutput(_output(own), one.lse) for own, one in zip(results, exact, strict=True)]
     return _output(join_outputs(results)), sampled[0][2]
-
-
-def _error(parts: Sequence[Part], output: Tensor) -> float:
-    exact, where = _reference(parts, torch.float64)
-    return float((exact - output[:, :, where].cpu().double()).abs().max())
-
-
-def _plain_error(parts: Sequence[Part]) -> tuple[float, float]:
-    """Error of plain attention in the dtype of the inputs, and the largest exact output: what a kernel is held to."""
-    plain, _ = _reference(parts, parts[0].inputs.query.dtype)
-    exact, _ = _reference(parts, torch.float64)
-    return float((exact - plain.double()).abs().max()), float(exact.abs().max())
 
 
 def _output(result: Any) -> Tensor:

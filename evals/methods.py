@@ -65,11 +65,7 @@ class MethodSpec:
             return MethodSpec(name, {**METHODS[name].fixed, "local": round(local, 4)})
         if name == "gna":  # a window of a share s of the prompt holds 2 s - s^2 of the pairs
             return MethodSpec(name, {**METHODS[name].fixed, "window": round(1 - math.sqrt(1 - density), 4)})
-        if name in (
-            "snapkv",
-            "vote_columns",
-            "zipvl",
-        ):  # as if all columns stood in front
+        if name in ("snapkv", "vote_columns", "zipvl"):  # as if all columns stood in front
             return MethodSpec(name, {"keep": round(1 - math.sqrt(1 - density), 4), "local": 64})
         if name == "tokenselect":  # beside it each row keeps half a stretch, in the mean
             return MethodSpec(name, {"keep": round(0.6 * density, 4), "superblock": 256, "sink": 64, "local": 64})
