@@ -81,7 +81,7 @@ class LMul:
         return max(kept_share(self.keep, keys), kept_share(in_blocks(self.sink) + in_blocks(self.local), keys))
 
     def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
-        """As block means; each addition is simulated by a dozen operations on a tensor of its own."""
+        """As block means; each addition is simulated by a dozen operations on a tensor of its own, as measured."""
         return stated_overhead(
-            device, head_dim, pairs=16 / (block_q * block_k), keys=16, tiles=1 / (block_q * block_k), steps=2.0
+            device, head_dim, pairs=400 / (block_q * block_k), keys=16, tiles=1 / (block_q * block_k), steps=2.0
         )

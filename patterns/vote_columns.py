@@ -166,14 +166,14 @@ class VoteColumns:
         return min(1.0, forced + chosen)
 
     def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
-        """The voters' products, twice, and a mask of all tiles."""
+        """The voters' products and softmax, each a pass over them, and a mask of all tiles."""
         if self.keep == 1.0:
             return stated_overhead(device, head_dim, steps=0.1)
         if self.superblock is not None:
-            pairs, tiles = 4 / self.superblock, 0.5 / (block_q * block_k)
+            pairs, tiles = 12 / self.superblock, 0.5 / (block_q * block_k)
             return stated_overhead(device, head_dim, pairs=pairs, tiles=tiles, steps=0.8)
         tiles = 0.25 / (block_q * block_k)
-        return stated_overhead(device, head_dim, keys=2 * (self.probe + self.spread), tiles=tiles, steps=0.8)
+        return stated_overhead(device, head_dim, keys=3 * (self.probe + self.spread), tiles=tiles, steps=0.8)
 
     def _forced(self, inputs: AttentionInputs, grid: BlockGrid) -> Tensor:
         """bool [batch, rows, key_blocks]: sink and local window; with superblocks also a row's own stretch."""
