@@ -181,11 +181,7 @@ def checked(name: str, inputs: AttentionInputs, index: BlockIndex, output: Tenso
 
 def checked_parts(name: str, parts: Sequence[Part], output: Tensor) -> float:
     """`checked`, of attention over several parts of the keys; what a kernel may leave out of lists is computed."""
-    inputs = parts[0].inputs
-    exact, where = _reference(parts, torch.float64)
-    plain, _ = _reference(parts, inputs.query.dtype)  # of plain attention: what a kernel is held to
-    error, budget = (float((exact - each.cpu().double()).abs().max()) for each in (output[:, :, where], plain))
-    allowed = 2 * (budget + torch.finfo(inputs.query.dtype).eps * float(exact.abs().max()))
+    error, allowed = _error_and_allowed(parts, output)
     if not error <= allowed:
         raise ValueError(f"{name} is wrong, so it is not timed: error {error:.2e}, allowed {allowed:.2e}")
     return error
@@ -299,6 +295,15 @@ def _reference(parts: Sequence[Part], dtype: torch.dtype) -> tuple[Tensor, slice
         exact = [reference_attention(inputs, rows) for inputs, rows, _ in sampled]
         results = [AttentionOutput(_output(own), one.lse) for own, one in zip(results, exact, strict=True)]
     return _output(join_outputs(results)), sampled[0][2]
+
+
+def _error_and_allowed(parts: Sequence[Part], output: Tensor) -> tuple[float, float]:
+    """The largest difference to the oracle, and twice what plain attention in the dtype of the inputs may differ."""
+    exact, where = _reference(parts, torch.float64)
+    dtype = parts[0].inputs.query.dtype
+    plain, _ = _reference(parts, dtype)
+    error, budget = (float((exact - each.cpu().double()).abs().max()) for each in (output[:, :, where], plain))
+    return error, 2 * (budget + torch.finfo(dtype).eps * float(exact.abs().max()))
 
 
 def _output(result: Any) -> Tensor:

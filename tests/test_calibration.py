@@ -718,7 +718,7 @@ def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
             calibrate(shapes, device="cpu", dtype=torch.float32, **options)  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match="cannot be served"):
         calibrate(shapes, device="cpu", dtype=torch.float64, lengths=(256, 384))
-    monkeypatch.setattr(benches, "_error", lambda parts, output: 1.0)
+    monkeypatch.setattr(benches, "_error_and_allowed", lambda parts, output: (1.0, 0.0))
     with pytest.raises(ValueError, match=r"vertical_slash at density 0\.1, 256 tokens is wrong, so it is not timed"):
         calibrate(shapes, device="cpu", dtype=torch.float32, lengths=(256, 384))
 

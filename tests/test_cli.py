@@ -68,7 +68,7 @@ def test_bench_checks_before_it_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "longest first call: cpu" in output
     assert "vertical_slash" in output
 
-    monkeypatch.setattr(benches, "_error", lambda parts, output: 1.0)
+    monkeypatch.setattr(benches, "_error_and_allowed", lambda parts, output: (1.0, 0.0))
     with pytest.raises(ValueError, match="cpu is wrong"):
         benches.kernel_cells(device="cpu", lengths=[256], densities=[0.3], head_dims=[64], dtypes=[torch.float32])
 

@@ -191,6 +191,6 @@ class TestOverheads:
             assert 0.5 * wanted <= density <= 2 * wanted, spec.label
 
     def test_a_wrong_wrapper_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(benches, "_error", lambda parts, output: 1.0)
+        monkeypatch.setattr(benches, "_error_and_allowed", lambda parts, output: (1.0, 0.0))
         with pytest.raises(ValueError, match=r"pbs:keep=0\.2 is wrong, so it is not timed"):
             overheads.overhead_cells(["pbs:keep=0.2"], device="cpu", lengths=(512,), head_dims=(16,))
