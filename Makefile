@@ -63,8 +63,9 @@ types: .venv/installed ## mypy, strict, on the package as it installs
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --no-index --no-compile --target build/typed .
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p sparseprefill
 
+# two processes for the two cores that CI has; each takes its half in order, so that fixtures of a module are made once
 unit: .venv/installed ## the quick tests alone
-	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal $(PYTEST_ARGS)
 
 reference: .venv/installed ## the API reference from docstrings, in build/reference
 	$(BIN)/python scripts/build_reference.py --out build/reference
