@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class BlockSparse:
 
     MInference, arXiv:2407.02490, section 3.2. Raises ValueError or TypeError for budgets that are none, and for both.
     """
+
+    rows_alone: ClassVar[bool] = True  # see `sparseprefill.patterns.wrapping`
 
     keep: Budget | None = None  # tokens, or a share of the visible keys; None without `mass`: 6400
     sink: int = 64  # first tokens kept always

@@ -27,6 +27,7 @@ from sparseprefill.patterns.wrapping import (
     index_of_rows,
     inner_for_layer,
     keeps_everything,
+    rows_stand_alone,
 )
 
 
@@ -36,8 +37,9 @@ class Cached:
 
     Means are of a row's valid queries, those of all heads side by side, so that all heads of a layer decide together.
     After `most` rows that took a list the next one makes its own. A row that takes one adds all blocks from the
-    beginning of the row that made it on, as nobody has judged them. Rows that make one are `inner`'s: on a CPU `inner`
-    is asked for these alone, on a GPU, where that would have to be read back, for all.
+    beginning of the row that made it on, as nobody has judged them. Rows that make one have `inner`'s:
+    where rows stand alone, it is asked on a CPU for these, else, and on a GPU, where they would have to be read back,
+    for all.
 
     TokenSelect, arXiv:2411.02886, for chunks of a prompt. Raises ValueError or TypeError for a cosine or rows that are
     none, and for what names no blocks of keys as they lie.
@@ -108,7 +110,7 @@ class Cached:
         """See `sparseprefill.patterns.nested`: `inner`'s, for the rows that make a list, and rows with each other."""
         taken = self.taken_from(inputs, grid)
         made = (taken == torch.arange(grid.rows, device=inputs.device)).any(0).double().mean()
-        share = float(made) if inputs.device.type == "cpu" else 1.0
+        share = float(made) if inputs.device.type == "cpu" and rows_stand_alone(self.inner) else 1.0
         return share * products_of(self.inner, inputs, grid) + grid.rows**2
 
     def expected_density(self, keys: int) -> float:

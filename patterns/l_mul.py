@@ -6,7 +6,7 @@ Luo and Sun, "Addition is All You Need for Energy-efficient Language Models", 20
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class LMul:
     Means are rounded to float32, and cut to `bits` bits of mantissa. `keep` = 1.0 is dense. Arxiv:2410.00907. Raises
     ValueError or TypeError for numbers that are none.
     """
+
+    rows_alone: ClassVar[bool] = True  # see `sparseprefill.patterns.wrapping`
 
     keep: Budget = 0.2  # tokens, or a share of the visible keys
     bits: int = 4  # of the mantissa of a mean, 1 to 23

@@ -28,6 +28,7 @@ from sparseprefill.patterns.wrapping import (
     index_of_rows,
     inner_for_layer,
     keeps_everything,
+    rows_stand_alone,
 )
 
 _LOGITS = 1 << 22  # of rows and keys that are held at one time
@@ -103,6 +104,11 @@ class Progressive:
         peak = torch.cat(found, 2)
         found_peaks: Tensor = peak.masked_fill((end <= begin)[:, None], 1.0)  # rows without queries: no second look
         return found_peaks
+
+    @property
+    def rows_alone(self) -> bool:
+        """As of `inner`: each token has a scale of its own."""
+        return rows_stand_alone(self.inner)
 
     def keeps_everything(self) -> bool:
         """Whether `inner` is dense by its kind."""

@@ -13,7 +13,7 @@ from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead, stated_overhead
 from sparseprefill.patterns.expected_tiles import tile_law
 from sparseprefill.patterns.nested import products_of
-from sparseprefill.patterns.wrapping import check_inner, inner_for_layer, keeps_everything
+from sparseprefill.patterns.wrapping import check_inner, inner_for_layer, keeps_everything, rows_stand_alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,11 @@ class Union:
         counted = [each.unjudged for each in indexes if each.unjudged is not None]
         unjudged = torch.stack(counted).amax(0) if counted else None
         return dataclasses.replace(BlockIndex.stack(parts), unjudged=unjudged)
+
+    @property
+    def rows_alone(self) -> bool:
+        """Whether rows of both stand alone."""
+        return rows_stand_alone(self.inner) and rows_stand_alone(self.other)
 
     def keeps_everything(self) -> bool:
         """Whether one of them is dense by its kind."""

@@ -68,12 +68,22 @@ def keeps_everything(pattern: Any) -> bool:
     return bool(own()) if callable(own) else isinstance(pattern, Dense)
 
 
+def rows_stand_alone(pattern: Any) -> bool:
+    """Whether the blocks of a row follow from its own queries and the keys alone, whatever other rows are in the call.
+
+    A pattern says it by `rows_alone`; one that says nothing is taken to look at the whole call.
+    """
+    if isinstance(pattern, PerHead):
+        return all(map(rows_stand_alone, pattern.patterns))
+    return bool(getattr(pattern, "rows_alone", False))
+
+
 def index_of_rows(name: str, inner: Any, inputs: AttentionInputs, grid: BlockGrid, wanted: Tensor) -> BlockIndex:
     """The lists that `inner` makes where some rows are asked alone; those of the other rows mean nothing.
 
-    On a CPU each run of wanted rows is a call of its own, as if a chunk of the prompt were asked, so that rows that
-    nobody wants cost nothing; on a GPU, where that would have to be read back, all rows are asked. A pattern whose
-    blocks depend on which other queries are in the call chooses for each run by itself.
+    The lists are those that a call for all rows makes. Where rows stand alone (`rows_stand_alone`), on a CPU each run
+    of wanted ones is a call of its own, so that rows that nobody wants cost nothing; on a GPU that would have to be
+    read back, and all rows are asked.
 
     Args:
         name: of the wrapper that asks.
@@ -84,11 +94,7 @@ def index_of_rows(name: str, inner: Any, inputs: AttentionInputs, grid: BlockGri
 
     Raises ValueError where the lists say what a kernel may skip.
     """
-    if inputs.device.type != "cpu":
-        index: BlockIndex = inner.build_index(inputs, grid)
-        check_no_skip(name, index)
-        return index
-    if bool(wanted.all()):
+    if inputs.device.type != "cpu" or not rows_stand_alone(inner) or bool(wanted.all()):
         whole: BlockIndex = inner.build_index(inputs, grid)
         check_no_skip(name, whole)
         return whole

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class XAttention:
     a budget at once, and for what `Antidiagonal` refuses; `build_index` raises ValueError for tiles that are no
     multiples of `stride`, and where there are not as many thresholds as heads.
     """
+
+    rows_alone: ClassVar[bool] = True  # see `sparseprefill.patterns.wrapping`
 
     threshold: float | tuple[float, ...] | None = None  # share of the mass, in [0, 1]; or one for each query head
     keep: Budget | None = None  # instead: tokens, or a share of the visible keys

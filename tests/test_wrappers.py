@@ -23,12 +23,17 @@ from sparseprefill.patterns import AShape, BlockSparse, Dense, LastRowsDense, Pe
 from sparseprefill.patterns.cached import Cached
 from sparseprefill.patterns.cluster_segments import ClusterSegments
 from sparseprefill.patterns.delta_correct import DeltaCorrect, dense_rows
+from sparseprefill.patterns.flashprefill import FlashPrefill
+from sparseprefill.patterns.hip import Hip
+from sparseprefill.patterns.l_mul import LMul
 from sparseprefill.patterns.layer_carry import LayerCarry
 from sparseprefill.patterns.pbs import Pbs
 from sparseprefill.patterns.progressive import Progressive, rounded
 from sparseprefill.patterns.skip_softmax import SkipSoftmax
+from sparseprefill.patterns.stem import Stem
 from sparseprefill.patterns.union import Union
-from sparseprefill.patterns.wrapping import index_of_rows
+from sparseprefill.patterns.wrapping import index_of_rows, rows_stand_alone
+from sparseprefill.patterns.xattention import XAttention
 from sparseprefill.prefill import resolve_method, sparse_prefill
 from support import left_padding, make_inputs
 
@@ -144,13 +149,24 @@ def test_tiles_that_were_skipped_are_corrected_too() -> None:
 # ---- rows as calls of their own, and the cache of choices
 
 
+ALONE = [
+    INNER, BlockSparse(mass=0.6), FlashPrefill(0.5, sink=16, local=16), FlashPrefill(keep=0.3, sink=16, local=16),
+    XAttention(0.7), XAttention(keep=0.3, stride=4), LMul(0.3, sink=16, local=16), Union(INNER, XAttention(0.5)),
+    Progressive(INNER, flat=0.3), PerHead((INNER, LMul(0.3, sink=16, local=16))),
+]  # fmt: skip
+NOT_ALONE = [VerticalSlash(density=0.2), Union(INNER, VerticalSlash(density=0.2)), Cached(INNER), Hip(0.2, local=16),
+             Stem(0.3, sink=16, local=16), LastRowsDense(INNER, 20), PerHead((INNER, Stem(0.3)))]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", INPUTS)
-def test_rows_that_are_asked_alone_get_the_lists_they_would_have_got(name: str) -> None:
+@pytest.mark.parametrize("pattern", [*ALONE, *NOT_ALONE], ids=lambda pattern: f"{pattern!r:.60}")
+def test_some_rows_get_the_lists_that_they_get_in_a_call_for_all(pattern: Any, name: str) -> None:
+    assert rows_stand_alone(pattern) == (pattern in ALONE)
     inputs = make_inputs(query_heads=2, kv_heads=1, head_dim=8, **INPUTS[name])
-    whole = index_of(INNER, inputs)
+    whole = index_of(pattern, inputs)
     grid = whole.grid
     wanted = torch.arange(grid.rows).expand(inputs.batch, -1) % 3 != 1
-    some = index_of_rows("it", INNER, inputs, grid, wanted)
+    some = index_of_rows("it", pattern, inputs, grid, wanted)
     some.validate(inputs)
     real = grid.real_queries(inputs) > 0
     for b in range(inputs.batch):
@@ -160,6 +176,8 @@ def test_rows_that_are_asked_alone_get_the_lists_they_would_have_got(name: str) 
 
 class Counting:
     """Counts the rows it is asked for."""
+
+    rows_alone = True
 
     def __init__(self) -> None:
         self.rows = 0
