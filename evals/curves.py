@@ -37,11 +37,12 @@ class Curve:
     error: tuple[float, ...] | None = None  # of the output: |sparse - dense| / |dense|, over all queries of a head
     kind: str = "selector"  # of the method, see `MethodRow`
     native: bool = False  # this tile is the one of the method's paper
+    repeats: str | None = None  # of a wrapper that is swept by the knob of another method: that method
 
     @property
     def control(self) -> bool:
-        """Shown to compare with, and not ranked."""
-        return self.kind == STATIC
+        """Shown to compare with, and not ranked: what is static, and what is another method once more."""
+        return self.kind == STATIC or self.repeats is not None
 
     def at(self, place: float, what: str = "mass", axis: str = "density") -> float | None:
         """A figure at this density or work; None where the family cannot be so sparse. Dense closes each curve."""

@@ -40,6 +40,7 @@ class Selector:
     drawn: bool = True  # in the picture
     kind: str = "selector"  # of the method, see `MethodRow`
     native: Tile | None = None  # queries and keys of a tile in its paper; None: it has none
+    repeats: str | None = None  # of a wrapper that is swept by the knob of another method: that method
 
 
 @dataclass(frozen=True, slots=True, eq=False)

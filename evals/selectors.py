@@ -69,7 +69,8 @@ def method_selectors(names: Sequence[str] | None = None) -> tuple[Selector, ...]
     made = []
     for name in names:
         row, swept, fixed = METHODS[name.partition(":")[0]], _swept(name), _fixed(name)
-        shared: dict[str, Any] = {"kind": row.kind, "native": row.native if row.knob else None}
+        native = row.native if row.knob else None
+        shared: dict[str, Any] = {"kind": row.kind, "native": native, "repeats": _repeated(name)}
         for value in swept.knobs if swept.knob else (1.0,):
             options = {**fixed, swept.knob: value} if swept.knob else fixed
             pattern: Any = resolve_method(name.partition(":")[0], **options)  # as a command line would have it
@@ -96,6 +97,14 @@ def _swept(name: str) -> MethodRow:
     row = METHODS[name.partition(":")[0]]
     inner = METHODS.get(str(_given(name).get("inner"))) if row.wraps else None
     return row if inner is None or not inner.knob else inner
+
+
+def _repeated(name: str) -> str | None:
+    """What a wrapper goes around, if its sweep is that method's; pbs sweeps a method with options of its own."""
+    row = METHODS[name.partition(":")[0]]
+    if not row.wraps or row.around is not dict or _swept(name).knob in row.options:
+        return None
+    return str(_given(name).get("inner", row.inner))
 
 
 def method_settings(chosen: Sequence[Selector]) -> dict[str, dict[str, Any]]:
@@ -258,7 +267,7 @@ def _curves(group: str, tile: Tile, some: Sequence[Scored]) -> Iterator[Curve]:
         yield Curve(
             group, tile, family, tuple(chosen[n].knob for n in places), got["density"], got["mass"], got["low_mass"],
             got["estimator"], _unless_nan(got["found"]), _unless_nan(got["agreement"]), own.drawn, got["work"],
-            _unless_nan(got["error"]), own.kind, own.native == tile,
+            _unless_nan(got["error"]), own.kind, own.native == tile, own.repeats,
         )  # fmt: skip
 
 

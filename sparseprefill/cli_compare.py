@@ -59,7 +59,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--device", help="cpu or cuda; default: what is there.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--out", type=_FILE, help="Write the curves as JSON.")
-@click.option("--png", type=_FILE, help="Write the curves as a picture.")
+@click.option("--png", type=_FILE, help="Write the curves as a picture; with --time also NAME_totals.png.")
 @click.option("--by-kind", is_flag=True, help="For --png: also a picture for each kind of method, NAME_kind.png.")
 @click.option("--markdown", is_flag=True, help="Print Markdown tables.")
 def compare(

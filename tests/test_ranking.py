@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from sparseprefill.evals.curves import Curve
+from sparseprefill.evals.curves import Curve, SelectorTime
 from sparseprefill.evals.ranking import Place, Standing, places, standings
 from sparseprefill.evals.selector_result import SelectorResult
+from sparseprefill.evals.selectors import method_selectors
 from sparseprefill.evals.selectors_figures import (
     _styles,
     draw_selectors,
+    draw_totals,
     kind_picture,
     kinds_of,
     pareto_front,
@@ -173,3 +175,36 @@ def test_each_kind_has_a_picture_of_its_own(tmp_path: Path) -> None:
     assert "sale" not in [text.get_text() for text in legend.get_texts()]
     with pytest.raises(ValueError, match="there is no curve of kind 'wrapper'"):
         draw_selectors(result, ["g"], "wrapper")
+
+
+def test_a_wrapper_is_drawn_beside_what_it_goes_around_and_ranks_as_a_control() -> None:
+    names = ["block_sparse", "sale", "cached", "pbs"]
+    some = [curve("g", name, {0.1: 0.3 + 0.1 * n, 0.5: 0.8}) for n, name in enumerate(names)]
+    some[2] = dataclasses.replace(some[2], kind="wrapper", repeats="block_sparse")
+    some[3] = dataclasses.replace(some[3], kind="wrapper")
+    (legend,) = draw_selectors(SelectorResult(tuple(some)), ["g"], "wrapper").legends
+    assert {text.get_text() for text in legend.get_texts()} == {"Pareto front", "block_sparse", "cached", "pbs"}
+    assert [each.control for each in some] == [False, False, True, False]
+    chosen = method_selectors(["cached", "cached:inner=stem", "pbs", "skip_softmax", "block_sparse"])
+    assert {each.family: each.repeats for each in chosen} == {
+        "cached": "block_sparse", "cached:inner=stem": "stem", "pbs": None, "skip_softmax": None, "block_sparse": None,
+    }  # fmt: skip
+
+
+def test_total_times_have_a_picture(tmp_path: Path) -> None:
+    def timed(family: str, density: float, find: float, attend: float) -> SelectorTime:
+        return SelectorTime("g", (64, 64), family, density, density, find, attend, 1.0, 1.1)
+
+    times = (timed("sale", 0.1, 1.6, 0.2), timed("sale", 0.22, 1.6, 0.4), timed("block_sparse", 0.19, 0.01, 0.3),
+             timed("block_sparse", 0.4, 0.01, 0.6))  # fmt: skip
+    curves = (curve("g", "block_sparse", {0.1: 0.4, 0.28: 0.6}),)
+    result = SelectorResult(curves, times=times)
+    (axes,) = draw_totals(result).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["block_sparse", "sale"]
+    assert [text.get_text() for text in axes.texts] == ["density 0.19, keeps 0.50", "density 0.22"]
+    assert [round(bar.get_width(), 3) for bar in axes.patches] == [0.01, 1.6, 0.3, 0.4]
+    names = [each.name for each in write_selectors(result, tmp_path / "all.png", ["g"])]
+    assert names == ["all.png", "all_totals.png"]
+    assert (tmp_path / "all_totals.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="nothing was timed"):
+        draw_totals(SelectorResult(curves))
