@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparseprefill.context import FixedContext, run_context
 from sparseprefill.evals.prompt_rendering import plain_ids, prefix_ids
+from sparseprefill.evals.report_figures import INK, figure_style, to_png
 from sparseprefill.evals.retrieval_prompts import (
     INTRO_SOME,
     draw_keys,
@@ -33,9 +35,12 @@ from sparseprefill.evals.retrieval_prompts import (
     statement,
 )
 from sparseprefill.evals.ruler_metrics import postprocess, share_found
+from sparseprefill.evals.selectors_figures import check_picture
+from sparseprefill.files import write_bytes
 from sparseprefill.patterns.fixed_context import ContextKeys, check_edges, room_left
 from sparseprefill.reports import number, table
 
+_SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 NEW_TOKENS = 12
 """Of an answer: seven digits and what follows."""
 
@@ -377,3 +382,42 @@ def question_table(cells: Sequence[QuestionCell], again: float, *, markdown: boo
         for cell in sorted(cells, key=lambda cell: cell.wished is not None)
     ]  # fmt: skip
     return table(head, rows, markdown=markdown)
+
+
+def question_plot(cells: Sequence[QuestionCell], path: Path) -> None:
+    """Loss against dense attention, with its interval, against the share of the context that is attended to, as PNG.
+
+    Losses above 10 points are drawn on a logarithmic scale. Raises ValueError for a name that does not end in .png.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    check_picture(path)
+    sparse = [cell for cell in cells if cell.wished is not None]
+    with figure_style(INK):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
+        axes = figure.subplots()
+        for place, method in enumerate(dict.fromkeys(cell.method for cell in sparse)):
+            own = sorted((cell for cell in sparse if cell.method == method), key=lambda cell: cell.share)
+            below, above = ([max(0.0, each) for each in side] for side in (
+                [cell.loss - cell.low for cell in own], [cell.high - cell.loss for cell in own]))  # fmt: skip
+            axes.errorbar(
+                [cell.share for cell in own], [cell.loss for cell in own], yerr=[below, above], label=method,
+                marker="o^sDvP"[place % 6], ms=4.5, lw=1.2, capsize=2, elinewidth=0.8,
+            )  # fmt: skip
+        axes.axhline(0.0, color=INK, lw=1.0, ls="--", label="dense attention")
+        axes.set_xscale("log")
+        shares = [cell.share for cell in sparse]
+        axes.set_xlim(0.8 * min(shares), 1.25 * max(shares))
+        axes.set_xticks([each for each in _SHARES if 0.8 * min(shares) <= each <= 1.25 * max(shares)])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+        axes.set_yscale("symlog", linthresh=10.0)
+        axes.set_yticks([-10, -5, 0, 5, 10, 20, 50, 100])
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda points, _: f"{points:g}"))
+        axes.set_xlabel("keys of the context that are attended to")
+        axes.set_ylabel("right answers lost, in points")
+        axes.grid(color=INK, alpha=0.1, lw=0.6)
+        axes.legend(frameon=False, fontsize=8)
+    write_bytes(path, to_png(figure))

@@ -32,11 +32,13 @@ def bench_context() -> None:
 @click.option("--sink", default=16, show_default=True)
 @click.option("--local", default=128, show_default=True)
 @click.option("--seed", default=1, show_default=True, help="Of contexts and questions.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw losses against shares, as PNG.")
 @_OUT
 @_MARKDOWN
 def questions(
     model: str | None, length: tuple[int, ...], contexts: int, questions: int, shares: tuple[float, ...],
-    indexes: tuple[str, ...], sink: int, local: int, seed: int, out: Path | None, markdown: bool,
+    indexes: tuple[str, ...], sink: int, local: int, seed: int, plot: Path | None, out: Path | None,
+    markdown: bool,
 ) -> None:  # fmt: skip
     """Ask many questions about long contexts, with each method, dense, and with keys chosen at random."""
     from dataclasses import asdict
@@ -44,6 +46,7 @@ def questions(
 
     from sparseprefill.evals import context_questions as eval_
     from sparseprefill.evals.loading import load_model, provenance
+    from sparseprefill.evals.selectors_figures import check_picture
     from sparseprefill.files import check_folder, write_text
     from sparseprefill.patterns.retrieval import Retrieval
     from sparseprefill.patterns.squeezed import Squeezed
@@ -55,8 +58,11 @@ def questions(
         ("random", eval_.RandomKeys, "tokens"),
     ]  # fmt: skip
     with clear_errors():
-        if out is not None:
-            check_folder(out)
+        for path in (plot, out):
+            if path is not None:
+                check_folder(path)
+        if plot is not None:
+            check_picture(plot)
         loaded, tokenizer = load_model(model)
         with progress_bar(len(methods) * len(shares) * contexts, "contexts") as progress:
             cells, again = eval_.ask_all(
@@ -71,6 +77,9 @@ def questions(
             }  # fmt: skip
             write_text(out, json.dumps(written, indent=1) + "\n")
             click.echo(f"wrote {out}")
+        if plot is not None:
+            eval_.question_plot(cells, plot)
+            click.echo(f"wrote {plot}")
 
 
 @bench_context.command("recall")

@@ -19,6 +19,7 @@ from sparseprefill.evals.context_questions import (
     ask_all,
     make_questions,
     paired_interval,
+    question_plot,
     question_table,
 )
 from sparseprefill.evals.loading import load_model
@@ -41,7 +42,7 @@ def test_facts_stand_between_the_edges_and_once() -> None:
         make_questions(tokenizer, 300, 40, margin=(100, 200), seed="a")
 
 
-def test_methods_are_compared_on_the_same_questions() -> None:
+def test_methods_are_compared_on_the_same_questions(tmp_path: Path) -> None:
     model, tokenizer = load_model()
     cells, again = ask_all(
         model, tokenizer,
@@ -66,6 +67,10 @@ def test_methods_are_compared_on_the_same_questions() -> None:
     assert abs(by["random"].share - 0.3) < 0.02
     assert by["tiles"].share > by["squeezed"].share, "whole tiles hold more than what was chosen"
     assert "random" in question_table(cells, again)
+    question_plot(cells, tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match=r"ends in \.png"):
+        question_plot(cells, tmp_path / "losses.pdf")
 
 
 def test_the_interval_of_a_paired_loss() -> None:
