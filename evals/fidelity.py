@@ -207,6 +207,11 @@ class Fidelity:
         model, spec = attempt.model, attempt.spec
         if spec.name not in METHODS:
             raise ValueError(f"unknown method {spec.name!r}: choose from {', '.join(METHODS)}")
+        if self.layers and spec.estimates:
+            raise ValueError(
+                f"{spec.label} estimates what it leaves out, so that no kept mass is known: compare without layers "
+                "(--no-layers)"
+            )
         length = len(attempt.prompt.token_ids)
         check_window(model, length, attempt.prompt.id)
         ids = torch.tensor([list(attempt.prompt.token_ids)], device=model.device)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from sparseprefill.huggingface import Patch, patch_model
 from sparseprefill.patterns.methods import METHODS
 from sparseprefill.patterns.names import parse_options
+from sparseprefill.patterns.parts import estimates
 from sparseprefill.patterns.stem import Stem
 
 
@@ -96,6 +97,12 @@ class MethodSpec:
         # what goes around another method looks ahead where that one does
         inner = self.options.get("inner", row.inner) if row is not None and row.wraps else None
         return isinstance(inner, str) and MethodSpec(inner).looks_ahead()
+
+    @property
+    def estimates(self) -> bool:
+        """Whether no mass is known to be kept, see `sparseprefill.patterns.parts.estimates`."""
+        names = (self.name, self.options.get("inner"), str(self.options.get("other", "")).partition(":")[0])
+        return any(estimates(METHODS[name].pattern) for name in names if name in METHODS)
 
     @contextlib.contextmanager
     def applied(self, model: PreTrainedModel, **settings: Any) -> Iterator[Patch | None]:

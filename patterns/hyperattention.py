@@ -48,6 +48,7 @@ class HyperAttention:
     seed: int = 0  # of directions and draws; each layer has another
 
     in_parts: ClassVar[bool] = True
+    weighs_keys: ClassVar[bool] = True  # see `sparseprefill.patterns.parts.estimates`
 
     def __post_init__(self) -> None:
         check_tokens("segment", self.segment)

@@ -46,6 +46,12 @@ def parts_of(pattern: Any, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Pa
     return (Part(inputs, pattern.build_index(inputs, grid)),)
 
 
+def estimates(pattern: Any) -> bool:
+    """Whether keys stand for others, so that lse is an estimate and nobody knows what mass is kept: `weighs_keys`."""
+    nested = (getattr(pattern, name, None) for name in ("inner", "other", "pattern"))
+    return bool(getattr(pattern, "weighs_keys", False)) or any(map(estimates, filter(None, nested)))
+
+
 def attend(parts: Sequence[Part], impl: str = "auto", *, values: bool = True) -> AttentionOutput:
     """Attention over all parts; `impl` and `values` as for `block_sparse_attention`. Sinks take their share once."""
     if len(parts) == 1:

@@ -22,7 +22,7 @@ from sparseprefill.kernels import IMPLEMENTATIONS
 from sparseprefill.patterns import Dense, Pattern
 from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead
-from sparseprefill.prefill import CostModel, Prefill, describe_pattern, stated_cost
+from sparseprefill.prefill import CostModel, Prefill, check_guarded, describe_pattern, stated_cost
 from sparseprefill.reports import LayerReport, ranges
 
 COUNTING = threading.Lock()  # a model may be called from several threads at once
@@ -107,6 +107,7 @@ class PatchedLayer:
     choices: dict[tuple[Any, ...], str | None] = field(default_factory=dict)  # of `choice`, by what it depends on
 
     def __post_init__(self) -> None:
+        check_guarded(self.pattern, None if self.always_dense else self.settings.guard)
         LAYERS[self.key] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchedLayer:

@@ -21,7 +21,7 @@ from sparseprefill.patterns.context_methods import CONTEXT_METHODS, ContextRow
 from sparseprefill.patterns.expected_overhead import NOTHING, Overhead
 from sparseprefill.patterns.methods import DEFAULT, DEFAULT_OPTIONS, METHODS, MethodRow
 from sparseprefill.patterns.names import nearest_name
-from sparseprefill.patterns.parts import Part, attended, parts_coverage, parts_of, without_heads
+from sparseprefill.patterns.parts import Part, attended, estimates, parts_coverage, parts_of, without_heads
 from sparseprefill.patterns.store import INSIDE, SALE_INSIDE, ModelPatterns, load_patterns
 from sparseprefill.patterns.wrapping import keeps_everything as keeps_everything
 
@@ -214,12 +214,13 @@ def sparse_prefill(
         block_q, block_k: tokens a tile.
         impl: see `block_sparse_attention`.
         observe: also count coverage, times and kept mass.
-        sample_rows: evenly spaced queries on which the kept share of attention mass is measured; 0 for none.
+        sample_rows: evenly spaced queries on which the kept share of attention mass is measured; 0 for none. Of a
+            pattern that estimates what it leaves out none is known.
         guard: what watches over the kept mass; None for nothing.
         draw: names this call to the guard's random draw.
 
     Raises:
-        ValueError: what the pattern or `block_sparse_attention` refuses.
+        ValueError: what the pattern or `block_sparse_attention` refuses; a guard over a pattern that estimates.
         NotImplementedError: no kernel serves these inputs; the message says why.
     """
     on_gpu = inputs.device.type == "cuda"
@@ -239,6 +240,7 @@ def _prefill(
     guard: Guard | None,
     draw: str,
 ) -> Prefill:
+    check_guarded(pattern, guard)
     on_gpu = inputs.device.type == "cuda"
     events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(3)) if on_gpu and observe else None
     began = time.perf_counter()
@@ -259,9 +261,18 @@ def _prefill(
         parts = (Part(inputs, index), *others)
     if not observe:
         return Prefill(result, parts, None, None, None, None, call)
-    mass = kept_mass_sample(inputs, result.lse, sample_rows) if sample_rows else None
+    mass = kept_mass_sample(inputs, result.lse, sample_rows) if sample_rows and not estimates(pattern) else None
     seconds = None if on_gpu else (built - began, done - built)
     return Prefill(result, parts, parts_coverage(parts, result.skipped), mass, seconds, events, call)
+
+
+def check_guarded(pattern: Any, guard: Guard | None) -> None:
+    """Raise ValueError where a guard would look at what is no kept mass."""
+    if guard is not None and estimates(pattern):
+        raise ValueError(
+            f"{describe_pattern(pattern)} estimates what it leaves out, so that no mass is known to be kept, and "
+            "nothing can be guarded: leave out min_mass, or choose a method that names blocks"
+        )
 
 
 def kept_mass_sample(inputs: AttentionInputs, lse: Tensor, rows: int) -> Tensor:

@@ -358,6 +358,14 @@ def test_methods_that_look_ahead_are_marked() -> None:
     assert any("vertical_slash" in note and "a_shape" not in note for note in task.notes)
 
 
+def test_a_method_that_estimates_has_no_layers_to_compare() -> None:
+    model, spec = tiny_model("llama"), MethodSpec.parse("hyperattention:segment=128,block=64")
+    with pytest.raises(ValueError, match=r"estimates what it leaves out.*--no-layers"):
+        attempted(model, Fidelity(Letters(), [LENGTH], windows=1), spec)
+    _, answers = attempted(model, Fidelity(Letters(), [LENGTH], windows=1, layers=False), spec)
+    assert "kept_mass" not in answers[0].values
+
+
 def test_last_rows_dense_reach_the_second_pass_too() -> None:
     model = tiny_model("llama")
     task = Fidelity(Letters(), [640], windows=1, buckets=5)

@@ -10,13 +10,18 @@ from typing import Any
 import pytest
 import torch
 from method_cases import BLOCK, PART_INPUTS
+from tiny_models import tiny_model
 from torch import Tensor
 
+from sparseprefill import patch_model
 from sparseprefill.contracts import AttentionInputs, BlockGrid
+from sparseprefill.evals.methods import MethodSpec
+from sparseprefill.guard import Guard
 from sparseprefill.kernels.reference import reference_attention
-from sparseprefill.patterns import LastRowsDense
+from sparseprefill.patterns import BlockSparse, Dense, LastRowsDense
+from sparseprefill.patterns.delta_correct import DeltaCorrect
 from sparseprefill.patterns.hyperattention import HyperAttention
-from sparseprefill.patterns.parts import attend, parts_coverage, parts_of
+from sparseprefill.patterns.parts import attend, estimates, parts_coverage, parts_of
 from sparseprefill.prefill import sparse_prefill
 from support import left_padding, make_inputs
 
@@ -187,3 +192,20 @@ def test_batch_rows_are_themselves() -> None:
 def test_what_cannot_be_is_refused(make: Any, said: str) -> None:
     with pytest.raises((ValueError, TypeError), match=re.escape(said)):
         make()
+
+
+def test_no_mass_is_known_to_be_kept_and_nothing_can_be_guarded() -> None:
+    inputs = make_inputs(queries=320, head_dim=8)
+    seen = sparse_prefill(inputs, SMALL, block_q=BLOCK, block_k=BLOCK, observe=True)
+    assert seen.sampled_mass is None
+    assert seen.coverage is not None
+    for pattern in (SMALL, LastRowsDense(SMALL, 20), DeltaCorrect(Dense()), BlockSparse(keep=0.2)):
+        assert estimates(pattern) == ("HyperAttention" in repr(pattern))
+    with pytest.raises(ValueError, match=r"estimates what it leaves out.* leave out min_mass"):
+        sparse_prefill(inputs, SMALL, block_q=BLOCK, block_k=BLOCK, guard=Guard(0.9))
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"estimates what it leaves out.* leave out min_mass"):
+        patch_model(model, "hyperattention", min_mass=0.9)
+    assert model.config._attn_implementation == tiny_model("llama").config._attn_implementation
+    assert MethodSpec("hyperattention").estimates
+    assert not MethodSpec("delta_correct", {"inner": "stem"}).estimates
