@@ -108,8 +108,12 @@ class TopK:
 
 
 def ranked(scores: Tensor, visible: Tensor, forced: Tensor | None) -> Tensor:
-    """int64 [batch, heads, rows, key_blocks]: forced blocks, then visible ones by falling score, then the others."""
-    best_first = scores.masked_fill(~visible[:, None] | scores.isnan(), -torch.inf)  # NaN is no better than forced ones
+    """int64 [batch, heads, rows, key_blocks]: forced blocks, then visible ones by falling score, then the others.
+
+    Visible ones of -inf or NaN are the last that are visible.
+    """
+    least = torch.finfo(scores.dtype).min
+    best_first = scores.nan_to_num(nan=least, posinf=torch.inf, neginf=least).masked_fill(~visible[:, None], -torch.inf)
     if forced is not None:
         best_first = best_first.masked_fill((forced & visible)[:, None], torch.inf)
     return best_first.argsort(dim=-1, descending=True, stable=True)

@@ -133,6 +133,8 @@ def dense_rows(inputs: AttentionInputs, place: Tensor) -> Tensor:
     outputs = []
     if inputs.key_valid is not None:  # what no query sees may hold anything, and 0 times NaN is NaN
         value = value.masked_fill(~inputs.key_valid[:, None, :keys, None], 0.0)
+    broken = ~value.isfinite().all(-1)  # [batch, kv_heads, keys]: NaN for those who see it, and for nobody else
+    value = value.masked_fill(broken[..., None], 0.0)
     for start in range(0, place.shape[1], together):
         rows = slice(start, start + together)
         logits = scaled(torch.einsum("bkgid,bkjd->bkgij", query[:, :, :, rows], key), inputs)
@@ -145,5 +147,7 @@ def dense_rows(inputs: AttentionInputs, place: Tensor) -> Tensor:
             share = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
         else:
             share = logits.softmax(-1).masked_fill(unseen.all(-1)[:, None, None, :, None], 0.0)
-        outputs.append(torch.einsum("bkgij,bkjd->bkgid", share, value).flatten(1, 2))
+        output = torch.einsum("bkgij,bkjd->bkgid", share, value)
+        hit = (broken[:, :, None] & ~unseen[:, None]).any(-1)  # [batch, kv_heads, rows]
+        outputs.append(output.masked_fill(hit[:, :, None, :, None], torch.nan).flatten(1, 2))
     return torch.cat(outputs, 2)

@@ -8,13 +8,15 @@ visits are tiles, and a window that is aligned with them costs less than one tha
     "count"      so many tiles a row, whichever they are: budgets of selectors
     "content"    what the prompt says: thresholds, masses, columns that more rows see the earlier they stand
 
-A pattern without the method is taken for the last. The first two are counted exactly, on inputs of zeros; of the last
+A pattern without the method is taken for the last. The first two are counted exactly, on inputs of zeros (by a cheaper
+pattern that keeps as many, where `counted_as() -> Pattern` names one); of the last
 an interval is known: what is kept in any case, and everything, or less where the pattern has `most_density(keys) ->
 float`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,22 +63,28 @@ def tile_law(pattern: Any) -> str:
 
 
 def count_tiles(
-    pattern: Any, *, keys: int, query_heads: int, kv_heads: int, block_q: int, block_k: int, window: int | None = None
+    pattern: Any, *, keys: int, query_heads: int, kv_heads: int, block_q: int, block_k: int,
+    window: int | None = None, chunk: int | None = None,
 ) -> TileCount:  # fmt: skip
     """The tiles of one prefill of `keys` tokens, from the start, without padding.
 
+    `window` and `chunk`: of a layer that is local by design, which keeps all of either and whose pattern is not asked.
     Raises what the pattern refuses on such tiles.
     """
+    counted_as = getattr(pattern, "counted_as", None)
+    pattern = counted_as() if callable(counted_as) else pattern
     law = tile_law(pattern)
     heads, groups = (query_heads, kv_heads) if law == "positions" or isinstance(pattern, PerHead) else (1, 1)
-    if window is not None:
+    local = window is not None or chunk is not None
+    if local:
         heads, groups = 1, 1
-    inputs = _zeros(keys, heads, groups, None)
+    inputs = _zeros(keys, heads, groups)
     grid = BlockGrid.of(inputs, block_q, block_k)
     dense = int((-(-(torch.arange(1, grid.rows + 1) * block_q).clamp(max=keys) // block_k)).sum())
     times = query_heads // heads
-    if window is not None:  # a layer that is local by design keeps its window whole
-        low, high = grid.visible_blocks(_zeros(keys, 1, 1, window))
+    if local:
+        segment = None if chunk is None else (torch.arange(keys) // chunk)[None]
+        low, high = grid.visible_blocks(dataclasses.replace(inputs, window=window, segment=segment))
         own = int((high - low).sum())
         return TileCount(dense * query_heads, own * query_heads, own * query_heads, "positions")
     if law != "content":
@@ -97,6 +105,6 @@ def _kept(pattern: Any, name: str) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
-def _zeros(keys: int, query_heads: int, kv_heads: int, window: int | None) -> AttentionInputs:
+def _zeros(keys: int, query_heads: int, kv_heads: int) -> AttentionInputs:
     query, key = torch.zeros(1, query_heads, keys, 1), torch.zeros(1, kv_heads, keys, 1)
-    return AttentionInputs(query, key, key, 1.0, window=window)
+    return AttentionInputs(query, key, key, 1.0)

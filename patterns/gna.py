@@ -21,7 +21,9 @@ from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.selection import Budget, check_budget, check_count, check_tokens
 from sparseprefill.patterns.expected_density import in_blocks, kept_share
 from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
+from sparseprefill.patterns.expected_tiles import count_tiles
 
+_COUNTED = 1 << 16  # tokens up to which tiles are counted for the cost model
 _PLACES = 1 << 22  # keys of neighbourhoods that are listed at one time
 
 
@@ -101,7 +103,7 @@ class Gna:
     window, and spans that overlap.
     """
 
-    window: Budget = 4096  # tokens, or a share of the prompt
+    window: Budget = 4096  # tokens, or a share of the prompt, which is at least the stride
     stride: int = 1  # queries
     dilation: int = 1  # tokens
     sink: int = 64  # tokens
@@ -148,8 +150,12 @@ class Gna:
         return "positions"
 
     def expected_density(self, keys: int) -> float:
+        if keys <= _COUNTED:
+            return _share_of_tiles(self, keys)
         window = self.window if isinstance(self.window, int) else math.ceil(self.window * -(-keys // self.dilation))
-        return kept_share(window * self.dilation + in_blocks(self.sink), keys)
+        seen = (max(window, self.stride) + self.stride) * self.dilation + in_blocks(self.sink)
+        spans = sum(span.tokens * min(span.tokens, span.stop) for span in self.spans if span.start < keys)
+        return min(1.0, kept_share(seen, keys) + spans / (keys * keys / 2))
 
     def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
         """It looks at nothing; a dilation goes over the tiles as often as it says."""
@@ -180,6 +186,11 @@ class Gna:
             stop = torch.minimum(last.clamp(max=before - 1)[..., None], block + grid.block_k - 1)
             found |= (reach <= stop) & (first < end)[..., None]
         return found
+
+
+@functools.lru_cache(maxsize=256)
+def _share_of_tiles(pattern: Gna, keys: int) -> float:
+    return count_tiles(pattern, keys=keys, query_heads=1, kv_heads=1, block_q=64, block_k=64).share()
 
 
 @functools.lru_cache(maxsize=64)

@@ -132,6 +132,8 @@ class Hip:
 
     def expected_density(self, keys: int) -> float:
         forced = kept_share(in_blocks(self.sink) + in_blocks(self.local), keys)
+        if self._products(0, -(-keys // 64), 64) > self.most * keys * keys / 2:  # refused, and dense
+            return 1.0
         # small chunks share tiles, or take one each: between the two
         return min(1.0, forced + kept_share(self.keep, keys) * math.sqrt(self._tiles_of()))
 

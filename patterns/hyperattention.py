@@ -18,6 +18,7 @@ from sparseprefill.estimators.selection import check_count, check_tokens
 from sparseprefill.kernels.low_bit import accurate
 from sparseprefill.patterns.expected_density import kept_share
 from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
+from sparseprefill.patterns.own_blocks import check_keys_reach
 from sparseprefill.patterns.parts import Part
 from sparseprefill.patterns.segments import in_order, order_inside, own_segments
 
@@ -78,6 +79,7 @@ class HyperAttention:
                 "hyperattention halves a prompt that is seen as a whole; windows and packed prompts are not: run "
                 "packed prompts apart, and leave layers with a window to another method"
             )
+        check_keys_reach(type(self).__name__, inputs)
         row = grid.first[:, None] + torch.arange(grid.rows, device=inputs.device)
         until = (row * grid.block_q // self.segment * (self.segment // grid.block_k)).clamp(max=grid.key_blocks)
         begin, end = grid.row_slots()
@@ -136,7 +138,8 @@ class HyperAttention:
         own, blocks = row // half, half // self.block
         begun = (inputs.query_start - inputs.anchor()).clamp(min=0)[:, None]
         first = torch.maximum(own * half, begun)
-        stop = torch.minimum(own * half + half, (inputs.query_start + inputs.queries - inputs.anchor())[:, None])
+        real = (inputs.tail() - inputs.anchor())[:, None]  # right padding does not count
+        stop = torch.minimum(own * half + half, real)
         block = ((row - first).clamp(min=0) * blocks // (stop - first).clamp(min=1)).clamp(0, blocks - 1)
         begin, end = grid.row_slots()
         crossed = (own % 2 == 1) & (end > begin)

@@ -73,7 +73,10 @@ class LocalStride:
     def expected_density(self, keys: int) -> float:
         local = self.local if isinstance(self.local, float) else in_blocks(self.local)
         near = kept_share(local, keys)
-        return near + (1 - near) / self.stride
+        # tiles of 64 keys that hold a column, which may lie across two of them
+        tiles = 1.0 if self.block % 64 == 0 else (63 + self.block) / self.block
+        share = near + (1 - near) * min(1.0, tiles / self.stride)
+        return (1 + share) / 2 if self.dense_heads else share  # of how many KV heads nobody says: as if half were dense
 
     def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
         """It looks at nothing."""

@@ -16,10 +16,25 @@ def nearest_name(name: str, known: Any) -> str:
 _WORDS = {"True": True, "False": False, "None": None}  # as Python writes what JSON has in small letters
 
 
+def _parts(text: str) -> list[str]:
+    """What stands between commas, those inside of brackets left alone."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
 def parse_options(text: str) -> dict[str, Any]:
-    """`keep=0.2,sink=64` as a dictionary: numbers where they are numbers, so True, False and None; text elsewhere."""
+    """`keep=0.2,sink=64` as a dictionary: numbers where they are numbers, so True, False and None; text elsewhere.
+
+    Lists and dictionaries are written as JSON has them: `stages=[[256,0,4],[64,8192,4]]`.
+    """
     options: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
+    for part in filter(None, (p.strip() for p in _parts(text))):
         name, equals, value = part.partition("=")
         if not equals or not name.strip():
             raise ValueError(f"an option is written name=value, got {part!r}")

@@ -8,6 +8,15 @@ from torch import Tensor
 from sparseprefill.contracts import AttentionInputs, BlockGrid
 
 
+def check_keys_reach(name: str, inputs: AttentionInputs) -> None:
+    """Raise ValueError where the filled keys end before the queries, for what needs each query among the keys."""
+    if inputs.last_key < inputs.query_start + inputs.queries:
+        raise ValueError(
+            f"{name} needs the keys of its queries, and {inputs.last_key} keys end before query "
+            f"{inputs.query_start + inputs.queries}: pass key_length that counts them, or another method"
+        )
+
+
 def with_own_blocks(forced: Tensor, inputs: AttentionInputs, grid: BlockGrid) -> Tensor:
     """bool [batch, rows, key_blocks]: what is `forced` or holds tokens of the row itself, as far as it is visible.
 

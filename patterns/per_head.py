@@ -13,6 +13,13 @@ from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.last_rows import LastRowsDense, Pattern
 
 
+def carries(pattern: Any) -> bool:
+    """Whether a pattern, or one inside of it, carries something from call to call: `stateful`."""
+    nested = [getattr(pattern, name, None) for name in ("inner", "other", "pattern")]
+    nested += getattr(pattern, "patterns", ())
+    return bool(getattr(pattern, "stateful", False)) or any(map(carries, filter(None, nested)))
+
+
 @dataclass(frozen=True, slots=True)
 class PerHead:
     """Head h follows patterns[h]. Heads with equal patterns are estimated together.
@@ -31,6 +38,11 @@ class PerHead:
             if hasattr(each, "correct"):
                 raise ValueError(
                     f"{type(each).__name__} changes the outputs of a whole layer and cannot be the pattern of some "
+                    "heads: give it to whole layers, or put a pattern for each head inside it"
+                )
+            if carries(each):
+                raise ValueError(
+                    f"{type(each).__name__} carries something from layer to layer and cannot be the pattern of some "
                     "heads: give it to whole layers, or put a pattern for each head inside it"
                 )
             if getattr(each, "in_parts", False):
@@ -68,6 +80,7 @@ def of_heads(pattern: Pattern, heads: Sequence[int]) -> Pattern:
         return dataclasses.replace(pattern, pattern=of_heads(pattern.pattern, heads))
     if hasattr(pattern, "inner"):  # a wrapper
         wrapper: Any = pattern
-        changed: Pattern = dataclasses.replace(wrapper, inner=of_heads(wrapper.inner, heads))
+        inside = {name: getattr(wrapper, name) for name in ("inner", "other") if hasattr(wrapper, name)}
+        changed: Pattern = dataclasses.replace(wrapper, **{name: of_heads(own, heads) for name, own in inside.items()})
         return changed
     return pattern

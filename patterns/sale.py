@@ -133,9 +133,13 @@ class Sale:
         return max((self.expected or UNKNOWN) if self.keep is None else kept_share(self.keep, keys), forced)
 
     def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
-        """All pairs, as stated in `OVERHEAD`."""
-        shape = ProductShape(device, torch.float32, self.bits, head_dim, block_q, block_k)
-        share, channels = OVERHEAD[choose_product(shape, self.product)]
+        """All pairs, as stated in `OVERHEAD`; of a GPU that is not here, for a plan, by what is meant for GPUs."""
+        if device.type == "cuda" and not torch.cuda.is_available():
+            product = "triton" if self.product == "auto" else self.product
+        else:
+            shape = ProductShape(device, torch.float32, self.bits, head_dim, block_q, block_k)
+            product = choose_product(shape, self.product)
+        share, channels = OVERHEAD[product]
         return stated_overhead(device, head_dim, share=share + channels / head_dim, keys=16, steps=3.0)
 
     def estimator_products(self, inputs: AttentionInputs, grid: BlockGrid) -> int:

@@ -17,7 +17,7 @@ from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.probe import head_slabs
 from sparseprefill.estimators.selection import Budget, TopK, check_tokens
 from sparseprefill.estimators.sign_codes import Codes, SignCodes
-from sparseprefill.patterns.block_sparse import forced_blocks
+from sparseprefill.patterns.block_sparse import BlockSparse, forced_blocks
 from sparseprefill.patterns.expected_density import in_blocks, kept_share
 from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
 
@@ -104,6 +104,10 @@ class SignCode:
     def tile_law(self) -> str:
         """See `sparseprefill.patterns.expected_tiles`."""
         return "count"
+
+    def counted_as(self) -> BlockSparse:
+        """See `sparseprefill.patterns.expected_tiles`."""
+        return BlockSparse(self.keep, self.sink, self.local)
 
     def expected_density(self, keys: int) -> float:
         return max(kept_share(self.keep, keys), kept_share(in_blocks(self.sink) + in_blocks(self.local), keys))

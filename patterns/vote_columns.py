@@ -30,6 +30,7 @@ from sparseprefill.estimators.selection import Budget, check_budget, check_count
 from sparseprefill.patterns.block_sparse import forced_blocks
 from sparseprefill.patterns.expected_density import UNKNOWN, in_blocks, kept_share
 from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
+from sparseprefill.patterns.own_blocks import check_keys_reach
 from sparseprefill.patterns.parts import Part
 
 _VOTES = 1 << 25  # votes of sets on keys that are held at one time
@@ -89,6 +90,13 @@ class VoteColumns:
         check_count("seed", self.seed, least=0)
         if self.superblock is not None:
             check_tokens("superblock", self.superblock)
+            asked = {"probe": 64, "spread": 0, "fair": False, "seed": 0}
+            given = [name for name, default in asked.items() if getattr(self, name) != default]
+            if given:
+                raise ValueError(
+                    f"with superblock= the mean query of each stretch votes, and {', '.join(given)} would change "
+                    "nothing: leave out one or the other"
+                )
         if self.width % 2 == 0:
             raise ValueError(f"width must be odd, so that a key stands in the middle, got {self.width}")
         for name, known in (("voters", HEADS), ("smooth", ("none", "max", "mean")), ("unit", ("block", "token"))):
@@ -258,6 +266,7 @@ class VoteColumns:
         return torch.where(torch.full_like(count, self.mass == 1.0, dtype=torch.bool), number, count)
 
     def _token_parts(self, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Part, ...]:
+        check_keys_reach("vote_columns with unit='token'", inputs)
         size, keys = grid.block_k, inputs.keys
         votes, voted = column_votes(inputs, self._voters(inputs, grid)[0], self.voters)
         score = self._score(inputs, votes, voted)[:, :, 0].expand(-1, inputs.kv_heads, -1)
@@ -271,26 +280,41 @@ class VoteColumns:
         if inputs.key_valid is not None:
             candidates = candidates & inputs.key_valid
         number = candidates.sum(-1)[:, None].expand(unknown.shape)
-        count = self._count(votes, candidates, number, 1)
-        packs = torch.minimum(-(-count // size), number // size).masked_fill(unknown, 0)
+        packs = -(-self._count(votes, candidates, number, 1) // size)
+        whole = unknown | (packs * size > number) | (packs * size == number)  # all candidates: nothing is gathered
+        packs = packs.masked_fill(whole, 0)
         most = keys // size if inputs.device.type != "cpu" else int(packs.max())
+        order = score.masked_fill(~candidates[:, None], -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        taken = torch.arange(keys, device=inputs.device) < (packs * size)[..., None]
+        column = torch.where(taken, order, keys).sort(-1).values[..., : most * size]  # ascending, then none
         visible = grid.visible_block_mask(inputs)
-        mask = (self._forced(inputs, grid)[:, None] | unknown[..., None, None]) & visible[:, None]
+        mask = (self._forced(inputs, grid)[:, None] | whole[..., None, None]) & visible[:, None]
+        packed, cut = self._packs(inputs, grid, column, packs) if most else (None, None)
+        if cut is not None:  # a row that sees a part of a pack alone gets the blocks of chosen columns instead
+            mask = mask | (cut[..., None] & self._blocks_of(inputs, grid, column)[:, :, None] & visible[:, None])
         mask = mask | (visible[:, None] & ~mask.any(-1, keepdim=True))
         asked = grid.real_queries(inputs).sum(-1)[:, None] * unknown
         own = dataclasses.replace(
             BlockIndex.from_mask(grid, mask).for_heads(inputs.query_heads),
             unjudged=asked.repeat_interleave(inputs.group_size, 1),
         )
-        if not most:
+        if packed is None:
             return (Part(inputs, own),)
-        order = score.masked_fill(~candidates[:, None], -torch.inf).argsort(dim=-1, descending=True, stable=True)
-        taken = torch.arange(keys, device=inputs.device) < (packs * size)[..., None]
-        column = torch.where(taken, order, keys).sort(-1).values[..., : most * size]  # ascending, then none
-        return Part(inputs, own), Part(_gathered(inputs, column), self._packs(inputs, grid, column, packs))
+        return Part(inputs, own), Part(_gathered(inputs, column), packed)
 
-    def _packs(self, inputs: AttentionInputs, grid: BlockGrid, column: Tensor, packs: Tensor) -> BlockIndex:
-        """Of each row the packs that end before its local window, and begin where all of its queries see."""
+    def _blocks_of(self, inputs: AttentionInputs, grid: BlockGrid, column: Tensor) -> Tensor:
+        """bool [batch, kv_heads, key_blocks]: blocks that hold one of the columns."""
+        block = (column - grid.anchor[:, None, None]).clamp(min=0) // grid.block_k
+        inside = column < inputs.keys
+        found = torch.zeros(*column.shape[:2], grid.key_blocks, dtype=torch.int32, device=column.device)
+        return found.scatter_add_(2, block.clamp(max=grid.key_blocks - 1), inside.to(torch.int32)) > 0
+
+    def _packs(
+        self, inputs: AttentionInputs, grid: BlockGrid, column: Tensor, packs: Tensor
+    ) -> tuple[BlockIndex, Tensor]:  # fmt: skip
+        """Of each row the packs that end before its local window, and begin where all of its queries see; and bool
+        [batch, kv_heads, rows]: rows that see a part of a pack alone, which get none.
+        """
         size = grid.block_k
         first, last = column[..., ::size], column[..., size - 1 :: size]  # [batch, kv_heads, packs]
         row = grid.first[:, None] + torch.arange(grid.rows, device=inputs.device)
@@ -304,9 +328,12 @@ class VoteColumns:
         until = torch.searchsorted(last.contiguous(), edge[:, None].expand(shape).contiguous())
         until = torch.minimum(until, packs[..., None]).masked_fill((end <= begin)[:, None], 0)
         since = torch.minimum(since, until)
+        ends = last.gather(2, (since - 1).clamp(min=0))
+        cut = (since > 0) & (ends >= low[:, None])
+        until = torch.where(cut, since, until)
         columns = torch.arange(grid.key_blocks, dtype=torch.int32, device=inputs.device)
         index = BlockIndex(grid, columns, since.clamp(max=grid.key_blocks - 1), (until - since).to(torch.int32))
-        return index.for_heads(inputs.query_heads)
+        return index.for_heads(inputs.query_heads), cut
 
 
 def _gathered(inputs: AttentionInputs, column: Tensor) -> AttentionInputs:

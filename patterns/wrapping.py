@@ -13,7 +13,7 @@ from torch import Tensor
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.patterns.dense import Dense
 from sparseprefill.patterns.last_rows import LastRowsDense
-from sparseprefill.patterns.per_head import PerHead
+from sparseprefill.patterns.per_head import PerHead, carries
 
 
 def check_inner(name: str, inner: Any) -> None:
@@ -28,14 +28,11 @@ def check_inner(name: str, inner: Any) -> None:
 
 def check_asked_often(name: str, inner: Any) -> None:
     """Raise TypeError where a wrapped pattern counts the calls of a layer, which this wrapper asks more than once."""
-    if getattr(inner, "stateful", False):
+    if carries(inner):
         raise TypeError(
             f"{type(inner).__name__} carries something from call to call, and {name} asks more than once in a layer: "
-            f"put it around {name}"
+            f"put what carries around {name}"
         )
-    for each in ("inner", "other", "pattern"):
-        if hasattr(inner, each):
-            check_asked_often(name, getattr(inner, each))
 
 
 def check_no_skip(name: str, index: BlockIndex) -> None:

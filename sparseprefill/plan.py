@@ -24,13 +24,17 @@ from sparseprefill.evals.loading import model_folder
 from sparseprefill.huggingface import Method, plan_patch
 from sparseprefill.huggingface_layers import PatchedLayer, Settings, layer_cost
 from sparseprefill.huggingface_masks import MaskInfo, mask_of_layer, masks_of
-from sparseprefill.huggingface_modules import LayerShape, layer_shapes, tensor_parallel, text_config
+from sparseprefill.huggingface_modules import LayerShape, kernel_for, layer_shapes, tensor_parallel, text_config
 from sparseprefill.kernels.roofline import ACCELERATORS, Accelerator
 from sparseprefill.patterns.expected_density import expected_density
-from sparseprefill.patterns.expected_overhead import Overhead, expected_overhead
+from sparseprefill.patterns.expected_overhead import expected_overhead
 from sparseprefill.patterns.expected_tiles import TileCount, count_tiles
+from sparseprefill.patterns.wrapping import keeps_everything
 from sparseprefill.prefill import CostModel, describe_pattern, stated_cost
 from sparseprefill.reports import number, ranges, table
+
+MOST_TOKENS = 1 << 22
+"""Tiles of longer prompts do not fit a count."""
 
 NEEDED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
 """Fields of a configuration without which transformers would plan another model: its defaults."""
@@ -42,12 +46,13 @@ class LayerPlan:
 
     layers: tuple[int, ...]
     pattern: str  # in words
+    own: str  # "" where the method chooses; else why the layer runs as without it: "dense", "window", "chunks"
     tiles: TileCount  # of one layer
     expected: float  # share of dense attention's tiles that is reckoned with
     overhead: float  # time of finding the blocks over that of dense attention
     break_even: float | None  # density below which sparse is cheaper at this length; None: never
     speedup: float | None  # of attention, expected by the cost model
-    bound: float  # of attention, if a tile cost what it costs densely and finding nothing: all tiles over these
+    bound: float  # of attention, if a tile cost what it costs densely and finding nothing: all tiles over the expected
     dense_seconds: float | None  # of one layer's attention, calibrated
     sparse_seconds: float | None
 
@@ -91,10 +96,12 @@ class Plan:
                 count = own.tiles
                 tiles = str(count.high) if count.exact else f"{count.low} to {count.high}"
                 share = number(count.share()) if count.exact else f"{count.share(count.low):.3f} to {count.share():.3f}"
+                chosen = not own.own
                 rows.append([
-                    each.method, str(each.length), ranges(own.layers), str(count.dense), tiles, share,
-                    number(own.overhead), "never" if own.break_even is None else number(own.break_even),
-                    number(own.speedup, 2), number(own.bound, 2),
+                    each.method, str(each.length), ranges(own.layers) + (f" ({own.own})" if own.own else ""),
+                    str(count.dense), tiles, share, number(own.overhead if chosen else None),
+                    "-" if not chosen else "never" if own.break_even is None else number(own.break_even),
+                    number(own.speedup, 2), number(own.bound if chosen else None, 2),
                 ])  # fmt: skip
             wholes.append([
                 each.method, str(each.length), number(each.attention_share), number(each.bound, 2),
@@ -139,7 +146,7 @@ def plan(
         ValueError: a configuration that lacks a field, an unknown device, lengths that are none, and what the methods
             refuse.
     """
-    name = check_config(model)
+    name, written = _checked_config(model)
     accelerator = next((each for each in ACCELERATORS if each.name.lower() == device.lower()), None)
     if accelerator is None and device not in ("cpu", "cuda"):
         names = ", ".join(each.name for each in ACCELERATORS)
@@ -148,14 +155,17 @@ def plan(
         raise ValueError("there is no GPU here: name one, as in --device H200, for a prediction")
     if accelerator is not None and calibration is not None:
         raise ValueError(f"a calibration is of the machine it was measured on, and {accelerator.name} is a prediction")
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"lengths are tokens, at least 1, got {list(lengths)}")
+    if not lengths or min(lengths) < 1 or max(lengths) > MOST_TOKENS:
+        raise ValueError(f"lengths are tokens, from 1 to {MOST_TOKENS}, as tiles are counted; got {list(lengths)}")
     bare = skeleton(name, dtype=dtype, trust_remote_code=trust_remote_code)
     config = text_config(bare)
+    _check_shape(config, written, name)
     settings = Settings(block_q=block_q, block_k=block_k)
     known = settings.calibration(calibration) if accelerator is None else None
     place = torch.device("cpu" if device == "cpu" else "cuda")
-    made, words = [], []
+    made: list[LengthPlan] = []
+    words: list[str] = []
+    stated: list[str] = []
     for label, method, options in methods:
         chosen = plan_patch(bare, method, settings=settings, **options)
         shapes = layer_shapes(chosen.modules, config, tensor_parallel(bare))
@@ -163,27 +173,37 @@ def plan(
         groups: dict[Any, list[int]] = {}
         for layer, state in sorted(chosen.layers.items()):
             mask = mask_of_layer(masks, config, layer)
-            groups.setdefault((shapes[layer], mask.local, state.pattern, state.always_dense), []).append(layer)
+            alike = _without_layer(state.pattern)
+            groups.setdefault((shapes[layer], mask.window, mask.chunk, alike, state.always_dense), []).append(layer)
         for length in lengths:
             layers = []
-            for (shape, _, _, _), numbers in groups.items():
+            for (shape, *_), numbers in groups.items():
                 state, mask = chosen.layers[numbers[0]], mask_of_layer(masks, config, numbers[0])
-                entry = None
+                entry, kernel = None, None
                 if known is not None:
                     cost = layer_cost(known, settings, shape, place, bare.dtype, skips=state.skips)
-                    entry = cost.entry
+                    entry, kernel = cost.entry, cost.kernel
                     words.append(cost.missing if entry is None else entry.describe())
-                layers.append(_layer(tuple(numbers), shape, state, mask, length, place, settings, entry))
+                elif device == "cpu":
+                    kernel, _ = kernel_for(shape, place, bare.dtype, "auto", block_q, block_k, skips=state.skips)
+                model_of_cost = stated_cost(place.type, kernel) if entry is None else entry.cost
+                if entry is None:
+                    stated.append(model_of_cost.describe())
+                layers.append(_layer(tuple(numbers), shape, state, mask, length, place, settings, entry, model_of_cost))
             made.append(_length(label, length, tuple(layers), groups, bare, config, accelerator))
-    kind = "cpu" if device == "cpu" else "cuda"
     return Plan(
         type(bare).__name__ if model is None else str(model), device, str(bare.dtype).removeprefix("torch."),
-        tuple(made), _assumptions(accelerator, kind, sorted(set(words)), block_q, block_k),
+        tuple(made), _assumptions(accelerator, sorted(set(words)), sorted(set(stated)), block_q, block_k),
     )  # fmt: skip
 
 
 def check_config(model: str | None) -> str | None:
     """The name that loads this model's configuration. Raises ValueError where it lacks what a plan needs."""
+    return _checked_config(model)[0]
+
+
+def _checked_config(model: str | None) -> tuple[str | None, dict[str, Any]]:
+    """`check_config`'s, and what the configuration says of the language model."""
     if model is not None and Path(model).is_file():
         if Path(model).name != "config.json":
             raise ValueError(f"{model} is a file: give a model's config.json, its folder, or a hub name")
@@ -193,16 +213,47 @@ def check_config(model: str | None) -> str | None:
         written, _ = PreTrainedConfig.get_config_dict(path)
     except Exception as error:
         raise ValueError(f"no configuration can be read of {path!r}: {type(error).__name__}: {error}") from error
-    own = written.get("text_config") if isinstance(written.get("text_config"), dict) else None
-    aliases = _aliases(written)
+    if not isinstance(written, dict):
+        raise ValueError(f"the configuration of {path!r} is no dictionary of fields, but a {type(written).__name__}")
+    own = written.get("text_config")
+    written = own if isinstance(own, dict) and own else written
     for field in NEEDED:
-        names = {field, *aliases.get(field, ())}
-        if not any(each in part for each in names for part in (written, own or {})):
-            raise ValueError(
-                f"the configuration of {path!r} has no {field}: transformers would put another model's number there. "
-                "Add it to config.json"
-            )
-    return model
+        if not _says(written, field):
+            raise ValueError(_LACKS.format(repr(path), field))
+    return model, written
+
+
+_LACKS = "the configuration of {} has no {}: transformers would put another model's number there. Add it to config.json"
+
+
+def _says(written: dict[str, Any], field: str) -> bool:
+    """Whether a configuration has a field, by this or another name."""
+    return any(each in written for each in (field, *_aliases(written).get(field, ())))
+
+
+def _check_shape(config: Any, written: dict[str, Any], name: str | None) -> None:
+    """Raise ValueError for heads that cannot be, and for numbers that only a default of transformers gave."""
+    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    for field in ("num_key_value_heads", "intermediate_size"):
+        value = getattr(config, field, None)
+        derived = field == "num_key_value_heads" and value == heads  # every query head has its own
+        if isinstance(value, int) and value and not derived and not _says(written, field):
+            raise ValueError(_LACKS.format(repr(name), field))
+    if isinstance(heads, int) and isinstance(groups, int) and groups > 0 and heads % groups:
+        raise ValueError(
+            f"the configuration of {name!r} has {heads} query heads over {groups} KV heads, which cannot share them "
+            "evenly: num_key_value_heads divides num_attention_heads"
+        )
+
+
+def _without_layer(pattern: Any) -> Any:
+    """The same for all layers whose patterns differ in a seed, or in where they stand, alone: they compute as much."""
+    if not dataclasses.is_dataclass(pattern) or isinstance(pattern, type) or not hasattr(pattern, "for_layer"):
+        return pattern
+    names = {each.name for each in dataclasses.fields(pattern)}
+    changed: dict[str, Any] = {name: 0 for name in ("seed", "layer") if name in names}
+    changed |= {name: _without_layer(getattr(pattern, name)) for name in ("inner", "other", "pattern") if name in names}
+    return dataclasses.replace(pattern, **changed)
 
 
 def _aliases(written: dict[str, Any]) -> dict[str, list[str]]:
@@ -221,31 +272,37 @@ def _aliases(written: dict[str, Any]) -> dict[str, list[str]]:
 
 def _layer(
     numbers: tuple[int, ...], shape: LayerShape, state: PatchedLayer, mask: MaskInfo, length: int,
-    device: torch.device, settings: Settings, entry: CalibrationEntry | None,
+    device: torch.device, settings: Settings, entry: CalibrationEntry | None, cost: CostModel,
 ) -> LayerPlan:  # fmt: skip
     pattern: Any = state.pattern_under(mask)
     block_q, block_k = settings.block_q, settings.block_k
     tiles = count_tiles(
         pattern, keys=length, query_heads=shape.query_heads, kv_heads=shape.kv_heads, block_q=block_q,
-        block_k=block_k, window=mask.local,
+        block_k=block_k, window=mask.window, chunk=mask.chunk,
     )  # fmt: skip
-    density = mask.density(length) if mask.local is not None else expected_density(pattern, length)
-    expected = tiles.share() if tiles.exact else min(max(density, tiles.share(tiles.low)), tiles.share())
-    overhead = Overhead()
-    if not state.always_dense and mask.local is None:
-        overhead = expected_overhead(
-            pattern, device, shape.head_dim, block_q, block_k, None if entry is None else entry.overheads
-        )
-    cost: CostModel = stated_cost(device.type, None) if entry is None else entry.cost
     pairs = length * (length + 1) / 2
+    seconds = None if entry is None else entry.dense_pair_seconds
+    if mask.local is not None or state.always_dense or keeps_everything(pattern):
+        own = "chunks" if mask.chunk is not None else "window" if mask.local is not None else "dense"
+        asis = None if seconds is None else seconds * pairs * tiles.share()
+        return LayerPlan(
+            numbers, describe_pattern(pattern), own, tiles, tiles.share(), 0.0, None, None, 1.0, asis, asis
+        )  # fmt: skip
+    # of lists that a kernel may skip tiles of, the pattern knows what is expected
+    density = min(max(expected_density(pattern, length), tiles.share(tiles.low)), tiles.share())
+    if state.skips and tiles.exact:
+        density = min(expected_density(pattern, length), tiles.share())
+    expected = tiles.share() if tiles.exact and not state.skips else density
+    overhead = expected_overhead(
+        pattern, device, shape.head_dim, block_q, block_k, None if entry is None else entry.overheads
+    )
     finding = overhead.pairs(pairs, length)
     sparse = cost.tile_factor * expected * pairs + finding + cost.fixed_tokens**2 / 2
     left = (pairs - finding - cost.fixed_tokens**2 / 2) / (cost.tile_factor * pairs)
-    seconds = None if entry is None else entry.dense_pair_seconds
+    times = (None, None) if seconds is None else (seconds * pairs, seconds * sparse)
     return LayerPlan(
-        numbers, "dense" if state.always_dense else describe_pattern(pattern), tiles, expected, finding / pairs,
-        left if left > 0 else None, None if state.always_dense else pairs / sparse,
-        1 / expected, None if seconds is None else seconds * pairs, None if seconds is None else seconds * sparse,
+        numbers, describe_pattern(pattern), "", tiles, expected, finding / pairs, left if left > 0 else None,
+        pairs / sparse, 1 / expected, *times,
     )  # fmt: skip
 
 
@@ -256,7 +313,8 @@ def _length(
     pairs = length * (length + 1) / 2
     dense = kept = cache = 0.0
     size = torch.empty(0, dtype=model.dtype).element_size()
-    for own, (shape, local, _, _) in zip(layers, groups, strict=True):
+    for own, (shape, window, chunk, *_) in zip(layers, groups, strict=True):
+        local = window if chunk is None else min(chunk, window or chunk)
         flops = 2 * pairs * shape.query_heads * (shape.head_dim + shape.value_dim) * len(own.layers)
         before = own.tiles.share() if local is not None else 1.0  # a local layer is local without us too
         dense += flops * before
@@ -301,12 +359,12 @@ def _working_parameters(model: PreTrainedModel, config: Any) -> float:
 
 
 def _assumptions(
-    accelerator: Accelerator | None, kind: str, words: Sequence[str], block_q: int, block_k: int
+    accelerator: Accelerator | None, words: Sequence[str], stated: Sequence[str], block_q: int, block_k: int
 ) -> tuple[str, ...]:  # fmt: skip
     said = [
         f"one prompt without padding, in one call, in tiles of {block_q} x {block_k}",
         "an interval of tiles: what is kept in any case, and the most; expected is what the method's budget comes to, "
-        "or half of all where a threshold decides",
+        "or half of all where a threshold decides; speed-ups and bounds are at what is expected",
         "floating-point operations of attention and of all matrices but embeddings and the head; experts by the share "
         "that a token asks",
         "MLP: three activations of one layer, unless mlp_chunk= cuts them; logits: of all tokens, unless last_logits=",
@@ -315,10 +373,13 @@ def _assumptions(
         said.append(
             f"PREDICTION, not measured: seconds are attention's operations at {accelerator.flops / 1e12:.0f} TFLOPS, "
             f"the peak of an {accelerator.name}, which no kernel reaches: bounds; expected speed-ups are those of the "
-            f"stated cost model of a GPU, an assumption ({stated_cost(kind, None).describe()})"
+            f"stated cost model of a GPU, an assumption ({'; '.join(stated)})"
         )
     else:
         said += [f"time: {each}" for each in words]
-        if not all(each.startswith("calibrated") for each in words):
-            said.append(f"without a calibration expected speed-ups are a bound: {stated_cost(kind, None).describe()}")
+        if stated:
+            said.append(
+                "without a calibration there are no seconds, expected speed-ups are those of the stated cost model "
+                f"({'; '.join(stated)}), and the bound is what tiles alone allow"
+            )
     return tuple(said)

@@ -321,6 +321,22 @@ def test_figures_of_the_comparison_are_those_of_the_results() -> None:
     assert ranking[0].family == DEFAULT, "the default is what the comparison puts first"
 
 
+def test_next_tokens_are_those_of_the_results() -> None:
+    result = EvalResult.load(ROOT / "docs/results/fidelity_field_cpu.json")
+    costs = {each.method: each for each in summarise(result, resamples=10).costs if not each.group}
+    section = PAGES["docs/compare.md"].partition("<!-- fidelity -->")[2].partition("\n## ")[0]
+    rows = list(rows_of(section))
+    assert [name for name, *_ in rows] == [each.label for each in result.methods if each.label != "dense"]
+    for name, *cells in rows:
+        answers = [answer for _, answer in result.answers(name)]
+        sizes = [stop - start for start, stop in (each.details["positions"] for each in answers)]
+
+        def mean(metric: str, own: list[Any] = answers, counts: list[int] = sizes) -> float:
+            return sum(each.values[metric] * count for each, count in zip(own, counts, strict=True)) / sum(counts)
+
+        assert cells == [f"{costs[name].density:.3f}", f"{mean('kl'):.4f}", f"{100 * mean('agreement'):.1f}%"], name
+
+
 def test_what_wrappers_gave_is_what_was_measured() -> None:
     page = PAGES["docs/wrappers.md"]
     needles = EvalResult.load(ROOT / "docs/results/needle_wrappers_cpu.json")

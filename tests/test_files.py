@@ -41,6 +41,8 @@ from sparseprefill.patterns import (
     save_patterns,
     store,
 )
+from sparseprefill.patterns.gna import Gna, Span
+from sparseprefill.patterns.hip import Hip
 from sparseprefill.patterns.names import parse_options
 from sparseprefill.prefill import resolve_method
 from support import make_inputs
@@ -339,6 +341,16 @@ def test_options_of_the_command_line_are_parsed_or_refused(text: str) -> None:
         pattern, _ = outcome(make, ValueError, TypeError)
         if pattern is not None:
             _builds(pattern)
+
+
+def test_options_may_be_lists_and_dictionaries() -> None:
+    assert parse_options("stages=[[256,0,4],[64,8192,4]],keep=0.2, sink=64") == {
+        "stages": [[256, 0, 4], [64, 8192, 4]], "keep": 0.2, "sink": 64,
+    }  # fmt: skip
+    text = 'spans=[{"start":8,"shape":[4,4],"window":[3,3]}],window=64'
+    pattern = resolve_method("gna", **parse_options(text))
+    assert pattern == Gna(window=64, spans=(Span(8, (4, 4), (3, 3)),))
+    assert resolve_method("hip", **parse_options("stages=[[64,0,8]],keep=0.2")) == Hip(0.2, stages=((64, 0, 8),))
 
 
 # ---- writing

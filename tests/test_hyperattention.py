@@ -194,6 +194,24 @@ def test_what_cannot_be_is_refused(make: Any, said: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("padding", [7, 15, 31, 63, 100])
+def test_right_padding_changes_nothing(padding: int) -> None:
+    inputs = make_inputs(queries=97, head_dim=8, dtype=torch.float64)
+    longer = make_inputs(queries=97 + padding, head_dim=8, dtype=torch.float64)
+    for name in ("query", "key", "value"):
+        getattr(longer, name)[:, :, :97] = getattr(inputs, name)
+    valid = (torch.arange(97 + padding) < 97)[None]
+    got, want = run(SMALL, dataclasses.replace(longer, key_valid=valid)), run(SMALL, inputs)
+    torch.testing.assert_close(got.lse[:, :, :97], want.lse)
+    torch.testing.assert_close(got.output[:, :, :97], want.output)
+
+
+def test_keys_that_end_before_the_queries_are_refused() -> None:
+    inputs = make_inputs(queries=100, keys=300, query_start=100, key_length=130)
+    with pytest.raises(ValueError, match="130 keys end before query 200"):
+        run(SMALL, inputs)
+
+
 def test_no_mass_is_known_to_be_kept_and_nothing_can_be_guarded() -> None:
     inputs = make_inputs(queries=320, head_dim=8)
     seen = sparse_prefill(inputs, SMALL, block_q=BLOCK, block_k=BLOCK, observe=True)

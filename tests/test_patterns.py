@@ -22,6 +22,7 @@ from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.coverage import coverage
 from sparseprefill.estimators import MeanPooled, Probe, TopK, keep_blocks
 from sparseprefill.estimators.relative_attention import scored_blocks
+from sparseprefill.estimators.selection import ranked
 from sparseprefill.huggingface import patch_model
 from sparseprefill.kernels import block_sparse_attention
 from sparseprefill.patterns import (
@@ -38,7 +39,9 @@ from sparseprefill.patterns import (
 )
 from sparseprefill.patterns.expected_density import expected_density
 from sparseprefill.patterns.flashprefill import FlashPrefill
+from sparseprefill.patterns.l_mul import LMul
 from sparseprefill.patterns.methods import DEFAULT_OPTIONS, METHODS
+from sparseprefill.patterns.sign_code import SignCode
 from sparseprefill.prefill import CostModel, kept_mass_sample, named_method, resolve_method
 from support import assert_within_budget, left_padding, make_inputs
 
@@ -365,6 +368,22 @@ def test_shares_keep_their_density() -> None:
         work = coverage(inputs, index_of(pattern, inputs)).tile_work
         assert ((work >= 0.2) & (work < 0.23)).all(), pattern
         assert abs(expected_density(pattern, 3200) - 0.2) < 1e-9
+
+
+def test_what_is_seen_ranks_before_what_is_not_whatever_its_score() -> None:
+    scores = torch.tensor([[[[1.0, 2.0, -torch.inf, torch.nan, 3.0]]]])
+    visible = torch.tensor([[[False, False, True, True, True]]])
+    assert ranked(scores, visible, None)[0, 0, 0, :3].tolist() == [4, 2, 3]
+    for inputs in (
+        make_inputs(queries=300, head_dim=8, window=90),
+        make_inputs(queries=300, head_dim=8, segment=torch.tensor([[0] * 90 + [1] * 210])),
+    ):
+        holes = dataclasses.replace(inputs, key_valid=~((torch.arange(300) > 99) & (torch.arange(300) < 170))[None])
+        broken = dataclasses.replace(inputs, key=inputs.key.clone())
+        broken.key[:, :, 120:200] = torch.nan
+        patterns = SignCode(0.9, bits=12, sink=0, local=0), BlockSparse(0.9, 0, 0), LMul(0.5, sink=0, local=0)
+        for made, pattern in itertools.product((holes, broken), patterns):
+            index_of(pattern, made).validate(made)
 
 
 def test_ties_go_to_the_lower_id() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tiny_models import FAMILIES, tiny_config
 
 from sparseprefill.cli import main
 from sparseprefill.contracts import BlockGrid
+from sparseprefill.huggingface_layers import Settings
 from sparseprefill.patterns import BlockSparse, Dense, LastRowsDense, PerHead, VerticalSlash
 from sparseprefill.patterns.cluster_segments import ClusterSegments
 from sparseprefill.patterns.expected_tiles import LAWS, count_tiles, tile_law
@@ -22,9 +24,12 @@ from sparseprefill.patterns.hip import Hip
 from sparseprefill.patterns.methods import METHODS
 from sparseprefill.patterns.parts import parts_coverage, parts_of
 from sparseprefill.patterns.pbs import Pbs
+from sparseprefill.patterns.sign_code import SignCode
+from sparseprefill.patterns.skip_softmax import SkipSoftmax
 from sparseprefill.patterns.vote_columns import VoteColumns, tokenselect
 from sparseprefill.plan import check_config, plan
 from sparseprefill.plan_check import PlanCheck, check_plan, check_table
+from sparseprefill.prefill import COST_MODELS, CostModel
 from support import make_inputs
 
 CONFIGS = Path(__file__).resolve().parent / "data" / "configs"
@@ -101,6 +106,29 @@ def test_a_local_layer_keeps_its_window() -> None:
     assert (count.dense, count.low, count.high) == (dense, own, own)
 
 
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_layer_of_chunks_keeps_those_alone(window: int | None) -> None:
+    count = count_tiles(BlockSparse(keep=0.1), keys=400, chunk=70, window=window, **SHAPE)
+    inputs = make_inputs(
+        query_heads=4, kv_heads=2, queries=400, head_dim=8, window=window, segment=(torch.arange(400) // 70)[None]
+    )
+    low, high = BlockGrid.of(inputs, BLOCK, BLOCK).visible_blocks(inputs)
+    assert count.low == count.high == 4 * int((high - low).sum()) < count.dense / 3
+
+
+@pytest.mark.parametrize("method", ["sign_code", "hyperattention", "random"])
+def test_layers_that_differ_in_a_seed_are_planned_together(method: str) -> None:
+    _, found = reckon(None, method, length=4096, options={})
+    assert [each.layers for each in found.layers] == [(0, 1, 2, 3)]
+
+
+def test_what_is_cheaper_to_count_keeps_as_many() -> None:
+    for keep in (0.1, 100, 1.0):
+        pattern = SignCode(keep=keep, sink=16, local=32, bits=8)
+        count = count_tiles(pattern, keys=333, **SHAPE)
+        assert count.low == count.high == measured(pattern, 333)[1]
+
+
 def reckon(name: str | None, method: str = "block_sparse", length: int = 32768, **options: Any) -> Any:
     made = plan(name, (length,), [("it", method, options.pop("options", {"keep": 0.1}))], **options)
     (found,) = made.plans
@@ -140,6 +168,47 @@ def test_break_even_is_where_the_cost_model_says_so() -> None:
     assert dear.layers[0].break_even is None, "finding alone takes longer than dense attention"
     _, dense = reckon(None, "dense", length=4096, options={})
     assert dense.layers[0].bound == dense.bound == 1.0
+    assert dense.layers[0].own == "dense"
+    assert dense.layers[0].speedup is None
+
+
+def test_the_cost_model_is_that_of_the_kernel_that_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, found = reckon(None, length=8192)
+    assert COST_MODELS["cpu", "cpu"].describe() in made.text()
+    for module in ("plan", "huggingface_layers"):  # whether there is a calibration file or not
+        monkeypatch.setattr(f"sparseprefill.{module}.kernel_for", lambda *_, **__: ("native", {}))
+    native, faster = reckon(None, length=8192)
+    assert COST_MODELS["cpu", "native"].describe() in native.text()
+    assert faster.layers[0].speedup > found.layers[0].speedup
+
+
+def test_what_a_kernel_skips_is_expected_and_not_listed() -> None:
+    _, found = reckon(None, "skip_softmax", length=8192, options={})
+    (layers,) = found.layers
+    assert layers.tiles.share() == 1.0
+    assert layers.expected == SkipSoftmax(Dense()).expected_density(8192) < 1.0
+    assert layers.bound == pytest.approx(1 / layers.expected)
+
+
+def test_layers_that_run_as_without_the_method_take_as_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_config("gemma2").save_pretrained(tmp_path)
+    seconds = 1e-9
+    entry = SimpleNamespace(
+        cost=CostModel(1.4, 512), dense_pair_seconds=seconds, overheads={}, describe=lambda: "calibrated"
+    )
+    monkeypatch.setattr(Settings, "calibration", lambda self, path: "known")
+    monkeypatch.setattr(
+        "sparseprefill.plan.layer_cost", lambda *_, **__: SimpleNamespace(entry=entry, kernel="native", missing="")
+    )
+    made, found = reckon(str(tmp_path), length=700)
+    local = next(each for each in found.layers if each.own)
+    assert local.own == "window"
+    pairs = 700 * 701 / 2
+    assert local.dense_seconds == local.sparse_seconds == pytest.approx(seconds * pairs * local.tiles.share())
+    (chosen,) = [each for each in found.layers if not each.own]
+    assert chosen.dense_seconds == pytest.approx(seconds * pairs)
+    assert chosen.sparse_seconds != chosen.dense_seconds
+    assert "(window)" in made.text()
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -180,6 +249,31 @@ def test_a_configuration_that_lacks_a_field_is_refused(field: str, tmp_path: Pat
         reckon(str(tmp_path))
 
 
+@pytest.mark.parametrize("field", ["num_key_value_heads", "intermediate_size"])
+def test_a_number_that_only_a_default_gives_is_refused(field: str, tmp_path: Path) -> None:
+    written = json.loads((CONFIGS / "qwen3-8b" / "config.json").read_text(encoding="utf-8"))
+    del written[field]
+    (tmp_path / "config.json").write_text(json.dumps({**written, "num_attention_heads": 16}), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"has no {field}"):
+        reckon(str(tmp_path))
+
+
+def test_configurations_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("[1, 2]", encoding="utf-8")
+    with pytest.raises(ValueError, match="configuration"):
+        reckon(str(tmp_path))
+    written = json.loads((CONFIGS / "llama-3.1-8b" / "config.json").read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**written, "num_key_value_heads": 7}), encoding="utf-8")
+    with pytest.raises(ValueError, match="32 query heads over 7 KV heads"):
+        reckon(str(tmp_path))
+    text = {"model_type": "llama", **{k: v for k, v in written.items() if k != "num_hidden_layers"}}
+    whole = {"model_type": "llava", "text_config": text, "num_hidden_layers": 32}
+    path.write_text(json.dumps(whole), encoding="utf-8")
+    with pytest.raises(ValueError, match="has no num_hidden_layers"):
+        reckon(str(tmp_path))
+
+
 def test_fields_may_have_the_names_of_their_family(tmp_path: Path) -> None:
     written = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 50, "n_positions": 1024}
     (tmp_path / "config.json").write_text(json.dumps(written), encoding="utf-8")
@@ -191,7 +285,8 @@ def test_fields_may_have_the_names_of_their_family(tmp_path: Path) -> None:
     [
         ({"device": "tpu"}, "a plan is for cpu, cuda, or one of A100"),
         ({"device": "H200", "calibration": "x.json"}, "a calibration is of the machine it was measured on"),
-        ({"length": 0}, "lengths are tokens, at least 1"),
+        ({"length": 0}, "lengths are tokens, from 1 to 4194304"),
+        ({"length": 10**11}, "lengths are tokens, from 1 to 4194304"),
         ({"options": {"keep": 2.0}}, "keep as a share must be in (0, 1]"),
         ({"method": "stem", "options": {}, "block_q": 20}, "stride"),
         ({"method": "blok_sparse"}, "Did you mean 'block_sparse'"),

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from sparseprefill.contracts import BlockGrid
+from sparseprefill.coverage import coverage
 from sparseprefill.patterns.gna import Gna, Span
+from sparseprefill.patterns.hip import Hip
 from sparseprefill.patterns.local_stride import LocalStride
 from support import left_padding, make_inputs
 
@@ -139,3 +141,20 @@ def test_what_cannot_be_is_refused(make: Any, said: str) -> None:
 def test_more_dense_heads_than_there_are_are_refused() -> None:
     with pytest.raises(ValueError, match="there are 2 KV heads"):
         mask_of(LocalStride(dense_heads=3), 16, queries=64, query_heads=4, kv_heads=2)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        LocalStride(), LocalStride(block=7), LocalStride(block=96, stride=3), LocalStride(dense_heads=1),
+        Gna(window=1024), Gna(window=0.1, stride=64), Gna(window=0.01, stride=4096),
+        Gna(window=64, spans=(Span(64, (64, 128), (64, 128)),)), Hip(0.1, sink=64, local=256, most=0.001),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_the_cost_model_reckons_with_at_least_what_is_computed(pattern: Any) -> None:
+    """With two KV heads, of which `dense_heads` may make one dense; tiles of 64, of which diagonals count whole."""
+    keys = 8192
+    inputs = make_inputs(queries=keys, query_heads=2, kv_heads=2, head_dim=2)
+    found = coverage(inputs, pattern.build_index(inputs, BlockGrid.of(inputs, 64, 64)))
+    assert float(found.density.mean()) <= pattern.expected_density(keys) + 64 / keys

@@ -98,8 +98,10 @@ def allowed(inputs: AttentionInputs, pattern: VoteColumns) -> torch.Tensor:
             chosen = chosen_of(
                 pattern, candidates, dict(enumerate(score)), {j: votes.get(j, 0.0) for j in candidates}, 0.0, 1
             )
-            number = min(-(-len(chosen) // BLOCK), len(candidates) // BLOCK) * BLOCK
-            ranked = sorted(candidates, key=lambda j: (-score[j], j))[:number]
+            number = -(-len(chosen) // BLOCK) * BLOCK
+            whole = number >= len(candidates)
+            ranked = [] if whole else sorted(candidates, key=lambda j: (-score[j], j))[:number]
+            number = len(ranked)
             packs = [sorted(ranked)[n : n + BLOCK] for n in range(0, number, BLOCK)]
             for m in range((inputs.queries + inputs.query_start) // BLOCK + 1):
                 rows = slow_row(inputs, b, m)
@@ -110,12 +112,28 @@ def allowed(inputs: AttentionInputs, pattern: VoteColumns) -> torch.Tensor:
                 low = int(inputs.visible_range()[0][b, rows[-1] - inputs.query_start])
                 keys = set(range(anchor, anchor + -(-pattern.sink // BLOCK) * BLOCK))
                 keys |= set(range(anchor + max(0, kept) * BLOCK, anchor + (m + 1) * BLOCK))
-                for pack in packs:
-                    if pack[-1] < anchor + max(0, near) * BLOCK and pack[0] >= low:
-                        keys |= set(pack)
+                before = [pack for pack in packs if pack[-1] < anchor + max(0, near) * BLOCK]
+                if whole:
+                    keys |= set(range(anchor, anchor + (m + 1) * BLOCK))
+                elif any(pack[0] < low <= pack[-1] for pack in before):  # whole blocks, as far as they are seen
+                    blocks = {(j - anchor) // BLOCK for j in ranked}
+                    keys |= {j for n in blocks for j in range(anchor + n * BLOCK, anchor + (n + 1) * BLOCK)}
+                else:
+                    keys |= {j for pack in before for j in pack if pack[0] >= low}
                 place = [p - inputs.query_start for p in rows]
                 mask[b, h, place[0] : place[-1] + 1, [j for j in sorted(keys) if j < inputs.keys]] = True
     return mask
+
+
+@pytest.mark.parametrize("shape", PART_INPUTS)
+@pytest.mark.parametrize("budget", [{"keep": 10**6}, {"keep": None, "mass": 1.0}], ids=str)
+def test_all_columns_are_everything(shape: str, budget: dict[str, Any]) -> None:
+    inputs = make_inputs(query_heads=4, kv_heads=2, head_dim=8, dtype=torch.float64, **PART_INPUTS[shape])
+    pattern = dataclasses.replace(TOKENS, sink=0, local=16, probe=8, **budget)
+    got = attend(parts_of(pattern, inputs, BlockGrid.of(inputs, BLOCK, BLOCK)), "reference").lse
+    want = reference_attention(inputs, None).lse
+    seen = want > -torch.inf
+    torch.testing.assert_close(got[seen], want[seen])
 
 
 def test_a_whole_prefill_of_single_columns() -> None:
@@ -192,6 +210,7 @@ def test_votes_that_are_not_finite_keep_everything_and_are_counted(pattern: Vote
         ({"keep": 0.1, "spread": -1}, "spread must be at least 0"),
         ({"keep": 0.1, "width": 4}, "width must be odd"),
         ({"keep": 0.1, "superblock": 0}, "superblock must be at least 1"),
+        ({"keep": 0.1, "superblock": 64, "probe": 8, "fair": True}, "and probe, fair would change nothing"),
         ({"keep": 0.1, "voters": "none"}, "voters must be one of head, group, all"),
         ({"keep": 0.1, "smooth": "median"}, "smooth must be one of none, max, mean"),
         ({"keep": 0.1, "unit": "page"}, "unit must be one of block, token"),
@@ -203,3 +222,9 @@ def test_votes_that_are_not_finite_keep_everything_and_are_counted(pattern: Vote
 def test_what_cannot_be_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises((ValueError, TypeError), match=re.escape(said)):
         VoteColumns(**options)
+
+
+def test_keys_that_end_before_the_queries_are_refused() -> None:
+    inputs = make_inputs(queries=100, keys=300, query_start=100, key_length=130)
+    with pytest.raises(ValueError, match="130 keys end before query 200"):
+        parts_of(TOKENS, inputs, BlockGrid.of(inputs, BLOCK, BLOCK))

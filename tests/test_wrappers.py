@@ -28,6 +28,7 @@ from sparseprefill.patterns.hip import Hip
 from sparseprefill.patterns.l_mul import LMul
 from sparseprefill.patterns.layer_carry import LayerCarry
 from sparseprefill.patterns.pbs import Pbs
+from sparseprefill.patterns.per_head import of_heads
 from sparseprefill.patterns.progressive import Progressive, rounded
 from sparseprefill.patterns.skip_softmax import SkipSoftmax
 from sparseprefill.patterns.stem import Stem
@@ -144,6 +145,15 @@ def test_tiles_that_were_skipped_are_corrected_too() -> None:
     assert found.skipped is not None
     assert found.skipped.sum() > 0
     torch.testing.assert_close(found.output.double(), dense, atol=1e-5, rtol=1e-5)
+
+
+def test_a_value_that_is_broken_breaks_those_who_see_it_alone() -> None:
+    inputs = make_inputs(queries=320, head_dim=8, segment=torch.tensor([[0] * 160 + [1] * 160]))
+    inputs.value[:, :, 200] = torch.inf
+    output = sparse_prefill(inputs, DeltaCorrect(INNER, every=16), block_q=BLOCK, block_k=BLOCK).result.output
+    assert output is not None
+    assert bool(output[:, :, :160].isfinite().all()), "the first prompt sees nothing of the second"
+    assert not bool(output[:, :, 300:].isfinite().all())
 
 
 # ---- rows as calls of their own, and the cache of choices
@@ -334,10 +344,12 @@ def test_wrappers_by_name_go_around_any_method() -> None:
         (lambda: LayerCarry(INNER, start=-1), "start must be at least 0"),
         (lambda: LayerCarry(INNER, fall=0.0), "fall must be in (0, 1]"),
         (lambda: LayerCarry(INNER, least=1.5), "least must be in (0, 1]"),
+        (lambda: PerHead((INNER, LayerCarry(INNER))), "LayerCarry carries something from layer to layer"),
+        (lambda: PerHead((INNER, LastRowsDense(LayerCarry(INNER), 3))), "carries something from layer to layer"),
         (lambda: Cached(LayerCarry(INNER)), "LayerCarry carries something from call to call"),
-        (lambda: Progressive(LastRowsDense(LayerCarry(INNER), 3)), "put it around progressive"),
-        (lambda: Pbs(LayerCarry(INNER)), "put it around pbs"),
-        (lambda: Cached(Union(INNER, LayerCarry(INNER))), "put it around cached"),
+        (lambda: Progressive(LastRowsDense(LayerCarry(INNER), 3)), "put what carries around progressive"),
+        (lambda: Pbs(LayerCarry(INNER)), "put what carries around pbs"),
+        (lambda: Cached(Union(INNER, LayerCarry(INNER))), "put what carries around cached"),
         (lambda: index_of(Cached(SkipSoftmax(INNER)), make_inputs(queries=90)), "put skipping around it"),
         (lambda: index_of(Progressive(SkipSoftmax(INNER)), make_inputs(queries=90)), "put skipping around it"),
         (lambda: Progressive(INNER, bits=1), "bits must be at least 2"),
@@ -361,3 +373,8 @@ def test_what_an_inner_pattern_refuses_is_refused() -> None:
                     Union(INNER, VerticalSlash(density=0.2))):  # fmt: skip
         with pytest.raises(ValueError, match="square tiles"):
             pattern.build_index(inputs, BlockGrid.of(inputs, 16, 32))
+
+
+def test_a_process_with_some_heads_has_both_halves_of_a_union() -> None:
+    both = Union(PerHead((INNER, Dense(), Dense())), PerHead((Dense(), INNER, INNER)))
+    assert of_heads(both, [1, 2]) == Union(PerHead((Dense(), Dense())), PerHead((INNER, INNER)))
