@@ -35,7 +35,7 @@ class BlockSparse:
     MInference, arXiv:2407.02490, section 3.2. Raises ValueError or TypeError for budgets that are none, and for both.
     """
 
-    rows_alone: ClassVar[bool] = True  # see `sparseprefill.patterns.wrapping`
+    rows_alone: ClassVar[bool] = True  # rows choose without each other; see `sparseprefill.patterns.wrapping`
 
     keep: Budget | None = None  # tokens, or a share of the visible keys; None without `mass`: 6400
     sink: int = 64  # first tokens kept always

@@ -46,7 +46,7 @@ class FlashPrefill:
     FlashPrefill, arXiv:2603.06199, where tiles are 128 x 128. Raises ValueError or TypeError for options out of range.
     """
 
-    rows_alone: ClassVar[bool] = True  # see `sparseprefill.patterns.wrapping`
+    rows_alone: ClassVar[bool] = True  # rows choose without each other; see `sparseprefill.patterns.wrapping`
 
     alpha: float | None = None  # share of the strongest block's energy; None without `keep`: 0.12
     keep: Budget | None = None  # instead: tokens, or a share of the visible keys

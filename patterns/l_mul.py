@@ -28,7 +28,7 @@ class LMul:
     ValueError or TypeError for numbers that are none.
     """
 
-    rows_alone: ClassVar[bool] = True  # see `sparseprefill.patterns.wrapping`
+    rows_alone: ClassVar[bool] = True  # rows choose without each other; see `sparseprefill.patterns.wrapping`
 
     keep: Budget = 0.2  # tokens, or a share of the visible keys
     bits: int = 4  # of the mantissa of a mean, 1 to 23

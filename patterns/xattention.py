@@ -49,7 +49,7 @@ class XAttention:
     multiples of `stride`, and where there are not as many thresholds as heads.
     """
 
-    rows_alone: ClassVar[bool] = True  # see `sparseprefill.patterns.wrapping`
+    rows_alone: ClassVar[bool] = True  # rows choose without each other; see `sparseprefill.patterns.wrapping`
 
     threshold: float | tuple[float, ...] | None = None  # share of the mass, in [0, 1]; or one for each query head
     keep: Budget | None = None  # instead: tokens, or a share of the visible keys

@@ -46,7 +46,7 @@ def field_comments(cls: type[Any]) -> dict[str, str]:
     """What the comments after the fields of a dataclass say, and those on lines of their own right below."""
     said: dict[str, str] = {}
     field, before = "", 0
-    names = {f.name for f in dataclasses.fields(cls)}
+    names = set(cls.__dataclass_fields__)  # class variables too
     for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline):
         line = token.line.strip()
         if token.type == tokenize.COMMENT:
