@@ -462,7 +462,11 @@ def test_unfinished_scores_choose_nothing(llama: PreTrainedModel, tmp_path: Path
         ({"candidates": ["a_shape:window=0"]}, ValueError, "window must be at least 1"),
         ({"candidates": [3]}, TypeError, "a candidate is a Candidate, a pattern or a text, got int"),
         ({"candidates": ["a_shape", AShape()]}, ValueError, "is there twice"),
-        ({"candidates": [object.__new__(type("Mine", (), {"build_index": None}))]}, TypeError, "got Mine"),
+        (
+            {"candidates": [type("Mine", (), {"build_index": None, "__repr__": lambda self: "a Mine"})()]},
+            TypeError,
+            "got Mine",
+        ),
         ({"candidates": CANDIDATES, "target": MInferenceSearch()}, ValueError, "brings its own candidates"),
         ({"target": True}, TypeError, "target mass must be a number"),
         ({"target": 1.2}, ValueError, r"target mass must be in \(0, 1\]"),
