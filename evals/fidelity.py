@@ -29,6 +29,7 @@ from sparseprefill.evals.layer_errors import (
     sampled_places,
 )
 from sparseprefill.evals.logits import FinalStates, NextTokens, OutputHead, compare_next_tokens
+from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.evals.prompt_rendering import first_ids, plain_ids, prefix_ids
 from sparseprefill.evals.tasks import Answer, Attempt, Item, Metric, Prompt, Total
 from sparseprefill.files import read_text
@@ -197,6 +198,14 @@ class Fidelity:
         """Positions at which the parts begin, and length - 1, where the last one ends."""
         return [(length - 1) * part // self.buckets for part in range(self.buckets + 1)]
 
+    def check_method(self, spec: MethodSpec) -> None:
+        """Raise ValueError for a method of which there is no kept mass, where layers are compared."""
+        if self.layers and spec.estimates:
+            raise ValueError(
+                f"{spec.label} estimates what it leaves out, so that no kept mass is known: compare without layers "
+                "(--no-layers)"
+            )
+
     @torch.no_grad()
     def run(self, attempt: Attempt) -> list[Answer]:
         """Compare with the dense model, which is run too where it was not before.
@@ -207,11 +216,7 @@ class Fidelity:
         model, spec = attempt.model, attempt.spec
         if spec.name not in METHODS:
             raise ValueError(f"unknown method {spec.name!r}: choose from {', '.join(METHODS)}")
-        if self.layers and spec.estimates:
-            raise ValueError(
-                f"{spec.label} estimates what it leaves out, so that no kept mass is known: compare without layers "
-                "(--no-layers)"
-            )
+        self.check_method(spec)
         length = len(attempt.prompt.token_ids)
         check_window(model, length, attempt.prompt.id)
         ids = torch.tensor([list(attempt.prompt.token_ids)], device=model.device)

@@ -68,7 +68,10 @@ class Answer:
 
 
 class Task(Protocol):
-    """An evaluation. Preparing and grading are deterministic: a prompt is the same whatever ran before it."""
+    """An evaluation. Preparing and grading are deterministic: a prompt is the same whatever ran before it.
+
+    One that cannot judge every method has `check_method(spec)` too, which raises ValueError before anything runs.
+    """
 
     name: str  # of the task and of its files
     metrics: tuple[Metric, ...]  # the first is the headline

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from sparseprefill.contracts import AttentionInputs, BlockGrid, BlockIndex
 from sparseprefill.estimators.selection import Budget, check_budget, check_count, check_tokens
-from sparseprefill.patterns.expected_density import in_blocks, kept_share
 from sparseprefill.patterns.expected_overhead import Overhead, stated_overhead
 from sparseprefill.patterns.expected_tiles import count_tiles
 
-_COUNTED = 1 << 16  # tokens up to which tiles are counted for the cost model
+_COUNTED = 1 << 16  # tokens up to which tiles of 64 are counted for the cost model, and larger ones beyond
 _PLACES = 1 << 22  # keys of neighbourhoods that are listed at one time
 
 
@@ -150,12 +149,7 @@ class Gna:
         return "positions"
 
     def expected_density(self, keys: int) -> float:
-        if keys <= _COUNTED:
-            return _share_of_tiles(self, keys)
-        window = self.window if isinstance(self.window, int) else math.ceil(self.window * -(-keys // self.dilation))
-        seen = (max(window, self.stride) + self.stride) * self.dilation + in_blocks(self.sink)
-        spans = sum(span.tokens * min(span.tokens, span.stop) for span in self.spans if span.start < keys)
-        return min(1.0, kept_share(seen, keys) + spans / (keys * keys / 2))
+        return _share_of_tiles(self, keys)
 
     def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
         """It looks at nothing; a dilation goes over the tiles as often as it says."""
@@ -190,7 +184,9 @@ class Gna:
 
 @functools.lru_cache(maxsize=256)
 def _share_of_tiles(pattern: Gna, keys: int) -> float:
-    return count_tiles(pattern, keys=keys, query_heads=1, kv_heads=1, block_q=64, block_k=64).share()
+    """Larger tiles hold more, so that of a long prompt this is at most too much."""
+    block = 64 << max(0, (keys - 1) // _COUNTED).bit_length()
+    return count_tiles(pattern, keys=keys, query_heads=1, kv_heads=1, block_q=block, block_k=block).share()
 
 
 @functools.lru_cache(maxsize=64)

@@ -76,7 +76,8 @@ class LocalStride:
         # tiles of 64 keys that hold a column, which may lie across two of them
         tiles = 1.0 if self.block % 64 == 0 else (63 + self.block) / self.block
         share = near + (1 - near) * min(1.0, tiles / self.stride)
-        return (1 + share) / 2 if self.dense_heads else share  # of how many KV heads nobody says: as if half were dense
+        heads = max(8, self.dense_heads)  # of how many KV heads nobody says: of as many as most models have
+        return (self.dense_heads + (heads - self.dense_heads) * share) / heads
 
     def expected_overhead(self, device: torch.device, head_dim: int, block_q: int, block_k: int) -> Overhead:
         """It looks at nothing."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -16,16 +18,22 @@ def nearest_name(name: str, known: Any) -> str:
 _WORDS = {"True": True, "False": False, "None": None}  # as Python writes what JSON has in small letters
 
 
-def _parts(text: str) -> list[str]:
-    """What stands between commas, those inside of brackets left alone."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "[{") - (letter in "]}")
-        if letter == "," and depth <= 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
+def _parts(text: str) -> Iterator[str]:
+    """`name=value` between commas; a value that is a whole list or dictionary of JSON keeps its commas."""
+    start = 0
+    while start < len(text):
+        stop = text.find(",", start)
+        equals = text.find("=", start, len(text) if stop < 0 else stop)
+        value = text[equals + 1 :].lstrip() if equals >= 0 else ""
+        if value.startswith(("[", "{")):
+            with contextlib.suppress(ValueError, RecursionError):
+                _, length = json.JSONDecoder().raw_decode(value)
+                end = len(text) - len(value) + length
+                if text[end:].lstrip()[:1] in ("", ","):
+                    stop = text.find(",", end)
+        stop = len(text) if stop < 0 else stop
+        yield text[start:stop]
+        start = stop + 1
 
 
 def parse_options(text: str) -> dict[str, Any]:

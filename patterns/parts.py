@@ -26,6 +26,7 @@ from sparseprefill.contracts import AttentionInputs, AttentionOutput, BlockGrid,
 from sparseprefill.coverage import Coverage, coverage
 from sparseprefill.kernels import block_sparse_attention
 from sparseprefill.kernels.join import join_outputs
+from sparseprefill.patterns.per_head import inside
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,8 +49,7 @@ def parts_of(pattern: Any, inputs: AttentionInputs, grid: BlockGrid) -> tuple[Pa
 
 def estimates(pattern: Any) -> bool:
     """Whether keys stand for others, so that lse is an estimate and nobody knows what mass is kept: `weighs_keys`."""
-    nested = (getattr(pattern, name, None) for name in ("inner", "other", "pattern"))
-    return bool(getattr(pattern, "weighs_keys", False)) or any(map(estimates, filter(None, nested)))
+    return bool(getattr(pattern, "weighs_keys", False)) or any(map(estimates, inside(pattern)))
 
 
 def attend(parts: Sequence[Part], impl: str = "auto", *, values: bool = True) -> AttentionOutput:

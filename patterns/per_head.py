@@ -15,9 +15,14 @@ from sparseprefill.patterns.last_rows import LastRowsDense, Pattern
 
 def carries(pattern: Any) -> bool:
     """Whether a pattern, or one inside of it, carries something from call to call: `stateful`."""
-    nested = [getattr(pattern, name, None) for name in ("inner", "other", "pattern")]
-    nested += getattr(pattern, "patterns", ())
-    return bool(getattr(pattern, "stateful", False)) or any(map(carries, filter(None, nested)))
+    return bool(getattr(pattern, "stateful", False)) or any(map(carries, inside(pattern)))
+
+
+def inside(pattern: Any) -> list[Any]:
+    """The patterns that one goes around, or is made of."""
+    found = [getattr(pattern, name, None) for name in ("inner", "other", "pattern")]
+    found += pattern.patterns if isinstance(pattern, PerHead) else ()
+    return [each for each in found if callable(getattr(each, "build_index", getattr(each, "build_parts", None)))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -313,7 +313,7 @@ class VoteColumns:
         self, inputs: AttentionInputs, grid: BlockGrid, column: Tensor, packs: Tensor
     ) -> tuple[BlockIndex, Tensor]:  # fmt: skip
         """Of each row the packs that end before its local window, and begin where all of its queries see; and bool
-        [batch, kv_heads, rows]: rows that see a part of a pack alone, which get none.
+        [batch, kv_heads, rows]: rows of which some queries see a part of a pack alone, or see it alone; these get none.
         """
         size = grid.block_k
         first, last = column[..., ::size], column[..., size - 1 :: size]  # [batch, kv_heads, packs]
@@ -329,7 +329,8 @@ class VoteColumns:
         until = torch.minimum(until, packs[..., None]).masked_fill((end <= begin)[:, None], 0)
         since = torch.minimum(since, until)
         ends = last.gather(2, (since - 1).clamp(min=0))
-        cut = (since > 0) & (ends >= low[:, None])
+        earliest = inputs.visible_range()[0].gather(1, (begin - inputs.query_start).clamp(0, inputs.queries - 1))
+        cut = (since > 0) & (ends >= earliest[:, None])
         until = torch.where(cut, since, until)
         columns = torch.arange(grid.key_blocks, dtype=torch.int32, device=inputs.device)
         index = BlockIndex(grid, columns, since.clamp(max=grid.key_blocks - 1), (until - since).to(torch.int32))

@@ -65,6 +65,7 @@ from sparseprefill.patterns import Dense, LastRowsDense, ModelPatterns, Pattern,
 from sparseprefill.patterns.parts import parts_of
 from sparseprefill.patterns.per_head import of_heads
 from sparseprefill.prefill import (
+    check_guarded,
     describe_pattern,
     named_method,
     resolve_method,
@@ -496,6 +497,7 @@ def register(
     last_rows_dense = options.pop("last_rows_dense", 0)
     method, options = named_method(method, profile, options)
     pattern = _resolve(method, profile, last_rows_dense, options)
+    check_guarded(pattern, settings.guard)
     for text in _tile_warnings([pattern] if isinstance(pattern, ModelPatterns) else [], settings):
         warnings.warn(text, UserWarning, stacklevel=2)
     if previous not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) or previous == NAME:

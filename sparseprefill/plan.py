@@ -8,6 +8,7 @@ for; without a calibration there are bounds and stated cost models, and the plan
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,10 +32,11 @@ from sparseprefill.patterns.expected_overhead import expected_overhead
 from sparseprefill.patterns.expected_tiles import TileCount, count_tiles
 from sparseprefill.patterns.wrapping import keeps_everything
 from sparseprefill.prefill import CostModel, describe_pattern, stated_cost
+from sparseprefill.profile_memory import out_of_memory
 from sparseprefill.reports import number, ranges, table
 
-MOST_TOKENS = 1 << 22
-"""Tiles of longer prompts do not fit a count."""
+MOST_TOKENS = 1 << 21
+"""Tiles of longer prompts are too many to be counted."""
 
 NEEDED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
 """Fields of a configuration without which transformers would plan another model: its defaults."""
@@ -234,10 +236,10 @@ def _says(written: dict[str, Any], field: str) -> bool:
 def _check_shape(config: Any, written: dict[str, Any], name: str | None) -> None:
     """Raise ValueError for heads that cannot be, and for numbers that only a default of transformers gave."""
     heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    known = inspect.signature(type(config)).parameters
     for field in ("num_key_value_heads", "intermediate_size"):
-        value = getattr(config, field, None)
-        derived = field == "num_key_value_heads" and value == heads  # every query head has its own
-        if isinstance(value, int) and value and not derived and not _says(written, field):
+        # a default of None is made of other fields
+        if field in known and isinstance(known[field].default, int) and not _says(written, field):
             raise ValueError(_LACKS.format(repr(name), field))
     if isinstance(heads, int) and isinstance(groups, int) and groups > 0 and heads % groups:
         raise ValueError(
@@ -276,10 +278,17 @@ def _layer(
 ) -> LayerPlan:  # fmt: skip
     pattern: Any = state.pattern_under(mask)
     block_q, block_k = settings.block_q, settings.block_k
-    tiles = count_tiles(
-        pattern, keys=length, query_heads=shape.query_heads, kv_heads=shape.kv_heads, block_q=block_q,
-        block_k=block_k, window=mask.window, chunk=mask.chunk,
-    )  # fmt: skip
+    try:
+        tiles = count_tiles(
+            pattern, keys=length, query_heads=shape.query_heads, kv_heads=shape.kv_heads, block_q=block_q,
+            block_k=block_k, window=mask.window, chunk=mask.chunk,
+        )  # fmt: skip
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"tiles of {length} tokens do not fit into memory to be counted: plan a shorter one"
+        ) from error
     pairs = length * (length + 1) / 2
     seconds = None if entry is None else entry.dense_pair_seconds
     if mask.local is not None or state.always_dense or keeps_everything(pattern):

@@ -347,6 +347,8 @@ def test_options_may_be_lists_and_dictionaries() -> None:
     assert parse_options("stages=[[256,0,4],[64,8192,4]],keep=0.2, sink=64") == {
         "stages": [[256, 0, 4], [64, 8192, 4]], "keep": 0.2, "sink": 64,
     }  # fmt: skip
+    assert parse_options("inner=a],stages=[[1,0,4],[2,3,4]]") == {"inner": "a]", "stages": [[1, 0, 4], [2, 3, 4]]}
+    assert parse_options("profile=/tmp/x[1.json,keep=0.2") == {"profile": "/tmp/x[1.json", "keep": 0.2}
     text = 'spans=[{"start":8,"shape":[4,4],"window":[3,3]}],window=64'
     pattern = resolve_method("gna", **parse_options(text))
     assert pattern == Gna(window=64, spans=(Span(8, (4, 4), (3, 3)),))

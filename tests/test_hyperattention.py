@@ -13,7 +13,7 @@ from method_cases import BLOCK, PART_INPUTS
 from tiny_models import tiny_model
 from torch import Tensor
 
-from sparseprefill import patch_model
+from sparseprefill import patch_model, register
 from sparseprefill.contracts import AttentionInputs, BlockGrid
 from sparseprefill.evals.methods import MethodSpec
 from sparseprefill.guard import Guard
@@ -225,5 +225,7 @@ def test_no_mass_is_known_to_be_kept_and_nothing_can_be_guarded() -> None:
     with pytest.raises(ValueError, match=r"estimates what it leaves out.* leave out min_mass"):
         patch_model(model, "hyperattention", min_mass=0.9)
     assert model.config._attn_implementation == tiny_model("llama").config._attn_implementation
+    with pytest.raises(ValueError, match="leave out min_mass"):
+        register("hyperattention", min_mass=0.9)
     assert MethodSpec("hyperattention").estimates
     assert not MethodSpec("delta_correct", {"inner": "stem"}).estimates

@@ -253,9 +253,20 @@ def test_a_configuration_that_lacks_a_field_is_refused(field: str, tmp_path: Pat
 def test_a_number_that_only_a_default_gives_is_refused(field: str, tmp_path: Path) -> None:
     written = json.loads((CONFIGS / "qwen3-8b" / "config.json").read_text(encoding="utf-8"))
     del written[field]
-    (tmp_path / "config.json").write_text(json.dumps({**written, "num_attention_heads": 16}), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps(written), encoding="utf-8")
     with pytest.raises(ValueError, match=f"has no {field}"):
         reckon(str(tmp_path))
+
+
+def test_numbers_that_follow_from_others_need_not_be_there(tmp_path: Path) -> None:
+    written = json.loads((CONFIGS / "llama-3.1-8b" / "config.json").read_text(encoding="utf-8"))
+    del written["num_key_value_heads"]  # each query head has its own
+    (tmp_path / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    assert reckon(str(tmp_path))[1].memory["cache"] == 4 * 32768 * 131072
+    written = {"model_type": "gpt_bigcode", "n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 50}
+    assert check_config(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    assert reckon(str(tmp_path), length=700)[1].memory["cache"] == 2 * 700 * 2 * 8 * 4
 
 
 def test_configurations_that_cannot_be_are_refused(tmp_path: Path) -> None:
@@ -285,8 +296,8 @@ def test_fields_may_have_the_names_of_their_family(tmp_path: Path) -> None:
     [
         ({"device": "tpu"}, "a plan is for cpu, cuda, or one of A100"),
         ({"device": "H200", "calibration": "x.json"}, "a calibration is of the machine it was measured on"),
-        ({"length": 0}, "lengths are tokens, from 1 to 4194304"),
-        ({"length": 10**11}, "lengths are tokens, from 1 to 4194304"),
+        ({"length": 0}, "lengths are tokens, from 1 to 2097152"),
+        ({"length": 10**11}, "lengths are tokens, from 1 to 2097152"),
         ({"options": {"keep": 2.0}}, "keep as a share must be in (0, 1]"),
         ({"method": "stem", "options": {}, "block_q": 20}, "stride"),
         ({"method": "blok_sparse"}, "Did you mean 'block_sparse'"),

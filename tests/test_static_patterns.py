@@ -10,6 +10,7 @@ import torch
 
 from sparseprefill.contracts import BlockGrid
 from sparseprefill.coverage import coverage
+from sparseprefill.patterns.expected_tiles import count_tiles
 from sparseprefill.patterns.gna import Gna, Span
 from sparseprefill.patterns.hip import Hip
 from sparseprefill.patterns.local_stride import LocalStride
@@ -147,14 +148,22 @@ def test_more_dense_heads_than_there_are_are_refused() -> None:
     "pattern",
     [
         LocalStride(), LocalStride(block=7), LocalStride(block=96, stride=3), LocalStride(dense_heads=1),
+        LocalStride(dense_heads=8),
         Gna(window=1024), Gna(window=0.1, stride=64), Gna(window=0.01, stride=4096),
         Gna(window=64, spans=(Span(64, (64, 128), (64, 128)),)), Hip(0.1, sink=64, local=256, most=0.001),
     ],
     ids=repr,
 )  # fmt: skip
 def test_the_cost_model_reckons_with_at_least_what_is_computed(pattern: Any) -> None:
-    """With two KV heads, of which `dense_heads` may make one dense; tiles of 64, of which diagonals count whole."""
+    """With the eight KV heads that `dense_heads` are taken to be of; tiles of 64, of which diagonals count whole."""
     keys = 8192
-    inputs = make_inputs(queries=keys, query_heads=2, kv_heads=2, head_dim=2)
+    inputs = make_inputs(queries=keys, query_heads=8, kv_heads=8, head_dim=2)
     found = coverage(inputs, pattern.build_index(inputs, BlockGrid.of(inputs, 64, 64)))
     assert float(found.density.mean()) <= pattern.expected_density(keys) + 64 / keys
+
+
+def test_spans_of_long_prompts_are_counted_too() -> None:
+    pattern = Gna(window=1024, spans=(Span(64, (16, 64, 64), (4, 16, 16)),))
+    for keys in (66_000, 200_000):
+        exact = count_tiles(pattern, keys=keys, query_heads=1, kv_heads=1, block_q=64, block_k=64).share()
+        assert exact <= pattern.expected_density(keys) < 3 * exact

@@ -109,13 +109,13 @@ def allowed(inputs: AttentionInputs, pattern: VoteColumns) -> torch.Tensor:
                     continue
                 near = min(m + 1 - -(-pattern.local // BLOCK), m)
                 kept = min(near, max(0, tail - pattern.probe - anchor) // BLOCK)
-                low = int(inputs.visible_range()[0][b, rows[-1] - inputs.query_start])
+                first_low, low = (int(inputs.visible_range()[0][b, rows[n] - inputs.query_start]) for n in (0, -1))
                 keys = set(range(anchor, anchor + -(-pattern.sink // BLOCK) * BLOCK))
                 keys |= set(range(anchor + max(0, kept) * BLOCK, anchor + (m + 1) * BLOCK))
                 before = [pack for pack in packs if pack[-1] < anchor + max(0, near) * BLOCK]
                 if whole:
                     keys |= set(range(anchor, anchor + (m + 1) * BLOCK))
-                elif any(pack[0] < low <= pack[-1] for pack in before):  # whole blocks, as far as they are seen
+                elif any(pack[0] < low and pack[-1] >= first_low for pack in before):  # whole blocks, as far as seen
                     blocks = {(j - anchor) // BLOCK for j in ranked}
                     keys |= {j for n in blocks for j in range(anchor + n * BLOCK, anchor + (n + 1) * BLOCK)}
                 else:
