@@ -118,8 +118,9 @@ def run_eval(
         raise ValueError(f"observe is a number of prompts, got {observe}")
     resolved = _checked_methods(model, methods, last_rows_dense)
     refuse = getattr(task, "check_method", None)
-    for spec in methods if callable(refuse) else ():
-        refuse(spec)
+    if refuse is not None:
+        for spec in methods:
+            refuse(spec)
     methods = [spec for spec, _ in resolved]
     plan = list(task.plan())
     if not plan:
