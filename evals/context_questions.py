@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparseprefill.context import FixedContext, run_context
 from sparseprefill.evals.prompt_rendering import plain_ids, prefix_ids
-from sparseprefill.evals.report_figures import INK, figure_style, to_png
+from sparseprefill.evals.report_figures import INK, check_picture, figure_style, to_png
 from sparseprefill.evals.retrieval_prompts import (
     INTRO_SOME,
     draw_keys,
@@ -35,7 +35,6 @@ from sparseprefill.evals.retrieval_prompts import (
     statement,
 )
 from sparseprefill.evals.ruler_metrics import postprocess, share_found
-from sparseprefill.evals.selectors_figures import check_picture
 from sparseprefill.files import write_bytes
 from sparseprefill.patterns.fixed_context import ContextKeys, check_edges, room_left
 from sparseprefill.reports import number, table

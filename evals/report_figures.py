@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparseprefill.evals.compare import Cell, Paired, Summary, mean_cells
@@ -382,6 +383,12 @@ def to_svg(figure: Figure, name: str, title: str, description: str) -> str:
         f'<desc id="{name}-desc">{escape(clean(description))}</desc>'
     )
     return opening + text[text.index(">") + 1 :].strip()
+
+
+def check_picture(path: Path) -> None:
+    """Raise ValueError for a file that does not end as a PNG. To be asked before work."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"the picture is a PNG file: name one that ends in .png, not {path.name}")
 
 
 def to_png(figure: Figure) -> bytes:

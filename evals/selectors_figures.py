@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sparseprefill.evals.compared_inputs import of_models
 from sparseprefill.evals.curves import AXES, Curve, SelectorTime
 from sparseprefill.evals.profile_figures import TYPE_COLOURS
-from sparseprefill.evals.report_figures import INK, figure_style, to_png
+from sparseprefill.evals.report_figures import INK, check_picture, figure_style, to_png
 from sparseprefill.evals.report_words import short
 from sparseprefill.evals.selector_result import SelectorResult
 from sparseprefill.files import check_folder, write_bytes
@@ -243,12 +243,6 @@ def pareto_front(curves: Sequence[Curve], measure: str = "mass", axis: str = "de
 def _uniform(family: str) -> str:
     """Name of a family, without what says that each head has a knob of its own."""
     return family.removesuffix(", per head")
-
-
-def check_picture(path: Path) -> None:
-    """Raise ValueError for a file that does not end as a PNG. To be asked before work."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"the picture is a PNG file: name one that ends in .png, not {path.name}")
 
 
 def kinds_of(result: SelectorResult) -> list[str]:

@@ -50,7 +50,7 @@ class Hip:
     sink: int = 256  # first tokens kept always
     local: int = 1024  # tokens before the end of a row kept always
     stages: tuple[Stage, ...] = ((256, 0, 4), (64, 8192, 4))
-    most: float = 0.1  # of dense attention's products; gathered ones take five times as long: half of its time
+    most: float = 0.1  # of dense attention's pairs, each a product: gathered ones take about half of its time
 
     def __post_init__(self) -> None:
         check_budget("keep", self.keep)

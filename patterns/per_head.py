@@ -85,7 +85,7 @@ def of_heads(pattern: Pattern, heads: Sequence[int]) -> Pattern:
         return dataclasses.replace(pattern, pattern=of_heads(pattern.pattern, heads))
     if hasattr(pattern, "inner"):  # a wrapper
         wrapper: Any = pattern
-        inside = {name: getattr(wrapper, name) for name in ("inner", "other") if hasattr(wrapper, name)}
-        changed: Pattern = dataclasses.replace(wrapper, **{name: of_heads(own, heads) for name, own in inside.items()})
+        wrapped = {name: getattr(wrapper, name) for name in ("inner", "other") if hasattr(wrapper, name)}
+        changed: Pattern = dataclasses.replace(wrapper, **{name: of_heads(own, heads) for name, own in wrapped.items()})
         return changed
     return pattern

@@ -281,7 +281,7 @@ class VoteColumns:
             candidates = candidates & inputs.key_valid
         number = candidates.sum(-1)[:, None].expand(unknown.shape)
         packs = -(-self._count(votes, candidates, number, 1) // size)
-        whole = unknown | (packs * size > number) | (packs * size == number)  # all candidates: nothing is gathered
+        whole = unknown | (packs * size >= number)  # all candidates: nothing is gathered
         packs = packs.masked_fill(whole, 0)
         most = keys // size if inputs.device.type != "cpu" else int(packs.max())
         order = score.masked_fill(~candidates[:, None], -torch.inf).argsort(dim=-1, descending=True, stable=True)

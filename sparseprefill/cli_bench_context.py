@@ -46,7 +46,7 @@ def questions(
 
     from sparseprefill.evals import context_questions as eval_
     from sparseprefill.evals.loading import load_model, provenance
-    from sparseprefill.evals.selectors_figures import check_picture
+    from sparseprefill.evals.report_figures import check_picture
     from sparseprefill.files import check_folder, write_text
     from sparseprefill.patterns.retrieval import Retrieval
     from sparseprefill.patterns.squeezed import Squeezed

@@ -72,8 +72,9 @@ def compare(
     made-up heads. docs/compare.md says how the tables are read.
     """
     from sparseprefill.estimators.selection import check_share
+    from sparseprefill.evals.report_figures import check_picture
     from sparseprefill.evals.selector_result import WORKS
-    from sparseprefill.evals.selectors_figures import check_picture, write_selectors
+    from sparseprefill.evals.selectors_figures import write_selectors
     from sparseprefill.files import check_folder, write_text
 
     with clear_errors():
