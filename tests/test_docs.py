@@ -284,7 +284,12 @@ def test_figures_of_the_comparison_are_those_of_the_results() -> None:
     asked = [EvalResult.load(ROOT / f"docs/results/needle_{name}_cpu.json") for name in ("methods", "field")]
     labels = {method.name: (needles, method.label) for needles in asked for method in needles.methods}
     section = PAGES["docs/compare.md"].partition("\n## On the model inside\n")[2]
-    section, _, default = section.partition("\n## The default method\n")
+    before, _, after = section.partition("<!-- whole layers -->")
+    whole, _, after = after.partition("\nThe same by kind")
+    layers = SelectorResult.load(ROOT / "docs/results/compare_layer_cpu.json")
+    for name, *cells in rows_of(whole):
+        assert cells == [number(layers.curve("model, 16384 tokens", name).at(each)) for each in DENSITIES], name
+    section, _, default = (before + after).partition("\n## The default method\n")
     section, _, timed = section.partition("\n### And the time?\n")
     models = [f"model, {length} tokens" for length in (8192, 16384)]
     common, native, planted = [], [], []
